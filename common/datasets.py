@@ -1,0 +1,559 @@
+"""Motion-text data: the published folder layout of HumanML3D and KIT-ML, the embedded data set, statistics,
+batches.
+
+A data set folder holds
+
+    new_joint_vecs/ID.npy (t d)   texts/ID.txt   Mean.npy  Std.npy (d)   train.txt  val.txt  test.txt (one id
+    a line) new_joints/ID.npy (t j 3)     optional: equals the joints recovered from the features
+
+and a text file one line a caption: `caption#lemma/POS lemma/POS ...#from#to`, the last two in seconds, 0.0
+and 0.0 for the whole clip. Layout and rules: the HumanML3D and text-to-motion repositories (Guo et al., CVPR
+2022).
+
+    python -m common.datasets check data/KIT-ML      # sizes, what is skipped and why, statistics; exit code 2
+    on damage
+"""
+
+import argparse
+import json
+import math
+import re
+import unicodedata
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from common import features as motion_features
+from common import synthetic
+from common.features import KIT, SKELETONS, T2M
+from common.runs import InputError, atomic_write, fingerprint, make_folder, run_main
+
+VERSION = 1             # of the embedded data's cache: raise it when features or trimming change
+MAX_LENGTH = 196        # frames; the longest clip of the benchmark
+UNIT = 4                # lengths are multiples of it
+MAX_LOSS = 0.01         # damaged share of a split above which nothing is loaded
+SPLITS = ("train", "val", "test")
+FOLDERS = {"kit": "KIT-ML", "humanml3d": "HumanML3D"}
+DEFAULT_ROOT = "data"
+EMBEDDED_CLIPS = {"humanml3d": 2400, "kit": 1600}
+# Length limits choose clips, a bad line costs only that caption: neither is a lost clip.
+LENGTH_REASONS = ("too_short", "too_long")
+LOST_REASONS = ("missing_motion", "missing_text", "bad_shape", "non_finite", "no_caption")
+
+
+# ---- 1. Clips and data sets --------------------------------------------------------------------------------
+
+@dataclass
+class Clip:
+    """One motion with its captions; the three lists have one entry a caption."""
+    name: str
+    features: np.ndarray            # t d, float32, raw
+    captions: list
+    tokens: list                    # of lists of 'lemma/POS'
+    attributes: list                # of dicts for the oracle; {} = nothing that can be checked
+    subject: str = ""
+    tags: tuple = ()                # for instance "unseen_wording"
+
+
+@dataclass
+class Dataset:
+    label: str  # for people and results: "embedded kit", "folder mini_kit (KIT-ML layout)"
+    skeleton: motion_features.Skeleton
+    splits: dict                    # "train", "val", "test" -> [Clip]
+    skipped: dict                   # reason -> [ids]
+    embedded: bool
+    fingerprint: str                # of everything in the clips
+
+
+def _dataset(label, skeleton, splits, skipped, embedded):
+    content = [[split, clip.name, zlib.crc32(np.ascontiguousarray(clip.features)), len(clip.features), clip.captions]
+               for split in SPLITS for clip in splits[split]]
+    return Dataset(label, skeleton, splits, skipped, embedded, fingerprint([skeleton.name, content])[:16])
+
+
+def trimmed(features):
+    """The first frames of features (t d): at most MAX_LENGTH, a multiple of UNIT."""
+    return np.ascontiguousarray(features[:min(len(features), MAX_LENGTH) // UNIT * UNIT])
+
+
+def half(clips, which):
+    """Half 0 or 1 of a list of clips; a clip's mirror image and its sub-segments are on the same side as the clip."""
+    family = [clip.name.removeprefix("M").partition("@")[0] for clip in clips]
+    rank = {name: i for i, name in enumerate(dict.fromkeys(family))}
+    return [clip for clip, name in zip(clips, family) if rank[name] % 2 == which]
+
+
+# ---- 2. Reading a folder -----------------------------------------------------------------------------------
+
+class TextLine(NamedTuple):
+    caption: str
+    tokens: list
+    start: float            # seconds; start = stop = 0 means the whole clip
+    stop: float
+
+
+def parse_text_line(line):
+    """One line of a text file, or None if it is not usable (a field missing, no caption, impossible times)."""
+    fields = line.strip().split("#")
+    if len(fields) < 4 or not fields[0].strip():
+        return None
+    try:
+        start, stop = (float(field) for field in fields[2:4])
+    except ValueError:
+        return None
+    start, stop = (0.0 if math.isnan(tag) else tag for tag in (start, stop))
+    if not (start == stop == 0.0 or 0.0 <= start < stop < math.inf):
+        return None
+    return TextLine(fields[0].strip(), fields[1].split(), start, stop)
+
+
+def read_texts(path):
+    """(usable lines, number of unusable ones) of a text file; blank lines are neither."""
+    text = path.read_bytes().decode("utf-8-sig", errors="replace")
+    lines = [parse_text_line(line) for line in text.splitlines() if line.strip()]
+    return [line for line in lines if line is not None], lines.count(None)
+
+
+def _read_motion(path, width):
+    """(features (t d) float32, None) or (None, reason)."""
+    try:
+        motion = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError):                  # truncated, empty, or pickled objects
+        return None, "bad_shape"
+    if motion.ndim != 2 or motion.shape[1] != width or motion.dtype.kind != "f":
+        return None, "bad_shape"
+    if not np.isfinite(motion).all():
+        return None, "non_finite"
+    return motion.astype(np.float32), None
+
+
+def _length_reason(frames, skeleton):
+    return "too_short" if frames < skeleton.min_frames else "too_long" if frames >= 200 else None
+
+
+def _read_clip(root, name, skeleton, skipped):
+    """The clips of one id: itself with its whole-clip captions, and one per sub-segment, as the official loader does."""
+    def skip(reason, what=name):
+        skipped.setdefault(reason, []).append(what)
+        return []
+
+    motion_path, text_path = root / "new_joint_vecs" / f"{name}.npy", root / "texts" / f"{name}.txt"
+    if not motion_path.is_file():
+        return skip("missing_motion")
+    if not text_path.is_file():
+        return skip("missing_text")
+    motion, reason = _read_motion(motion_path, skeleton.feature_dim)
+    reason = reason or _length_reason(len(motion), skeleton)
+    if reason:
+        return skip(reason)
+    lines, bad = read_texts(text_path)
+    if bad:
+        skip("bad_text_line")
+    if not lines:
+        return skip("no_caption")
+
+    def clip(label, part, chosen):
+        captions = [line.caption for line in chosen]
+        return Clip(label, part, captions, [line.tokens for line in chosen],
+                    [synthetic.caption_attributes(caption) for caption in captions])
+
+    whole = [line for line in lines if line.stop == 0.0]
+    clips = [clip(name, motion, whole)] if whole else []
+    for line in lines:
+        if line.stop > 0.0:
+            # 20 frames a second for both data sets, as in the official loader; KIT-ML has no sub-segments
+            first, last = int(line.start * 20), min(int(line.stop * 20), len(motion))
+            reason = _length_reason(last - first, skeleton)
+            if reason:
+                skip(reason, f"{name}@{first}-{last}")
+                continue
+            same = sum(c.name.startswith(f"{name}@{first}-{last}") for c in clips)
+            clips.append(clip(f"{name}@{first}-{last}" + (f".{same + 1}" if same else ""), motion[first:last], [line]))
+    return clips
+
+
+def _read_statistics(root):
+    """(skeleton, mean (d), std (d)) of a folder; InputError with everything that is missing, or for a wrong width."""
+    wanted = [f"{split}.txt" for split in SPLITS] + ["Mean.npy", "Std.npy", "new_joint_vecs", "texts"]
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder; give a data set folder in the KIT-ML / HumanML3D layout")
+    missing = [name for name in wanted if not (root / name).exists()]
+    if missing:
+        raise InputError(f"{root}: not a complete data set, missing: {', '.join(missing)}")
+    arrays = []
+    for name in ("Mean.npy", "Std.npy"):
+        try:
+            arrays.append(np.load(root / name, allow_pickle=False))
+        except (ValueError, EOFError):
+            raise InputError(f"{root / name}: not a readable .npy file; restore it") from None
+    mean, std = arrays
+    if mean.ndim != 1 or len(mean) not in SKELETONS or std.shape != mean.shape:
+        raise InputError(f"{root / 'Mean.npy'}: shapes {mean.shape} and {std.shape} (Std.npy), expected (263,) for "
+                         "HumanML3D or (251,) for KIT-ML")
+    if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std >= 0).all()):
+        raise InputError(f"{root / 'Mean.npy'}: Mean.npy or Std.npy holds numbers that are not finite or negative")
+    return SKELETONS[len(mean)], mean, std
+
+
+def _read_ids(root, split):
+    ids = (root / f"{split}.txt").read_bytes().decode("utf-8-sig", errors="replace").split()
+    strange = [name for name in ids if not re.fullmatch(r"[\w-]+", name)]
+    if strange:
+        raise InputError(f"{root / split}.txt: {strange[0][:40]!r} is not an id; expected one id a line")
+    return list(dict.fromkeys(ids))
+
+
+def _read_split(root, split, skeleton):
+    """(clips, skipped) of one split."""
+    skipped, ids = {}, _read_ids(root, split)
+    return [clip for name in ids for clip in _read_clip(root, name, skeleton, skipped)], skipped, ids
+
+
+def _describe(skipped):
+    return ", ".join(f"{reason} {len(ids)} ({', '.join(ids[:5])}{', ...' if len(ids) > 5 else ''})"
+                     for reason, ids in sorted(skipped.items()))
+
+
+def load_folder(path):
+    """The data set in a folder of the KIT-ML / HumanML3D layout (recognised by the width of Mean.npy), with
+    the official
+    rules: clips of min_frames to 199 frames, a sub-segment with its own times is a clip of its own.
+
+    Clips keep all their frames. Whatever is not used is counted in `skipped`, in one printed line. Raises
+    InputError if something is missing, if more than 1 % of a split's ids are damaged, or if a split is empty.
+    """
+    root = Path(path)
+    skeleton, _, _ = _read_statistics(root)
+    splits, skipped = {}, {}
+    for split in SPLITS:
+        splits[split], missed, ids = _read_split(root, split, skeleton)
+        lost = {reason: missed[reason] for reason in LOST_REASONS if reason in missed}
+        count = sum(len(names) for names in lost.values())
+        if count > MAX_LOSS * len(ids):
+            raise InputError(f"{root}: {count} of {len(ids)} clips of {split} are damaged, more than 1 %: {_describe(lost)}")
+        if not splits[split]:
+            raise InputError(f"{root}: {split}.txt leaves no usable clip{': ' + _describe(missed) if missed else ''}")
+        for reason, names in missed.items():
+            skipped.setdefault(reason, []).extend(names)
+    if skipped:
+        print(f"{root.name}: not used: {_describe(skipped)}")
+    layout = {"t2m": "HumanML3D", "kit": "KIT-ML"}[skeleton.name]
+    return _dataset(f"folder {root.resolve().name} ({layout} layout)", skeleton, splits, skipped, embedded=False)
+
+
+def to_t2m(dataset):
+    """The same data in HumanML3D's space: 22 joints, 20 fps, 263-d, lengths cut to multiples of 4 and at most
+    196.
+
+    KIT clips are converted from joint positions (features.kit_to_t2m); the features are computed with the
+    heading repair on.
+    """
+    def convert(clip):
+        if dataset.skeleton is T2M:
+            return trimmed(clip.features)
+        joints = motion_features.kit_to_t2m(motion_features.features_to_joints(clip.features, KIT))
+        return trimmed(motion_features.joints_to_features(joints, T2M, retarget=False, fix_heading_flip=True))
+
+    splits = {split: [_with_features(clip, convert(clip)) for clip in clips] for split, clips in dataset.splits.items()}
+    return _dataset(dataset.label, T2M, splits, dataset.skipped, dataset.embedded)
+
+
+def _with_features(clip, features):
+    return Clip(clip.name, features, clip.captions, clip.tokens, clip.attributes, clip.subject, clip.tags)
+
+
+# ---- 3. The embedded data set, and which data a name means -------------------------------------------------
+
+def load_dataset(name_or_path, *, data_root=DEFAULT_ROOT, cache_dir=".cache", space="t2m", seed=0, clips=None,
+                 gaps=("actions", "wording", "style"), leave_out=(), use_cache=True):
+    """Data set by name ("kit", "humanml3d") or path, in one feature space; lengths are multiples of 4, at
+    most 196.
+
+    A path is read or refused. A name means the folder KIT-ML / HumanML3D under data_root; where that does not
+    exist, and data_root is the default, the embedded data of that name is built (or taken from cache_dir),
+    said in one line. space: "t2m" (22 joints, 20 fps, 263-d) or "native" (kit: 21 joints, 12.5 fps, 251-d).
+    seed, clips (how many), gaps and leave_out shape the embedded data only. Raises InputError.
+    """
+    if space not in ("t2m", "native"):
+        raise InputError(f"space must be t2m or native, not {space!r}")
+    folder = Path(data_root) / FOLDERS[name_or_path] if name_or_path in FOLDERS else Path(name_or_path)
+    if folder.exists() or name_or_path not in FOLDERS:
+        if leave_out:
+            raise InputError(f"{folder}: leaving out actions needs the embedded data, which know their actions")
+        dataset = load_folder(folder)
+        if space == "t2m":
+            return to_t2m(dataset)
+        splits = {split: [_with_features(c, trimmed(c.features)) for c in part] for split, part in dataset.splits.items()}
+        return _dataset(dataset.label, dataset.skeleton, splits, dataset.skipped, embedded=False)
+    if Path(data_root) != Path(DEFAULT_ROOT):
+        raise InputError(f"{folder}: no such folder; correct --data-root, or leave it out to use the embedded data")
+    print(f"*** {folder} not found: using the EMBEDDED procedural {name_or_path} data, not the real data set ***")
+    skeleton = KIT if (name_or_path, space) == ("kit", "native") else T2M
+    flags = {"seed": seed, "clips": EMBEDDED_CLIPS[name_or_path] if clips is None else clips, "gaps": list(gaps),
+             "leave_out": list(leave_out)}
+    return _embedded(name_or_path, skeleton, flags, cache_dir, use_cache)
+
+
+def _embedded(domain, skeleton, flags, cache_dir, use_cache):
+    """Build the embedded data or read them from their cache file: one .npz, features end to end and the rest as JSON."""
+    key = fingerprint([VERSION, synthetic.VERSION, domain, skeleton.name, flags])[:16]
+    make_folder(cache_dir, "--cache-dir")
+    path = Path(cache_dir) / f"embedded-{domain}-{skeleton.name}-{key}.npz"
+    stored = None
+    if use_cache and path.exists():
+        try:
+            stored = _read_cache(path)
+        except (ValueError, EOFError, KeyError, OSError, zlib.error) as error:
+            print(f"{path} is damaged ({error}): building the data again")
+    if stored is None:
+        built = synthetic.build(domain, skeleton, **flags)
+        rows = [trimmed(motion_features.joints_to_features(c.joints, skeleton, fix_heading_flip=True)) for c in built]
+        meta = [{"name": c.name, "frames": len(f), "split": c.split, "captions": c.captions, "tokens": c.tokens,
+                 "attributes": c.attributes, "subject": str(c.subject), "tags": list(c.tags)} for c, f in zip(built, rows)]
+        text = np.frombuffer(json.dumps(meta).encode(), np.uint8)
+
+        def write(temporary):
+            with open(temporary, "wb") as file:
+                np.savez(file, features=np.concatenate(rows), meta=text)
+
+        atomic_write(path, write)
+        stored = _read_cache(path)
+    values, meta = stored
+    splits, start = {split: [] for split in SPLITS}, 0
+    for entry in meta:
+        frames, split = entry.pop("frames"), entry.pop("split")
+        splits[split].append(Clip(features=values[start:start + frames], **{**entry, "tags": tuple(entry["tags"])}))
+        start += frames
+    return _dataset(f"embedded {domain}", skeleton, splits, {}, embedded=True)
+
+
+def _read_cache(path):
+    with np.load(path, allow_pickle=False) as file:
+        values, meta = file["features"], json.loads(file["meta"].tobytes())
+    if len(values) != sum(entry["frames"] for entry in meta):
+        raise ValueError("frames are missing")
+    return values, meta
+
+
+# ---- 4. Statistics -----------------------------------------------------------------------------------------
+
+class Statistics:
+    """Mean and standard deviation (d) that belong to one model, and say to which kind: "generator" or
+    "scorer".
+
+    A motion is denormalised with the generator's where it leaves the generator and normalised with the
+    scorer's where it enters a scorer. The role is checked by `require`, because mixing the two up gives
+    plausible, wrong numbers.
+    """
+
+    def __init__(self, mean, std, role):
+        if role not in ("generator", "scorer"):
+            raise ValueError(f"role must be 'generator' or 'scorer', not {role!r}")
+        self.mean, self.std = (torch.as_tensor(part, dtype=torch.float32) for part in (mean, std))
+        self.role = role
+
+    def require(self, role):
+        """Self, or ValueError if these are the statistics of the other role."""
+        if self.role != role:
+            raise ValueError(f"statistics of a {self.role} were handed to a {role}; denormalise, then use the {role}'s own")
+        return self
+
+    def normalise(self, x):
+        """Raw (... d) -> zero mean, unit variance."""
+        return (torch.as_tensor(x) - self.mean) / self.std
+
+    def denormalise(self, x):
+        """Back to raw features (... d)."""
+        return torch.as_tensor(x) * self.std + self.mean
+
+    @classmethod
+    def from_clips(cls, clips, role, feat_bias=1.0, block_average=True):
+        """Statistics of all frames of the clips (give the train split only).
+
+        block_average: one std a block, as in Std.npy of HumanML3D. feat_bias divides the std of the root and
+        contact blocks, which makes these few numbers weigh more: 5 in old baselines, 25 in the released
+        evaluators.
+        """
+        frames = sum(len(clip.features) for clip in clips)
+        mean = sum(clip.features.sum(0, dtype=np.float64) for clip in clips) / frames
+        std = np.sqrt(sum(((clip.features - mean) ** 2).sum(0) for clip in clips) / frames)
+        for name, columns in motion_features.blocks(SKELETONS[len(mean)]).items():
+            if block_average:
+                std[columns] = std[columns].mean()
+            if name.startswith("root") or name == "contacts":
+                std[columns] /= feat_bias
+        return cls(mean, np.maximum(std, 1e-6), role)  # a constant feature must not divide by zero
+
+
+# ---- 5. Words ----------------------------------------------------------------------------------------------
+
+def words(caption):
+    """Lower-case words of a caption, any script and length: "He's  waving, twice" -> [he's, waving, twice]."""
+    return re.findall(r"[^\W_]+(?:'[^\W_]+)*", unicodedata.normalize("NFKC", caption).replace("\u2019", "'").lower())
+
+
+class Vocabulary:
+    """Word -> number; 0 is padding and 1 an unknown word."""
+
+    def __init__(self, words):
+        self.words = list(words)
+        self._ids = {word: i for i, word in enumerate(self.words, start=2)}
+
+    def __len__(self):
+        return len(self.words) + 2
+
+    @classmethod
+    def from_captions(cls, captions):
+        """Every word of the captions, in alphabetical order."""
+        return cls(sorted({word for caption in captions for word in words(caption)}))
+
+    def encode(self, captions, max_words=32):
+        """Captions (list of b) -> ids (b n) int64 and mask (b n) bool, True = word; n is the longest, at most max_words."""
+        rows = [[self._ids.get(word, 1) for word in words(caption)[:max_words]] for caption in captions]
+        ids = torch.zeros(len(rows), max([1, *map(len, rows)]), dtype=torch.int64)
+        for row, numbers in zip(ids, rows):
+            row[:len(numbers)] = torch.tensor(numbers, dtype=torch.int64)
+        return ids, ids > 0
+
+
+def official_tokens(tokens, max_tokens=20):
+    """Tokens as the official text encoder reads them: sos, at most 20, eos, then 'unk' up to 22; and the count before that."""
+    framed = ["sos/OTHER", *tokens[:max_tokens], "eos/OTHER"]
+    return framed + ["unk/OTHER"] * (max_tokens + 2 - len(framed)), len(framed)
+
+
+# ---- 6. Batches --------------------------------------------------------------------------------------------
+
+class Batch(NamedTuple):
+    motion: torch.Tensor            # b t d, raw, zeros after the end of a clip
+    lengths: torch.Tensor           # b, int64, frames
+    mask: torch.Tensor              # b t, True = real frame
+    captions: list
+    tokens: list
+    names: list
+
+
+def collate(clips, captions=0, *, generator=None, max_length=None):
+    """Clips -> Batch. captions: which one of each clip, one number or a list of b (counted modulo the clip's
+    number of
+    captions); with a torch.Generator a random one. max_length: frames of the padded batch, by default the
+    longest clip's;
+    longer clips are cut. Lengths are multiples of 4."""
+    if generator is not None:
+        captions = torch.randint(1 << 30, (len(clips),), generator=generator).tolist()
+    chosen = [captions] * len(clips) if isinstance(captions, int) else captions
+    chosen = [k % len(clip.captions) for k, clip in zip(chosen, clips, strict=True)]
+    frames = [len(clip.features) // UNIT * UNIT for clip in clips]
+    if max_length is not None:
+        frames = [min(n, max_length // UNIT * UNIT) for n in frames]
+    lengths = torch.tensor(frames, dtype=torch.int64)
+    total = max(frames) if max_length is None else max_length
+    motion = torch.zeros(len(clips), total, clips[0].features.shape[1])                              # b t d
+    for row, clip, n in zip(motion, clips, frames):
+        row[:n] = torch.from_numpy(clip.features[:n])
+    return Batch(motion, lengths, torch.arange(total) < lengths[:, None], [c.captions[k] for c, k in zip(clips, chosen)],
+                 [c.tokens[k] for c, k in zip(clips, chosen)], [clip.name for clip in clips])
+
+
+def batches(clips, *, mode="deterministic", batch=32, seed=0, epoch=0, max_length=MAX_LENGTH):
+    """Yield the Batches of one pass.
+
+    "deterministic": first caption, the first (t // 4) * 4 frames, fixed order, the last batch may be small.
+    "official": the rules behind the published numbers, by which the same data scored twice differ: shuffled,
+    the last batch dropped, a random caption, and with probability 1/3 four frames less; then a random start.
+    Everything drawn for a clip is a function of (seed, epoch, index), so it does not depend on order or batch
+    size.
+    """
+    if mode not in ("deterministic", "official"):
+        raise InputError(f"mode must be deterministic or official, not {mode!r}")
+    if mode == "deterministic":
+        for start in range(0, len(clips), batch):
+            yield collate(clips[start:start + batch], max_length=max_length)
+        return
+    order = np.random.default_rng([seed, epoch]).permutation(len(clips)).tolist()
+    for start in range(0, len(clips) - batch + 1, batch):
+        crops, captions = [], []
+        for index in order[start:start + batch]:
+            clip, rng = clips[index], np.random.default_rng([seed, epoch, index])
+            captions.append(int(rng.integers(len(clip.captions))))
+            length = (len(clip.features) // UNIT - (rng.random() < 1 / 3)) * UNIT
+            first = int(rng.integers(len(clip.features) - length + 1))
+            crops.append(_with_features(clip, clip.features[first:first + length]))
+        yield collate(crops, captions, max_length=max_length)
+
+
+# ---- 7. python -m common.datasets check DIR ----------------------------------------------------------------
+
+def check_folder(path):
+    """Print sizes, skipped clips and statistics of a folder; returns the list of damages (strings, empty if sound)."""
+    root = Path(path)
+    skeleton, mean, std = _read_statistics(root)
+    print(f"{root}: {skeleton.name} skeleton, {skeleton.joints} joints, {skeleton.feature_dim} features, {skeleton.fps} fps")
+    damage, home, everything = [], {}, []
+    for split in SPLITS:
+        clips, skipped, ids = _read_split(root, split, skeleton)
+        frames = [len(clip.features) for clip in clips]
+        captions = sum(len(clip.captions) for clip in clips)
+        span = f"{min(frames)} to {max(frames)} frames, {sum(frames) / skeleton.fps / 60:.1f} min" if clips else "EMPTY"
+        segments = sum("@" in clip.name for clip in clips)
+        print(f"  {split:5s} {len(ids)} ids -> {len(clips)} clips ({segments} sub-segments), {captions} captions, {span}")
+        if skipped:
+            print(f"        not used: {_describe(skipped)}")
+        damage += [f"{split}: {reason} {len(names)}" for reason, names in skipped.items() if reason not in LENGTH_REASONS]
+        damage += [] if clips else [f"{split}: empty"]
+        for name in ids:  # a mirrored twin in another split leaks the test motion
+            if home.setdefault(name.removeprefix("M"), split) != split:
+                damage.append(f"{name}: itself or its mirror image is in {home[name.removeprefix('M')]} and {split}")
+        everything += [clip for clip in clips if "@" not in clip.name]
+    if everything:
+        damage += _check_statistics(everything, mean, std) + _check_joints(root, everything, skeleton)
+    return damage
+
+
+def _check_statistics(clips, mean, std):
+    own = Statistics.from_clips(clips, "generator")
+    shift = np.abs(own.mean.numpy() - mean) / np.maximum(std, 1e-6)
+    ratio = own.std.numpy() / np.maximum(std, 1e-6)
+    print(f"  Mean.npy is within {shift.max():.3f} std of the clips' mean; clips' std / Std.npy: "
+          f"{ratio.min():.3f} to {ratio.max():.3f}")
+    damage = [] if shift.max() < 0.25 else [f"Mean.npy: feature {shift.argmax()} is {shift.max():.2f} std off the clips' mean"]
+    worst = int(np.abs(np.log(np.maximum(ratio, 1e-9))).argmax())
+    return damage + ([] if 0.5 < ratio[worst] < 2 else [f"Std.npy: feature {worst} is off by a factor {ratio[worst]:.2f}; "
+                                                        "is it an evaluator's Std (divided by 25)?"])
+
+
+def _check_joints(root, clips, skeleton):
+    """new_joints is optional; where a file exists it must be the joints that the features describe."""
+    compared, wrong = 0, []
+    for clip in clips:
+        path = root / "new_joints" / f"{clip.name}.npy"
+        if path.is_file():
+            compared += 1
+            try:
+                stored = np.load(path, allow_pickle=False)
+            except (ValueError, EOFError):
+                stored = np.empty(0)
+            joints = motion_features.features_to_joints(clip.features, skeleton)
+            if stored.shape != joints.shape or not np.abs(stored - joints).max() < 1e-3 * skeleton.units_per_metre:
+                wrong.append(clip.name)
+    print(f"  new_joints: {compared} compared with the features, {len(wrong)} differ")
+    return [f"new_joints: {_describe({'differ': wrong})}"] if wrong else []
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m common.datasets", description="Check a data set folder.")
+    parser.add_argument("command", choices=["check"])
+    parser.add_argument("folder", help="a folder in the KIT-ML / HumanML3D layout")
+    args = parser.parse_args(argv)
+    damage = check_folder(args.folder)
+    if damage:
+        raise InputError(f"{args.folder} is damaged: {'; '.join(damage[:5])}{' ...' if len(damage) > 5 else ''}")
+    print("  sound")
+
+
+if __name__ == "__main__":
+    run_main(main)

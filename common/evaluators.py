@@ -1,0 +1,728 @@
+"""What scores a motion: the benchmark's metrics, the published evaluator networks, and our own retrieval models.
+
+Reading order
+  1. metrics              pure functions on embeddings: FID, R-precision, MM-Dist, diversity, multimodality, retrieval
+  2. official evaluator   the three networks of "Generating Diverse and Natural 3D Human Motions from Text" (Guo et al.,
+                          CVPR 2022), with the parameter names of the released checkpoints
+  3. TMR                  the encoders, decoder and losses of "TMR: Text-to-Motion Retrieval" (Petrovich et al., ICCV 2023)
+  4. our retrieval models a small TMR (the reward) and a conv + BiGRU network (the judge that nothing ever optimises)
+  5. training and scoring them
+  6. the benchmark        one repeat of the usual table
+
+Letters: b batch, t frames, n tokens, d features, c embedding, h heads, p prompts, g samples per prompt.
+A motion enters a model RAW (metres or KIT units). Each model owns the statistics it normalises with, so the
+generator's mean and std cannot be mixed up with the scorer's.
+"""
+import json
+import math
+import warnings
+from collections import Counter
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
+from tqdm import tqdm
+
+from common.datasets import Statistics, Vocabulary, collate
+from common.runs import InputError, NonFiniteError
+
+# ---- 1. Metrics ------------------------------------------------------------------------------------------------
+
+
+def _double(x):
+    return torch.as_tensor(x).detach().to("cpu", torch.float64)
+
+
+def pairwise_distance(x, y):
+    """Euclidean distances (n m) of rows x (n c) and y (m c), float64.
+
+    Differences are squared, not expanded to |x|^2 + |y|^2 - 2xy as in the official text-to-motion code: in float32
+    the expansion is NaN, or half a unit wrong, exactly where a perfect model should score 0.
+    """
+    x, y = _double(x), _double(y)
+    return torch.cat([(row - y).square().sum(-1).sqrt() for row in x.split(1)]).reshape(len(x), len(y))
+
+
+def hit_chance(distance, ks, correct=None):
+    """Chance that a correct candidate is among the k nearest, per query and k, ties broken at random.
+
+    distance (n m); correct (n m) bool marks the right candidates (default: the diagonal). Returns (hits (n, len(ks))
+    float64, tied (n,) bool). Without ties a hit is 0 or 1; a collapsed encoder gets exactly k / m, so it cannot look
+    good (or bad) through the order in which a sort happens to leave equal numbers.
+    """
+    distance = _double(distance)
+    correct = torch.eye(len(distance), dtype=torch.bool) if correct is None else correct
+    best = distance.masked_fill(~correct, math.inf).min(dim=1, keepdim=True).values
+    nearer = (distance < best).sum(1)
+    equal = (distance == best).sum(1)
+    right = ((distance == best) & correct).sum(1)
+    hits = []
+    for k in ks:
+        # Draw the places left after the strictly nearer ones from the `equal` candidates without replacement;
+        # `miss` is the chance that all of these draws are wrong.
+        places, miss = (k - nearer).clamp(min=0), torch.ones(len(distance), dtype=torch.float64)
+        for i in range(k):
+            draw = (equal - right - i).clamp(min=0) / (equal - i).clamp(min=1)
+            miss = torch.where(i < torch.minimum(places, equal), miss * draw, miss)
+        hits.append(1 - miss)
+    return torch.stack(hits, dim=1), equal > right
+
+
+def r_precision(text, motion, pool=32, top_k=3, order=None):
+    """R-precision of text-to-motion retrieval in pools of `pool`, as in the text-to-motion benchmark.
+
+    text, motion (n c), row i of both belongs together. `order` (n,) shuffles the rows first, since pools are random
+    batches in the benchmark. Incomplete pools are dropped; with fewer than `pool` rows there is one pool of all rows.
+    Returns a dict: "top" (top_k,) float64, "pool" the size used (chance is k / pool), "ties" the share of queries
+    whose own motion is as near as a wrong one.
+    """
+    text, motion = _double(text), _double(motion)
+    if order is not None:
+        text, motion = text[order], motion[order]
+    pool = min(pool, len(text))
+    hits, tied = [], []
+    for start in range(0, len(text) - pool + 1, pool):
+        rows = slice(start, start + pool)
+        hit, tie = hit_chance(pairwise_distance(text[rows], motion[rows]), range(1, top_k + 1))
+        hits.append(hit)
+        tied.append(tie)
+    return {"top": torch.cat(hits).mean(0), "pool": pool, "ties": torch.cat(tied).double().mean().item()}
+
+
+def mm_dist(text, motion):
+    """Mean Euclidean distance of each text (n c) to its own motion (n c), "matching score" in the official code."""
+    return (_double(text) - _double(motion)).norm(dim=-1).mean().item()
+
+
+def fid(x, y):
+    """Frechet distance of two sets of embeddings (n c) and (m c), float64, never negative.
+
+    |mu_x - mu_y|^2 + tr(C_x) + tr(C_y) - 2 tr((C_x^1/2 C_y C_x^1/2)^1/2), the last trace through the eigenvalues of a
+    symmetric matrix: unlike a general matrix square root it cannot turn complex when there are fewer rows than
+    dimensions. The estimate is biased upward for small sets: compare equal n only.
+    """
+    x, y = _double(x), _double(y)
+    if min(len(x), len(y)) < 2:
+        raise ValueError("fid needs at least two embeddings on each side")
+    cov_x, cov_y = torch.cov(x.T).reshape(x.shape[1], -1), torch.cov(y.T).reshape(x.shape[1], -1)
+    values, vectors = torch.linalg.eigh(cov_x)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    overlap = torch.linalg.eigvalsh(root @ cov_y @ root).clamp(min=0).sqrt().sum()
+    distance = (x.mean(0) - y.mean(0)).square().sum() + cov_x.trace() + cov_y.trace() - 2 * overlap
+    return max(distance.item(), 0.0)
+
+
+def draw_pairs(n, times, generator):
+    """Two index sets (times,) of range(n), each drawn without replacement (at most n of them)."""
+    times = min(times, n)
+    return torch.randperm(n, generator=generator)[:times], torch.randperm(n, generator=generator)[:times]
+
+
+def diversity(motion, first, second):
+    """Mean distance of motion[first] and motion[second]; motion (n c), index sets from draw_pairs (300 of them)."""
+    motion = _double(motion)
+    return (motion[first] - motion[second]).norm(dim=-1).mean().item()
+
+
+def multimodality(motion, first, second):
+    """Mean distance of samples of the SAME prompt; motion (p g c), index sets into g shared by all prompts (10)."""
+    motion = _double(motion)
+    return (motion[:, first] - motion[:, second]).norm(dim=-1).mean().item()
+
+
+def mean_interval(values):
+    """(mean, half width of the 95 % interval) over the first axis: 1.96 * std / sqrt(n) with the population std."""
+    values = _double(values)
+    return values.mean(0), 1.96 * values.std(0, unbiased=False) / math.sqrt(len(values))
+
+
+def summarise(repeats):
+    """List of metric dicts, one a repeat -> {metric: [mean, half width of the 95 % interval]}."""
+    return {key: [part.item() for part in mean_interval([r[key] for r in repeats])] for key in repeats[0]}
+
+
+def retrieval_metrics(similarity, same=None):
+    """R@1, 2, 3, 5, 10 in percent and the median rank, both directions, as the TMR code reports them.
+
+    similarity (n n), row = text, column = motion. `same` (n n) bool: candidates that count as correct as well (TMR
+    protocol b: captions with cosine above 2 * .95 - 1); the best ranked one is taken. Tied candidates share the
+    average rank. Protocols c and d are this function on a subset or on pools. Keys: t2m_R01 .. m2t_MedR, len.
+    """
+    similarity = _double(similarity)
+    own = torch.eye(len(similarity), dtype=torch.bool)
+    correct = own if same is None else own | same
+    out = {"len": float(len(similarity))}
+    for name, distance, right in (("t2m", -similarity, correct), ("m2t", -similarity.T, correct)):
+        best = distance.masked_fill(~right, math.inf).min(dim=1, keepdim=True).values
+        rank = (distance < best).sum(1) + ((distance == best).sum(1) - 1) / 2
+        for k in (1, 2, 3, 5, 10):
+            out[f"{name}_R{k:02d}"] = 100 * (rank < k).double().mean().item()
+        middle = rank.double().sort().values
+        out[f"{name}_MedR"] = (middle[(len(rank) - 1) // 2] + middle[len(rank) // 2]).item() / 2 + 1
+    return out
+
+
+# ---- 2. The official evaluator (Guo et al. 2022) ------------------------------------------------------------------
+# Scoring only, so the dropout layers of the released code are identities here; attribute names follow its checkpoints.
+
+class MovementEncoder(nn.Module):
+    """Four frames -> one token: motion (b t d) without the contact features -> (b t/4 c)."""
+
+    def __init__(self, input_size, hidden_size=512, output_size=512):
+        super().__init__()
+        self.main = nn.Sequential(
+            nn.Conv1d(input_size, hidden_size, 4, 2, 1), nn.Identity(), nn.LeakyReLU(0.2),
+            nn.Conv1d(hidden_size, output_size, 4, 2, 1), nn.Identity(), nn.LeakyReLU(0.2))
+        self.out_net = nn.Linear(output_size, output_size)
+
+    def forward(self, motion):
+        return self.out_net(rearrange(self.main(rearrange(motion, "b t d -> b d t")), "b c n -> b n c"))
+
+
+class MotionEncoderBiGRU(nn.Module):
+    """Tokens (b n i) and their counts (b) -> embedding (b c), by the last states of a packed two-way GRU."""
+
+    def __init__(self, input_size=512, hidden_size=1024, output_size=512):
+        super().__init__()
+        self.input_emb = nn.Linear(input_size, hidden_size)
+        self.gru = nn.GRU(hidden_size, hidden_size, batch_first=True, bidirectional=True)
+        self.hidden = nn.Parameter(torch.zeros(2, 1, hidden_size))     # learned initial state, both directions
+        self.output_net = nn.Sequential(
+            nn.Linear(2 * hidden_size, hidden_size), nn.LayerNorm(hidden_size), nn.LeakyReLU(0.2),
+            nn.Linear(hidden_size, output_size))
+
+    def forward(self, tokens, counts):
+        start = repeat(self.hidden, "two 1 c -> two b c", b=len(tokens)).contiguous()
+        # The official wrapper sorts by length and returns that order; enforce_sorted=False keeps the caller's order.
+        packed = pack_padded_sequence(self.input_emb(tokens), counts.cpu(), batch_first=True, enforce_sorted=False)
+        _, last = self.gru(packed, start)
+        return self.output_net(rearrange(last, "two b c -> b (two c)"))
+
+
+class TextEncoderBiGRU(MotionEncoderBiGRU):
+    """Word vectors (b n 300) and one-hot part of speech (b n 15) with counts (b) -> embedding (b c)."""
+
+    def __init__(self, word_size=300, pos_size=15, hidden_size=512, output_size=512):
+        super().__init__(word_size, hidden_size, output_size)
+        self.pos_emb = nn.Linear(pos_size, word_size)
+
+    def forward(self, words, pos, counts):
+        return super().forward(words + self.pos_emb(pos), counts)
+
+
+class OfficialEvaluator(nn.Module):
+    """The three networks behind one interface; sizes are read from the weights, loading is strict.
+
+    state: {"movement_encoder", "motion_encoder", "text_encoder"} -> state dicts (the released `finest.tar`);
+    statistics: the evaluator's own Mean / Std with role "scorer" (its std is the data set's divided by 25 in the root and
+    contact blocks). Motions are padded with zero rows to max_length, as there, because the convolutions look up to
+    three rows past the end of a clip.
+    """
+
+    def __init__(self, state, statistics, max_length=196):
+        super().__init__()
+        statistics.require("scorer")
+        sizes = {name: {key: tuple(value.shape) for key, value in part.items()} for name, part in state.items()
+                 if name in ("movement_encoder", "motion_encoder", "text_encoder")}
+        hidden, width, _ = sizes["movement_encoder"]["main.0.weight"]
+        self.movement_encoder = MovementEncoder(width, hidden, sizes["movement_encoder"]["out_net.weight"][0])
+        output, hidden = sizes["motion_encoder"]["output_net.3.weight"]
+        self.motion_encoder = MotionEncoderBiGRU(sizes["motion_encoder"]["input_emb.weight"][1], hidden, output)
+        output, hidden = sizes["text_encoder"]["output_net.3.weight"]
+        self.text_encoder = TextEncoderBiGRU(*sizes["text_encoder"]["pos_emb.weight"], hidden, output)
+        for name in sizes:
+            getattr(self, name).load_state_dict(state[name])
+        self.max_length = max_length
+        self.register_buffer("mean", statistics.mean.clone())
+        self.register_buffer("std", statistics.std.clone())
+
+    def embed_motion(self, features, lengths):
+        """Raw features (b t d), lengths (b) in frames -> (b c), in input order."""
+        if features.shape[1] > self.max_length:
+            raise ValueError(f"motions have {features.shape[1]} frames, the evaluator takes {self.max_length}")
+        motion = masked((features - self.mean) / self.std, lengths)
+        motion = F.pad(motion, (0, 0, 0, self.max_length - features.shape[1]))
+        return self.motion_encoder(self.movement_encoder(motion[..., :-4]), lengths // 4)
+
+    def embed_text(self, words, pos, counts):
+        """Word vectors (b 22 300), one-hot part of speech (b 22 15), word counts (b) -> (b c)."""
+        return self.text_encoder(words, pos, counts)
+
+
+def load_official_evaluator(path, statistics):
+    """Frozen OfficialEvaluator from a released `text_mot_match/model/finest.tar`; InputError if it is not one."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return freeze(OfficialEvaluator(state, statistics))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; give the evaluator's finest.tar") from None
+    except Exception as error:   # torch.load has no common error type: pickle, zip, runtime and key errors all occur
+        raise InputError(f"{path}: not an evaluator checkpoint that loads with weights_only=True ({error}); "
+                         "save it again as a plain dict of three state dicts") from error
+
+
+def margin_loss(text, motion, negative, margin=10.0):
+    """Loss the official evaluator was trained with: d^2 for pairs, max(0, margin - d)^2 where `negative` (b) is True."""
+    distance = F.pairwise_distance(text, motion)
+    return torch.where(negative, (margin - distance).clamp(min=0), distance).square().mean()
+
+
+# ---- 3. TMR (Petrovich et al. 2023) -----------------------------------------------------------------------------
+# Attention is written with plain linears: the fused kernels have no second derivative, and LoRA can wrap a linear.
+# Not in the paper: no dropout (.1 there), so that a network is one function, in training and in scoring.
+
+def length_mask(lengths, t):
+    """lengths (b) -> mask (b t), True = real frame."""
+    return torch.arange(t, device=lengths.device) < lengths[:, None]
+
+
+def masked(motion, lengths):
+    """motion (b t d) with every row past its length set to zero, even if it holds NaN."""
+    return motion.masked_fill(~length_mask(lengths, motion.shape[1])[..., None], 0.0)
+
+
+def sinusoid(n, width, device=None):
+    """Sinusoidal positions (n width): sine in the even columns, cosine in the odd ones."""
+    angle = torch.arange(n, device=device)[:, None] * torch.exp(
+        torch.arange(0, width, 2, device=device) * (-math.log(10000.0) / width))
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).reshape(n, width)
+
+
+class Attention(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x, memory, mask=None):
+        """x (b n c) looks at memory (b m c); mask (b m) True = may be looked at."""
+        q, k, v = (rearrange(part, "b n (h c) -> b h n c", h=self.heads)
+                   for part in (self.q(x), self.k(memory), self.v(memory)))
+        scores = q @ k.mT / math.sqrt(q.shape[-1])                                      # b h n m
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None, None, :], -math.inf)
+        return self.out_proj(rearrange(scores.softmax(-1) @ v, "b h n c -> b n (h c)"))
+
+
+class TransformerLayer(nn.Module):
+    """Post-norm layer; with cross=True a decoder layer that also looks at a memory."""
+
+    def __init__(self, width, heads, ff, cross=False):
+        super().__init__()
+        self.self_attn = Attention(width, heads)
+        self.linear1, self.linear2 = nn.Linear(width, ff), nn.Linear(ff, width)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        if cross:
+            self.multihead_attn, self.norm3 = Attention(width, heads), nn.LayerNorm(width)
+
+    def forward(self, x, mask, memory=None):
+        x = self.norm1(x + self.self_attn(x, x, mask))
+        if memory is not None:
+            x = self.norm2(x + self.multihead_attn(x, memory))
+        last = self.norm2 if memory is None else self.norm3
+        return last(x + self.linear2(F.gelu(self.linear1(x))))
+
+
+class TMREncoder(nn.Module):
+    """Sequence (b n i) and mask (b n) -> (b 2 c): the mean and the log variance of a latent."""
+
+    def __init__(self, input_size, latent=256, ff=1024, layers=6, heads=4):
+        super().__init__()
+        self.projection = nn.Linear(input_size, latent)
+        self.tokens = nn.Parameter(torch.zeros(2, latent))       # [mean, log variance], read out at the end
+        self.layers = nn.ModuleList(TransformerLayer(latent, heads, ff) for _ in range(layers))
+
+    def forward(self, x, mask):
+        x = torch.cat([repeat(self.tokens, "two c -> b two c", b=len(x)), self.projection(x)], dim=1)
+        x = x + sinusoid(x.shape[1], x.shape[2], x.device)       # the two tokens have positions 0 and 1
+        mask = F.pad(mask, (2, 0), value=True)
+        for layer in self.layers:
+            x = layer(x, mask)
+        return x[:, :2]
+
+
+class TMRDecoder(nn.Module):
+    """Latent (b c) and mask (b t) -> features (b t d), padded rows zero: learns what the latent must keep."""
+
+    def __init__(self, output_size=263, latent=256, ff=1024, layers=6, heads=4):
+        super().__init__()
+        self.layers = nn.ModuleList(TransformerLayer(latent, heads, ff, cross=True) for _ in range(layers))
+        self.final_layer = nn.Linear(latent, output_size)
+
+    def forward(self, latent, mask):
+        x = repeat(sinusoid(mask.shape[1], latent.shape[1], latent.device), "t c -> b t c", b=len(latent))
+        for layer in self.layers:
+            x = layer(x, mask, memory=latent[:, None])
+        return self.final_layer(x) * mask[..., None]
+
+
+def from_official_tmr(state):
+    """Names of the published TMR weights -> names here: one in_proj matrix becomes the three linears q, k, v."""
+    out = {}
+    for key, value in state.items():
+        key = key.removeprefix("seqTransEncoder.").removeprefix("seqTransDecoder.")
+        if "in_proj_" in key:
+            for name, part in zip("qkv", value.chunk(3)):
+                out[key.replace("in_proj_", f"{name}.")] = part
+        else:
+            out[key] = value
+    return out
+
+
+def info_nce(text, motion, temperature=0.1, duplicates=None):
+    """Symmetric cross-entropy over cosines (TMR sec. 3.2; the published configuration uses temperature .1).
+
+    text, motion (b c); duplicates (b b) bool marks pairs that mean the same and so are no negatives. The diagonal
+    is never removed, whatever `duplicates` says: every row keeps its positive and the loss stays finite.
+    """
+    logits = F.normalize(text, dim=-1) @ F.normalize(motion, dim=-1).T / temperature    # b b, row = text
+    own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+    if duplicates is not None:
+        logits = logits.masked_fill(duplicates & ~own, -math.inf)
+    target = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def gaussian_kl(mu_q, logvar_q, mu_p, logvar_p):
+    """KL(q || p) of diagonal Gaussians, averaged over all elements."""
+    ratio = logvar_q - logvar_p
+    return 0.5 * (ratio.exp() + (mu_p - mu_q).square() / logvar_p.exp() - 1 - ratio).mean()
+
+
+def tmr_losses(text_tokens, motion_tokens, decoder, motion, mask, sentences=None, temperature=0.1, threshold=0.8,
+               weights=(1.0, 1e-5, 1e-5, 0.1), generator=None):
+    """The four losses of TMR (eq. 1 to 4) and their weighted sum, as a dict.
+
+    text_tokens, motion_tokens (b 2 c) from the encoders; motion (b t d) normalised, mask (b t); sentences (b e) unit
+    vectors for the duplicate filter: pairs with cosine above 2 * threshold - 1 are dropped. With a generator the
+    latents are sampled (training); without, they are the means.
+    """
+    (mu_t, var_t), (mu_m, var_m) = text_tokens.unbind(1), motion_tokens.unbind(1)
+    latents = []
+    for mu, logvar in ((mu_t, var_t), (mu_m, var_m)):
+        noise = 0.0 if generator is None else torch.randn(mu.shape, generator=generator).to(mu)
+        latents.append(mu + noise * (logvar / 2).exp())
+    zero = torch.zeros_like(mu_t)
+    out = {
+        # Padded rows count in the mean, as in the published code: both sides are zero there.
+        "recons": sum(F.smooth_l1_loss(decoder(z, mask), motion) for z in latents),
+        "kl": gaussian_kl(mu_t, var_t, mu_m, var_m) + gaussian_kl(mu_m, var_m, mu_t, var_t)
+        + gaussian_kl(mu_m, var_m, zero, zero) + gaussian_kl(mu_t, var_t, zero, zero),
+        "latent": F.smooth_l1_loss(*latents),
+        "contrastive": info_nce(*latents, temperature, None if sentences is None
+                                else sentences @ sentences.T > 2 * threshold - 1)}
+    return out | {"loss": sum(weight * out[key] for weight, key in zip(weights, tuple(out)))}
+
+
+def tmr_score(text, motion):
+    """Score in [0, 1] of all pairs (b b) from mean latents: cosine / 2 + 1/2."""
+    return F.normalize(text, dim=-1) @ F.normalize(motion, dim=-1).T / 2 + 0.5
+
+
+# ---- 4. Our retrieval models ------------------------------------------------------------------------------------
+
+def freeze(model):
+    """Eval mode, no gradients into the weights (gradients to the input still flow). Returns the model."""
+    return model.eval().requires_grad_(False)
+
+
+class RetrievalModel(nn.Module):
+    """Text and motion in one space; the cosine of the two mean latents is the score.
+
+    family "transformer": a small TMR (encoders of section 3) and the reward; "bigru": conv + BiGRU, the judge.
+    Both read patches of `patch` frames through a fixed orthonormal basis (fitted by train_retrieval: the principal
+    components of the training patches; random before), because 4 x 263 numbers a token would cost most of the time.
+    Not in the papers: the basis, and a learned word table in place of DistilBERT.
+    """
+
+    def __init__(self, family, vocabulary, statistics, *, width=64, layers=2, heads=4, patch=4, components=64,
+                 max_words=32, seed=0):
+        super().__init__()
+        if family not in ("transformer", "bigru"):
+            raise ValueError(f"family must be 'transformer' or 'bigru', not {family!r}")
+        statistics.require("scorer")
+        self.config = dict(family=family, width=width, layers=layers, heads=heads, patch=patch, components=components,
+                           max_words=max_words)
+        self.vocabulary, self.patch, self.max_words = vocabulary, patch, max_words
+        self.transformer = family == "transformer"
+        for name, value in (("mean", statistics.mean.clone()), ("std", statistics.std.clone()),
+                            ("centre", torch.zeros(patch * len(statistics.mean))), ("scale", torch.ones(())),
+                            ("basis", torch.zeros(patch * len(statistics.mean), components))):
+            self.register_buffer(name, value)
+        self.words = nn.Parameter(torch.zeros(len(vocabulary), width))
+        if self.transformer:
+            self.motion_encoder = TMREncoder(components, width, 2 * width, layers, heads)
+            self.text_encoder = TMREncoder(width, width, 2 * width, layers, heads)
+        else:
+            self.convs = nn.ModuleList(nn.Conv1d(i, width, 3, padding=1) for i in (components, width))
+            self.motion_encoder = MotionEncoderBiGRU(width, width, width)
+            self.text_encoder = MotionEncoderBiGRU(width, width, width)
+        self._initialise(torch.Generator().manual_seed(seed))
+
+    @torch.no_grad()
+    def _initialise(self, generator):
+        # Drawn here and not in the layers' constructors: those use the global generator.
+        for name, weight in sorted(self.named_parameters()):
+            if name == "words" or name.endswith(".tokens"):
+                weight.normal_(0.0, 1.0, generator=generator)
+            elif weight.dim() > 1:
+                nn.init.xavier_uniform_(weight, generator=generator)
+            else:
+                weight.fill_(1.0 if "norm" in name or name.endswith("output_net.1.weight") else 0.0)
+        self.basis.copy_(torch.linalg.qr(torch.randn(self.basis.shape, generator=generator))[0])
+
+    def patches(self, features, lengths):
+        """Raw features (b t d) -> flat normalised patches (b n patch*d); rows past a clip's length are zero."""
+        if features.shape[-1] != len(self.mean):
+            raise ValueError(f"features have width {features.shape[-1]}, this model was made for {len(self.mean)}")
+        if lengths.min() < self.patch or lengths.max() > features.shape[1]:
+            raise ValueError(f"lengths must be {self.patch} to {features.shape[1]} frames, got {lengths.tolist()}")
+        motion = masked((features - self.mean) / self.std, lengths // self.patch * self.patch)
+        motion = F.pad(motion, (0, 0, 0, -features.shape[1] % self.patch))
+        return rearrange(motion, "b (n s) d -> b n (s d)", s=self.patch)
+
+    def tokenise(self, features, lengths):
+        """Raw features (b t d), lengths (b) in frames -> tokens (b n k) in the fixed basis, token counts (b)."""
+        return (self.patches(features, lengths) - self.centre) @ self.basis / self.scale, lengths // self.patch
+
+    def encode_motion(self, tokens, counts):
+        """Tokens (b n k), counts (b) -> mean latents (b c)."""
+        mask = length_mask(counts, tokens.shape[1])
+        if self.transformer:
+            return self.motion_encoder(tokens, mask)[:, 0]
+        x = rearrange(tokens, "b n k -> b k n")
+        for conv in self.convs:      # masked before each convolution: padding must not leak into the last token
+            x = F.leaky_relu(conv(x * mask[:, None]), 0.2)
+        return self.motion_encoder(rearrange(x, "b k n -> b n k"), counts)
+
+    def encode_text(self, ids, mask):
+        """Word ids (b n) with mask (b n) -> mean latents (b c)."""
+        words = self.words[ids]
+        return self.text_encoder(words, mask)[:, 0] if self.transformer else self.text_encoder(words, mask.sum(1))
+
+    def embed_motion(self, features, lengths):
+        """RAW features (b t d), lengths (b) in frames -> mean latents (b c), not normalised to unit length."""
+        return self.encode_motion(*self.tokenise(features, lengths))
+
+    def embed_text(self, captions):
+        """Captions (list of b) -> mean latents (b c)."""
+        ids, mask = self.vocabulary.encode(captions, self.max_words)
+        # An empty caption reads as one unknown word, so that it has an embedding at all.
+        ids, mask = ids.clone(), mask.clone()
+        ids[~mask.any(1), 0], mask[:, 0] = 1, True
+        return self.encode_text(ids.to(self.words.device), mask.to(self.words.device))
+
+    def similarity(self, features, lengths, captions):
+        """Cosine (b) of each motion with its caption; differentiable in the features."""
+        return F.cosine_similarity(self.embed_motion(features, lengths), self.embed_text(captions), dim=-1)
+
+    def export(self):
+        """Plain dict (tensors, strings, numbers) for a checkpoint or a cache file; RetrievalModel.load reads it."""
+        return {"config": dict(self.config), "words": list(self.vocabulary.words),
+                "state": {key: value.detach().cpu().clone() for key, value in self.state_dict().items()}}
+
+    @classmethod
+    def load(cls, exported):
+        """Model from what export() returned; strict."""
+        state = exported["state"]
+        statistics = Statistics(state["mean"], state["std"], role="scorer")
+        model = cls(vocabulary=Vocabulary(exported["words"]), statistics=statistics, **exported["config"])
+        model.load_state_dict(state)
+        return model
+
+
+# ---- 5. Training and scoring them ------------------------------------------------------------------------------
+
+@torch.no_grad()
+def fit_basis(model, clips, seed=0, patches=20000):
+    """Set the model's basis to the leading principal components of its normalised training patches (at most `patches`)."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, budget = [], patches
+    for index in torch.randperm(len(clips), generator=generator).tolist():
+        features = torch.from_numpy(clips[index].features)[None]
+        rows.append(model.patches(features, torch.tensor([features.shape[1]]))[0, :features.shape[1] // model.patch])
+        budget -= len(rows[-1])
+        if budget <= 0:
+            break
+    rows = torch.cat(rows)
+    model.centre.copy_(rows.mean(0))
+    values, vectors = torch.linalg.eigh(torch.cov(rows.T.double()))
+    model.basis.copy_(vectors.flip(1)[:, :model.basis.shape[1]])
+    # Tokens get mean square 1, which gives the input noise of training a meaning.
+    model.scale.copy_(values.flip(0)[:model.basis.shape[1]].mean().clamp(min=1e-12).sqrt())
+
+
+def signature(attributes):
+    """A caption's attributes as one string, to be compared; None where nothing can be checked."""
+    return json.dumps(attributes, sort_keys=True) if attributes else None
+
+
+def duplicate_pairs(ids, signatures, idf, threshold=0.8):
+    """Pairs (b b) that ask for the same motion, so that neither is a negative of the other.
+
+    Equal attribute signatures; or, where one side has none, idf-weighted bags of words with cosine above threshold.
+    ids (b n) word ids with 0 = padding, idf (v,) weights. The diagonal is True.
+    """
+    bags = torch.zeros(len(ids), len(idf)).scatter_add_(1, ids, idf[ids])
+    bags[:, 0] = 0.0
+    bags = F.normalize(bags, dim=1)
+    codes = {name: code for code, name in enumerate(sorted(set(signatures) - {None}))}
+    codes = torch.tensor([codes.get(name, -1) for name in signatures])
+    both = (codes[:, None] >= 0) & (codes[None, :] >= 0)
+    same = torch.where(both, codes[:, None] == codes[None, :], bags @ bags.T > threshold)
+    return same | torch.eye(len(ids), dtype=torch.bool)
+
+
+def inverse_document_frequency(ids, size):
+    """idf (size,) of the word ids over captions (m n): log((1 + m) / (1 + count)) + 1."""
+    counts = Counter(word for row in ids.tolist() for word in set(row))
+    return torch.tensor([math.log((1 + len(ids)) / (1 + counts[word])) + 1 for word in range(size)])
+
+
+def train_retrieval(model, clips, *, iterations=900, batch=96, lr=2e-3, seed=0, noise=0.3, word_drop=0.1,
+                    temperature=0.1, weight_decay=1e-2, progress=True, label="retrieval model"):
+    """Train on (motion, random caption) pairs with InfoNCE; one generator drives every draw, so a seed is a run.
+
+    Input noise and dropped words are the regularisers: without them the models learn the few training subjects by
+    heart. Not in TMR: no decoder, the contrastive loss alone. Returns {"loss": [...], "top1": [...]}, one value an
+    iteration (top1: share of motions that find their own caption in the batch); the model is left in eval mode.
+    """
+    if len(clips) < 2:
+        raise InputError(f"{label}: needs at least two training clips, got {len(clips)}")
+    generator, device = torch.Generator().manual_seed(seed), model.mean.device
+    fit_basis(model, clips, seed)
+    # The basis is fixed, so every clip is tokenised once, not once an iteration.
+    tokens = []
+    for clip in clips:
+        features = torch.from_numpy(clip.features)[None].to(device)
+        count = features.shape[1] // model.patch
+        tokens.append(model.tokenise(features, torch.tensor([features.shape[1]], device=device))[0][0, :count])
+    ids, mask = model.vocabulary.encode([c for clip in clips for c in clip.captions], model.max_words)
+    offsets = torch.tensor([0] + [len(clip.captions) for clip in clips]).cumsum(0)
+    signatures = [signature(a) for clip in clips for a in clip.attributes]
+    idf = inverse_document_frequency(ids, len(model.words))
+
+    model.train()
+    optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+    warmup = max(1, iterations // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda i: min(1.0, (i + 1) / warmup) * 0.5 * (
+        1 + math.cos(math.pi * max(0, i - warmup) / max(1, iterations - warmup))))
+    curves = {"loss": [], "top1": []}
+    bar = tqdm(range(iterations), desc=label, disable=not progress, mininterval=1.0)
+    for _ in bar:
+        rows = torch.randperm(len(clips), generator=generator)[:batch]
+        draw = torch.rand(len(rows), generator=generator)
+        lines = offsets[rows] + (draw * (offsets[rows + 1] - offsets[rows])).long()      # a random caption each
+        duplicates = duplicate_pairs(ids[lines], [signatures[line] for line in lines.tolist()], idf).to(device)
+        counts = torch.tensor([len(tokens[row]) for row in rows.tolist()], device=device)
+        motion = pad_sequence([tokens[row] for row in rows.tolist()], batch_first=True)       # b n k
+        motion = motion + noise * torch.randn(motion.shape, generator=generator).to(device)
+        dropped = (torch.rand(ids[lines].shape, generator=generator) < word_drop) & mask[lines]
+        words = ids[lines].masked_fill(dropped, 1).to(device)
+        text = model.encode_text(words, mask[lines].to(device))
+        motion = model.encode_motion(motion, counts)
+        loss = info_nce(text, motion, temperature, duplicates)
+        if not torch.isfinite(loss):
+            raise NonFiniteError(f"{label}: the loss is {loss.item()} at iteration {len(curves['loss'])}")
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        with torch.no_grad():
+            best = (F.normalize(motion, dim=-1) @ F.normalize(text, dim=-1).T).argmax(1)
+            curves["top1"].append(duplicates[torch.arange(len(rows)), best].double().mean().item())
+        curves["loss"].append(loss.item())
+        bar.set_postfix(loss=f"{loss.item():.3f}", top1=f"{curves['top1'][-1]:.2f}", refresh=False)
+    model.eval()
+    return curves
+
+
+def fit_retrieval(family, clips, *, feat_bias=5.0, seed=0, width=64, layers=2, patch=4, **training):
+    """Vocabulary, scorer statistics, model and training in one call -> (frozen model, curves).
+
+    feat_bias > 1 makes the few root and contact features weigh as much as the many rotations: without it turning
+    left and turning right look alike to the model.
+    """
+    vocabulary = Vocabulary.from_captions([c for clip in clips for c in clip.captions])
+    statistics = Statistics.from_clips(clips, "scorer", feat_bias=feat_bias)
+    model = RetrievalModel(family, vocabulary, statistics, width=width, layers=layers, patch=patch, seed=seed)
+    curves = train_retrieval(model, clips, seed=seed, label=f"{family} retrieval", **training)
+    return freeze(model), curves
+
+
+@torch.no_grad()
+def embed(judge, features, lengths, captions=None, chunk=128):
+    """Unit-length motion embeddings (n c), and text embeddings (n c) or None, in chunks to bound the memory."""
+    motion = torch.cat([judge.embed_motion(f, n) for f, n in zip(features.split(chunk), lengths.split(chunk))])
+    text = None if captions is None else torch.cat(
+        [judge.embed_text(captions[i:i + chunk]) for i in range(0, len(captions), chunk)])
+    for name, part in (("motion", motion), ("text", text)):
+        if part is not None and not torch.isfinite(part).all():
+            raise NonFiniteError(f"{name} embeddings are not finite: the motions to be scored hold NaN or infinity")
+    return F.normalize(motion, dim=-1), None if text is None else F.normalize(text, dim=-1)
+
+
+def retrieval_score(model, clips, *, pool=32, seed=0):
+    """Text-to-motion R@1..3 on clips in random pools, as a dict, with each clip's first caption.
+
+    "R1".. counts only the clip's own motion; "R1_same".. also any motion whose attributes are equal, the fair value
+    where several clips of a pool fit the caption. "chance" is 1 / pool.
+    """
+    order = torch.randperm(len(clips), generator=torch.Generator().manual_seed(seed)).tolist()
+    clips = [clips[i] for i in order]
+    batch = collate(clips)
+    motion, text = embed(model, batch.motion, batch.lengths, batch.captions)
+    names = [signature(clip.attributes[0]) for clip in clips]
+    pool, exact, same = min(pool, len(clips)), [], []
+    for start in range(0, len(clips) - pool + 1, pool):
+        rows = slice(start, start + pool)
+        distance = pairwise_distance(text[rows], motion[rows])
+        equal = torch.tensor([[a == b is not None for b in names[rows]] for a in names[rows]])
+        exact.append(hit_chance(distance, (1, 2, 3))[0])
+        same.append(hit_chance(distance, (1, 2, 3), equal | torch.eye(pool, dtype=torch.bool))[0])
+    exact, same = torch.cat(exact).mean(0).tolist(), torch.cat(same).mean(0).tolist()
+    return ({f"R{k}": value for k, value in enumerate(exact, 1)}
+            | {f"R{k}_same": value for k, value in enumerate(same, 1)} | {"pool": pool, "chance": 1 / pool})
+
+
+# ---- 6. The benchmark ------------------------------------------------------------------------------------------
+
+def benchmark_embeddings(text, motion, real, *, generator, pool=32, pairs=300):
+    """One repeat of the table from embeddings: text and motion (n c) in pairs, real (m c) ground-truth motions."""
+    order = torch.randperm(len(motion), generator=generator)
+    ranked = r_precision(text, motion, pool=pool, order=order)
+    return {
+        "fid": fid(motion, real),
+        **{f"r_precision_top{k}": value.item() for k, value in enumerate(ranked["top"], 1)},
+        "mm_dist": mm_dist(text, motion),
+        "diversity": diversity(motion, *draw_pairs(len(motion), pairs, generator)),
+        "r_precision_pool": float(ranked["pool"]), "r_precision_ties": ranked["ties"]}
+
+
+def benchmark(judge, generated, real, *, generator, pool=32, pairs=300):
+    """One repeat: dict metric -> float; `judge` is the mean cosine of the motions with their captions.
+
+    generated: (raw features (n t d), lengths (n), captions); real: (raw features, lengths), the set that FID compares
+    with. The ground-truth row of a table is the real set in both places. Embeddings are scaled to unit length, so
+    distances order pairs as cosines do; FID lies in 0..4. Repeat with other generators and sampling seeds, then
+    summarise().
+    """
+    features, lengths, captions = generated
+    motion, text = embed(judge, features, lengths, captions)
+    target, _ = embed(judge, *real[:2])
+    if min(len(motion), len(target)) < 2 * motion.shape[1]:
+        warnings.warn(f"FID of {len(motion)} against {len(target)} motions in {motion.shape[1]} dimensions is biased "
+                      "upward; compare it only with runs of the same size", stacklevel=2)
+    return benchmark_embeddings(text, motion, target, generator=generator, pool=pool, pairs=pairs) | {
+        "judge": (text * motion).sum(-1).mean().item()}
+
+
+def benchmark_multimodality(judge, features, lengths, *, generator, times=10):
+    """Multimodality of raw features (p g t d), lengths (p g): g samples of each of p prompts (100 x 30 in the papers)."""
+    motion, _ = embed(judge, rearrange(features, "p g t d -> (p g) t d"), rearrange(lengths, "p g -> (p g)"))
+    motion = rearrange(motion, "(p g) c -> p g c", p=len(features))
+    return multimodality(motion, *draw_pairs(motion.shape[1], times, generator))

@@ -1,0 +1,379 @@
+"""Pictures of motion (GIF, storyboard, curves) and files for other programs (BVH, npy).
+
+Stick figures: right limbs red, left limbs blue, spine and head black; on the floor their shadow and, dashed, the
+path of the root. A dot marks a toe on the floor; it is orange while it slides (what "foot skate" counts).
+
+Drawn with Figure and Agg, never pyplot: no global state, no display. Every file is written under a temporary name
+and then renamed. A picture is never worth a training run: call these functions through `safely`.
+"""
+
+import contextlib
+import csv
+import os
+import textwrap
+import warnings
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from PIL import Image       # a part of every matplotlib installation, which writes its own pictures through it
+
+from common.runs import InputError
+
+RED, BLUE, BLACK, ORANGE = "#d62728", "#1f5fbf", "#1a1a1a", "#ff8c00"
+GREY, SHADOW, FLOOR = "#8a8a8a", "#cdd1d6", "#eef0f2"
+LEGEND = "red: right, blue: left.  dot: toe on the floor, orange: sliding"
+DPI = 100
+
+# Mixamo's names, which most BVH collections share, so that files travel both ways.
+_ARM, _LEG = ("Arm", "ForeArm", "Hand"), ("UpLeg", "Leg", "Foot", "ToeBase", "ToeEnd")
+JOINT_NAMES = {
+    "t2m": ("Hips LeftUpLeg RightUpLeg Spine LeftLeg RightLeg Spine1 LeftFoot RightFoot Spine2 LeftToeBase "
+            "RightToeBase Neck LeftShoulder RightShoulder Head LeftArm RightArm LeftForeArm RightForeArm "
+            "LeftHand RightHand").split(),
+    "kit": ["Hips", "Spine", "Spine1", "Neck", "Head"]
+           + [side + part for parts in (_ARM, _LEG) for side in ("Right", "Left") for part in parts]}
+
+
+# ---- 1. Files ---------------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def _replacing(path):
+    """Yields a temporary path in the same folder; it becomes `path` if the block succeeds and goes away if not."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def safely(draw, *args, **kwargs):
+    """Call draw(*args, **kwargs). An error becomes a RuntimeWarning that names it, and None is returned."""
+    try:
+        return draw(*args, **kwargs)
+    except Exception as error:
+        warnings.warn(f"{getattr(draw, '__name__', draw)} failed, the run goes on without it: "
+                      f"{type(error).__name__}: {error}", RuntimeWarning, stacklevel=2)
+
+
+def write_npy(path, joints):
+    """Save joints (t j 3) as float32, in the units they come in."""
+    with _replacing(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, np.asarray(joints, dtype=np.float32))
+
+
+# ---- 2. Camera and figure ---------------------------------------------------------------------------------------
+
+AZIMUTH, ELEVATION, DISTANCE = np.radians(-40), np.radians(14), 9.0     # metres. A clip starts facing azimuth 0
+
+
+def project(points):
+    """What the camera sees of points (... 3) in metres: (... 3) = to the right, up, towards the viewer.
+
+    Not mplot3d with axes (x, z, y), as in much motion code: that swap is a reflection and shows left limbs right.
+    """
+    toward = np.array([np.sin(AZIMUTH) * np.cos(ELEVATION), np.sin(ELEVATION), np.cos(AZIMUTH) * np.cos(ELEVATION)])
+    right = np.array([np.cos(AZIMUTH), 0.0, -np.sin(AZIMUTH)])
+    seen = points @ np.stack([right, np.cross(toward, right), toward], -1)
+    seen[..., :2] *= DISTANCE / np.maximum(DISTANCE - seen[..., 2:], 1.0)       # never behind the camera
+    return seen
+
+
+def _centres(clips, follow):
+    """Where the camera looks, one (t 3) on the floor per clip: the same fixed place for all, or the root's path."""
+    if not follow:
+        ground = np.concatenate([clip.reshape(-1, 3) for clip in clips]) * [1, 0, 1]
+        return [np.broadcast_to((ground.min(0) + ground.max(0)) / 2, (len(clip), 3)) for clip in clips]
+    window = 21             # frames; a camera that copies the sway of every step makes one seasick
+    padded = [np.pad(clip[:, 0] * [1, 0, 1], ((window // 2, window // 2), (0, 0)), mode="edge") for clip in clips]
+    return [np.lib.stride_tricks.sliding_window_view(path, window, axis=0).mean(-1) for path in padded]
+
+
+def _limits(clips, centres, aspect):
+    """x and y limits that hold every frame of every clip, for a panel `aspect` times as wide as high."""
+    seen = np.concatenate([project(clip - centre[:, None]).reshape(-1, 3) for clip, centre in zip(clips, centres)])
+    low, high = seen[:, :2].min(0) - [0.12, 0.15], seen[:, :2].max(0) + [0.12, 0.3]     # head, shadow, clock
+    height = max(high[1] - low[1], (high[0] - low[0]) / aspect)
+    x, y = (low + high) / 2
+    return (x - height * aspect / 2, x + height * aspect / 2), (y - height / 2, y + height / 2)
+
+
+def _floor(path):
+    """Rectangle around a path (t 3): corners (4 3) and half-metre grid (n 3, NaN between lines), in metres."""
+    x0, _, z0 = np.floor(path.min(0) * 2 - 1) / 2
+    x1, _, z1 = np.ceil(path.max(0) * 2 + 1) / 2
+    lines = [[[x, 0, z0], [x, 0, z1], [np.nan] * 3] for x in np.arange(x0, x1, 0.5)]
+    lines += [[[x0, 0, z], [x1, 0, z], [np.nan] * 3] for z in np.arange(z0, z1, 0.5)]
+    return np.array([[x0, 0, z0], [x1, 0, z0], [x1, 0, z1], [x0, 0, z1]]), np.concatenate(lines)
+
+
+class _Stage:
+    """One clip in one axes. Artists are made once; show(frame) moves them and returns them from back to front."""
+
+    def __init__(self, axes, joints, skeleton, centre, limits, fps, linewidth):
+        self.axes, self.chains, self.fps, self.centre = axes, [list(chain) for chain in skeleton.chains], fps, centre
+        index = skeleton.index
+        self.path = joints[:, 0] * [1, 0, 1]
+        self.corners, self.grid = _floor(self.path)
+        self.body = project(joints - centre[:, None])                                                   # t j 3
+        self.shadow = project(joints * [1, 0, 1] - centre[:, None])
+        neck, up = joints[:, index["neck"]], joints[:, index["head"]] - joints[:, index["neck"]]
+        skull = neck + 0.16 * up / np.maximum(np.linalg.norm(up, axis=-1, keepdims=True), 1e-6)
+        self.head = project(skull - centre)             # the head joints of both formats lie too low for a skull
+        toes = joints[:, [index["l_toe"], index["r_toe"]]]                                              # t 2 3
+        step = np.diff(toes[..., [0, 2]], axis=0, append=toes[-1:, :, [0, 2]])
+        on_floor, moving = toes[..., 1] < 0.05, np.linalg.norm(step, axis=-1) * fps > 0.5   # as foot skate has it
+        self.dots = [project(np.where(chosen[..., None], toes, np.nan) - centre[:, None])
+                     for chosen in (on_floor & ~moving, on_floor & moving)]
+
+        right, left = {index["r_hip"], index["r_shoulder"]}, {index["l_hip"], index["l_shoulder"]}
+        colours = [RED if right & set(chain) else BLUE if left & set(chain) else BLACK for chain in self.chains]
+        self.spine = colours.index(BLACK)
+
+        def line(**style):
+            return axes.plot([], [], **{"solid_capstyle": "round", "solid_joinstyle": "round", **style})[0]
+
+        def dot(size, **style):
+            return line(marker="o", linestyle="", markersize=size, **style)
+
+        axes.set(xlim=limits[0], ylim=limits[1])
+        axes.set_axis_off()
+        points_per_metre = axes.get_window_extent().height / (limits[1][1] - limits[1][0]) * 72 / DPI
+        self.floor_art = axes.fill([0], [0], facecolor=FLOOR, edgecolor=SHADOW, linewidth=0.8)[0]
+        self.grid_art = line(color="white", linewidth=1.0)
+        self.shadow_art = line(color=SHADOW, linewidth=linewidth * 1.2)
+        self.path_art = line(color=GREY, linewidth=1.0, linestyle=(0, (3, 2)))
+        self.limb_arts = [line(color=colour, linewidth=linewidth) for colour in colours]
+        self.head_art = dot(0.21 * points_per_metre, color=BLACK)
+        self.dot_arts = [dot(linewidth * 1.9, color=colour, markeredgecolor="white", markeredgewidth=0.6)
+                         for colour in (BLACK, ORANGE)]
+        self.clock_art = axes.text(0.98, 0.98, "", transform=axes.transAxes, ha="right", va="top", fontsize=8, color=GREY)
+
+    def show(self, frame):
+        frame = min(frame, len(self.body) - 1)                  # a shorter clip waits in its last pose
+        body, centre = self.body[frame], self.centre[frame]
+        self.floor_art.set_xy(project(self.corners - centre)[:, :2])
+        self.grid_art.set_data(*project(self.grid - centre)[:, :2].T)
+        self.path_art.set_data(*project(self.path[:frame + 1] - centre)[:, :2].T)
+        chains = [np.vstack([self.shadow[frame, chain, :2], [np.nan, np.nan]]) for chain in self.chains]
+        self.shadow_art.set_data(*np.concatenate(chains).T)
+        for limb, chain in zip(self.limb_arts, self.chains):
+            limb.set_data(*body[chain, :2].T)
+        self.head_art.set_data(*self.head[frame, :2, None])
+        for art, dots in zip(self.dot_arts, self.dots):
+            art.set_data(*dots[frame, :, :2].T)
+        self.clock_art.set_text(f"{frame / self.fps:.2f} s")
+        nearness = [body[chain[1:], 2].mean() for chain in self.chains]         # the nearer arm hides the farther one
+        figure = [art for i in np.argsort(nearness)
+                  for art in ([self.limb_arts[i], self.head_art] if i == self.spine else [self.limb_arts[i]])]
+        order = [self.floor_art, self.grid_art, self.shadow_art, self.path_art, *figure, *self.dot_arts, self.clock_art]
+        for rank, art in enumerate(order):
+            art.set_zorder(rank)
+        return order
+
+
+# ---- 3. GIF and storyboard --------------------------------------------------------------------------------------
+
+def clip_note(reward=None, oracle=None, skate=None):
+    """Line under a panel: reward, a tick or cross per attribute the caption asks for, share of sliding contacts."""
+    ticks = " ".join(f"{name} {chr(0x2713 if holds else 0x2717)}" for name, holds in (oracle or {}).items())
+    return " | ".join(filter(None, [reward is not None and f"reward {reward:.2f}", ticks,
+                                    skate is not None and f"skate {skate:.2f}"]))
+
+
+def _clips(panels, skeleton):
+    """Joints of every panel in metres, so that one camera fits both formats."""
+    clips = [np.asarray(panel["joints"], dtype=np.float64) / skeleton.units_per_metre for panel in panels]
+    for clip in clips:
+        if clip.ndim != 3 or clip.shape[1:] != (skeleton.joints, 3) or not len(clip) or not np.isfinite(clip).all():
+            raise InputError(f"joints to draw must be finite and (t {skeleton.joints} 3), not {clip.shape}")
+    return clips
+
+
+def _wrapped(text, width, lines):
+    rows = textwrap.wrap(str(text), width)
+    return "\n".join(rows[:lines]) + (" ..." if len(rows) > lines else "")
+
+
+def _figure(width, height):
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _text(figure, x, y, text, size, **style):
+    """Text at pixel (x, y) from the upper left. Captions come from users: a dollar sign must not start a formula."""
+    width, height = figure.get_size_inches() * DPI
+    figure.text(x / width, 1 - y / height, text, fontsize=size, parse_math=False, **{"va": "top", **style})
+
+
+def _axes(figure, x, y, width, height):
+    """Axes at pixel (x, y) from the upper left."""
+    across, down = figure.get_size_inches() * DPI
+    return figure.add_axes([x / across, 1 - (y + height) / down, width / across, height / down])
+
+
+def _palette():
+    """Every ink blended into white and into the floor. One palette for all frames: small files, and no flicker."""
+    inks, papers = (RED, BLUE, BLACK, GREY, ORANGE, SHADOW), ("white", FLOOR)
+    blends = [share * np.array(to_rgb(ink)) + (1 - share) * np.array(to_rgb(paper))
+              for paper in papers for share in np.linspace(0, 1, 6) for ink in inks]
+    image = Image.new("P", (1, 1))
+    image.putpalette(np.round(np.array(blends) * 255).astype(np.uint8).tobytes())
+    return image
+
+
+def render_gif(path, panels, skeleton, caption="", fps=None, *, every=1, size=(300, 320)):
+    """Animated panels side by side, seen by one camera.
+
+    panels: list of dict(joints (t j 3) in the skeleton's units, title, note); title ("before" | "after" | "data") and
+    note (`clip_note(...)`) may be missing. fps: of the joints, default the skeleton's. every: keep each n-th frame.
+    size: pixels of a panel. The camera stands still; if a path is longer than 4 m it follows the root in all panels.
+    Raises InputError on joints of a wrong shape or not finite.
+    """
+    fps, clips, (width, height) = fps or skeleton.fps, _clips(panels, skeleton), size
+    centres = _centres(clips, follow=max(np.ptp(clip[:, 0], axis=0).max() for clip in clips) > 4)
+    limits = _limits(clips, centres, width / height)
+    title, middle = _wrapped(caption, 36 * len(panels), 3), width * len(panels) / 2
+    top = 14 + 19 * (title.count("\n") + 1) if title else 6
+    figure = _figure(width * len(panels), top + height + 68)
+    _text(figure, middle, 8, title, 11, ha="center")
+    _text(figure, middle, top + height + 65, LEGEND, 7, ha="center", va="bottom", color=GREY)
+    stages = []
+    for i, (panel, clip, centre) in enumerate(zip(panels, clips, centres)):
+        _text(figure, (i + 0.5) * width, top, panel.get("title", ""), 10, ha="center", weight="bold")
+        _text(figure, (i + 0.5) * width, top + height + 24, _wrapped(panel.get("note", ""), 46, 2), 8, ha="center")
+        axes = _axes(figure, i * width + 2, top + 22, width - 4, height)
+        stages.append(_Stage(axes, clip, skeleton, centre, limits, fps, linewidth=3.2))
+
+    figure.canvas.draw()                                        # all that stands still, once
+    background, palette, images = figure.canvas.copy_from_bbox(figure.bbox), _palette(), []
+    for frame in range(0, max(map(len, clips)), every):
+        figure.canvas.restore_region(background)
+        for stage in stages:
+            for art in stage.show(frame):
+                stage.axes.draw_artist(art)
+        image = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy())
+        images.append(image.quantize(palette=palette, dither=Image.Dither.NONE))
+    with _replacing(path) as temporary:
+        images[0].save(temporary, format="GIF", save_all=True, append_images=images[1:], loop=0,
+                       duration=round(1000 * every / fps))
+
+
+def storyboard(path, rows, skeleton, caption="", fps=None, *, frames=6, size=(118, 150)):
+    """Still picture (PNG): one row per clip, `frames` moments from its first to its last frame as columns.
+
+    rows: list of dict(joints (t j 3), title, note) as in `render_gif`; a row may have a caption of its own (several
+    clips in one picture). The camera follows each figure; the dashed line shows where it came from. Raises InputError.
+    """
+    clips, (width, height), label = _clips(rows, skeleton), size, 150
+    centres = [clip[:, 0] * [1, 0, 1] for clip in clips]
+    limits = _limits(clips, centres, width / height)
+    title = _wrapped(caption, 100, 2)
+    top = 12 + 19 * (title.count("\n") + 1) if title else 4
+    figure = _figure(label + width * frames, top + height * len(rows) + 18)
+    _text(figure, 10, 8, title, 11)
+    _text(figure, label, top + height * len(rows) + 3, LEGEND, 7, color=GREY)
+    for i, (row, clip, centre) in enumerate(zip(rows, clips, centres)):
+        y, below = top + i * height, [_wrapped(row.get(key, ""), 24, 4) for key in ("caption", "note")]
+        _text(figure, 10, y + 22, row.get("title", ""), 10, weight="bold")
+        _text(figure, 10, y + 42, "\n".join(filter(None, below)), 7.5, linespacing=1.4)
+        for k, frame in enumerate(np.linspace(0, len(clip) - 1, frames).round().astype(int)):
+            axes = _axes(figure, label + k * width, y, width, height)
+            _Stage(axes, clip, skeleton, centre, limits, fps or skeleton.fps, linewidth=2.2).show(frame)
+    with _replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=DPI)
+
+
+# ---- 4. Curves --------------------------------------------------------------------------------------------------
+
+def read_csv(path):
+    """Columns of a log as name -> float array (rows). Empty cells and words are NaN, lines with # comments."""
+    def number(cell):
+        try:
+            return float(cell)
+        except (TypeError, ValueError):         # not measured in this row: the curve leaves it out
+            return np.nan
+
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    if not rows:
+        raise InputError(f"{path}: no rows to draw")
+    return {name: np.array([number(row[name]) for row in rows]) for name in rows[0]}
+
+
+def curves(path, runs, groups, x="iteration", bands=None):
+    """Small axes in one PNG, one per group of columns.
+
+    runs: a log or a list of logs (seeds): CSV paths or dicts of arrays. groups: title -> list of columns. bands:
+    column -> column with the half width of its interval, shaded when there is one run. Several runs are matched by
+    x: mean, shaded from lowest to highest. Raises InputError if a column is missing.
+    """
+    runs, bands = runs if isinstance(runs, (list, tuple)) else [runs], bands or {}
+    logs = [run if isinstance(run, dict) else read_csv(run) for run in runs]
+    for name in {x, *bands.values(), *(name for names in groups.values() for name in names)}:
+        if any(name not in log for log in logs):
+            raise InputError(f"no column {name!r} to draw; the log has {', '.join(logs[0])}")
+    steps = np.unique(np.concatenate([log[x] for log in logs]))
+
+    def table(name):                            # runs n
+        filled = np.full((len(logs), len(steps)), np.nan)
+        for row, log in zip(filled, logs):
+            row[np.searchsorted(steps, log[x])] = log[name]
+        return filled
+
+    lines = -(-len(groups) // 4)
+    columns = -(-len(groups) // lines)
+    figure = _figure(270 * columns, 200 * lines)
+    for i, (title, names) in enumerate(groups.items()):
+        axes = figure.add_subplot(lines, columns, i + 1)
+        for name in names:
+            values = table(name)
+            there = np.isfinite(values).any(0)
+            values, mean = values[:, there], np.nanmean(values[:, there], 0)
+            half = table(bands[name])[0, there] if name in bands and len(logs) == 1 else 0
+            colour = axes.plot(steps[there], mean, ".-", linewidth=1.5, label=name.replace("_", " "),
+                               markersize=5 if there.sum() < 30 else 0)[0].get_color()
+            axes.fill_between(steps[there], np.nanmin(values, 0) - half, np.nanmax(values, 0) + half, color=colour,
+                              alpha=0.2, linewidth=0)
+        axes.set_title(title, fontsize=9, loc="left", weight="bold")
+        axes.set_xlabel(x, fontsize=7, color=GREY)
+        axes.tick_params(labelsize=7, color=GREY)
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        if len(names) > 1:
+            axes.legend(fontsize=7, frameon=False)
+    if len(logs) > 1:
+        _text(figure, 270 * columns - 8, 200 * lines - 4, f"mean of {len(logs)} runs, shaded: lowest to highest", 6,
+              ha="right", va="bottom", color=GREY)
+    figure.tight_layout(pad=0.9)
+    with _replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=DPI)
+
+
+# ---- 5. BVH -----------------------------------------------------------------------------------------------------
+
+def _rotation(axis, degrees):
+    """Rotations (t 3 3) about "X", "Y" or "Z" by degrees (t)."""
+    i = "XYZ".index(axis)
+    j, k = (i + 1) % 3, (i + 2) % 3
+    matrix = np.zeros((len(degrees), 3, 3))
+    matrix[:, i, i], matrix[:, j, j], matrix[:, k, k] = 1, np.cos(np.radians(degrees)), np.cos(np.radians(degrees))
+    matrix[:, k, j], matrix[:, j, k] = np.sin(np.radians(degrees)), -np.sin(np.radians(degrees))
+    return matrix
+
+
+def _between(u, v):
+    """Smallest rotations (t 3 3) that turn the unit vector u (3), along an axis, onto unit vectors v (t 3)."""
+    cross, cosine = np.cross(u, v), (v @ u)[:, None, None]
+    skew = np.cross(np.eye(3), cross[:, None])                  # skew @ w = cross(u x v, w), Rodrigues' formula
+    skew = -skew.swapaxes(1, 2) if False else skew
+    across = np.roll(u, 1)
+    half_turn = 2 * np.outer(across, across) - np.eye(3)        # opposite vectors leave the axis open
+    turned = np.eye(3) + skew + skew @ skew / np.maximum(1 + cosine, 1e-9)
+    return np.where(cosine > -1 + 1e-9, turned, half_turn)

@@ -1,0 +1,528 @@
+"""Plumbing of a run: random numbers, checkpoints, logs, locks, signals, threads, processes.
+
+What it promises: an interrupted run loses at most the iteration it was in, nothing stored in a file is ever
+executed, and a wrong input is answered by one line that names the file or flag and the fix. POSIX only.
+Exit codes: 0 done, 2 the user's input, 3 non-finite numbers, 4 disk full, 130 / 143 interrupted and saved.
+"""
+import contextlib
+import csv
+import datetime
+import errno
+import fcntl
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+MASK64 = (1 << 64) - 1
+DISK_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+RUN_SUFFIXES = (".json", ".csv", ".png", ".gif", ".pt", ".npy", ".bvh", ".html")  # --overwrite may delete
+
+
+class InputError(ValueError):
+    """The user's mistake. The message is one line that names the file or flag and the fix; scripts exit 2."""
+
+
+class NonFiniteError(RuntimeError):
+    """A loss, gradient or reward is NaN or infinite; scripts exit 3 without touching the last checkpoint."""
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM was obeyed and the state is saved; scripts exit with 128 + the signal's number."""
+
+    def __init__(self, signum):
+        super().__init__(f"stopped by {signal.Signals(signum).name}; the state is saved, go on with --resume")
+        self.exit_code = 128 + signum
+
+
+# ---- 1. Random numbers -------------------------------------------------------------------------------------
+
+
+def mix(*ints):
+    """Mix integers into one 63-bit seed (splitmix64 finaliser, Steele et al. 2014); their order matters.
+
+    Python's hash() is salted per process, so it would make a resumed run differ.
+    """
+    state = 0
+    for value in ints:
+        state = (state + 0x9E3779B97F4A7C15 + (int(value) & MASK64)) & MASK64
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & MASK64
+        state ^= state >> 31
+    return state >> 1
+
+
+def generator(seed, iteration, purpose, index=0, device="cpu"):
+    """A fresh torch.Generator that depends on its arguments only; `purpose` is a fixed name such as "noise".
+
+    Nothing depends on what was drawn before, so a resumed run, or one that is split over processes, sees the
+    same numbers without any stored generator state.
+    """
+    number = mix(seed, iteration, zlib.crc32(purpose.encode()), index)
+    return torch.Generator(device=device).manual_seed(number)
+
+
+# ---- 2. Files ----------------------------------------------------------------------------------------------
+
+
+def atomic_write(path, write_fn, keep_previous=False):
+    """Call `write_fn(tmp_path)`, flush to disk, rename onto `path`: readers see the old or the new file whole.
+
+    keep_previous: the file that was there stays as `name.prev.ext`. OSError passes; the old file is intact.
+    """
+    path = Path(path)
+    tmp = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        write_fn(str(tmp))
+        with open(tmp, "rb+") as handle:
+            os.fsync(handle.fileno())
+        if keep_previous and path.exists():
+            older = path.with_name(f"{path.name}.old.tmp-{os.getpid()}")
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(older)
+            os.link(path, older)  # a second name, so that `path` exists at every instant
+            os.replace(older, previous(path))
+        os.replace(tmp, path)
+    finally:
+        if os.path.exists(tmp):
+            os.remove(tmp)
+    folder = os.open(path.parent, os.O_RDONLY)  # the rename itself must survive a power cut
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def previous(path):
+    """Where the file before the last one is kept: run/checkpoint.pt -> run/checkpoint.prev.pt."""
+    path = Path(path)
+    return path.with_name(f"{path.stem}.prev{path.suffix}")
+
+
+def save_json(path, obj):
+    """Write `obj` as JSON, atomically; numpy and torch scalars become numbers, NaN and infinity strings."""
+    text = json.dumps(_jsonable(plain(obj)), indent=2, allow_nan=False) + "\n"
+    atomic_write(path, lambda tmp: Path(tmp).write_text(text, encoding="utf-8"))
+
+
+def _jsonable(value):
+    if isinstance(value, dict):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, torch.Tensor):
+        return _jsonable(value.tolist())
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def plain(value, where="value"):
+    """Copy nested data into what a checkpoint may hold: dict, list, str, int, float, bool, None, CPU tensors.
+
+    NumPy scalars (torch.load refuses them), arrays and tuples are converted; another type raises TypeError.
+    """
+    if isinstance(value, dict):
+        if not all(isinstance(key, (str, int)) for key in value):
+            raise TypeError(f"{where}: only str and int keys can be stored")
+        return {key: plain(item, f"{where}[{key!r}]") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu().contiguous().clone()  # clone: a view would drag its whole storage along
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(np.array(value, order="C"))
+    if isinstance(value, np.generic):
+        return value.item()
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    raise TypeError(f"{where}: {type(value).__name__} cannot be stored")
+
+
+def fingerprint(*parts):
+    """sha256 (64 hex characters) of nested plain data, arrays and bytes; equal in every process."""
+    digest = hashlib.sha256()
+
+    def feed(value):
+        if isinstance(value, dict):
+            digest.update(f"dict{len(value)}".encode())
+            for key in sorted(value, key=lambda key: (str(key), type(key).__name__)):
+                feed(key)
+                feed(value[key])
+        elif isinstance(value, list):
+            digest.update(f"list{len(value)}".encode())
+            for item in value:
+                feed(item)
+        elif isinstance(value, torch.Tensor):
+            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            digest.update(value.reshape(-1).view(torch.uint8).numpy())
+        else:
+            raw = value if isinstance(value, bytes) else repr(value).encode()
+            digest.update(f"{type(value).__name__}{len(raw)}:".encode() + raw)
+
+    for part in parts:
+        feed(part if isinstance(part, bytes) else plain(part))
+    return digest.hexdigest()
+
+
+def save_checkpoint(path, data, kind="checkpoint", version=1, keep_previous=True):
+    """Store the dict `data` (see `plain`) with its kind, format version and checksum; atomic.
+
+    The file before stays as `*.prev.pt`. A value of a foreign type is a TypeError before anything is written.
+    """
+    data = plain(data)
+    buffer = io.BytesIO()  # torch's own file writer would hide a full disk behind a RuntimeError
+    torch.save({"kind": kind, "version": version, "checksum": fingerprint(data), "data": data}, buffer)
+    atomic_write(path, lambda tmp: Path(tmp).write_bytes(buffer.getbuffer()), keep_previous)
+
+
+def load_checkpoint(path, kind="checkpoint", version=1):
+    """Read what `save_checkpoint` stored -> the dict `data`, tensors on the CPU.
+
+    InputError if the file is missing, cut off, altered, no checkpoint, or of another kind or version.
+    """
+    path = Path(path)
+    older = previous(path)
+    hint = f"; use {older}" if older.exists() else "; delete it or name another file"
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; " + (f"use {older}" if older.exists() else "check the path"))
+    try:
+        stored = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # a damaged zip or pickle fails in a dozen ways, some with an empty message
+        raise InputError(f"{path}: damaged, or no checkpoint ({type(error).__name__}){hint}") from error
+    if not isinstance(stored, dict) or set(stored) != {"kind", "version", "checksum", "data"}:
+        raise InputError(f"{path}: not written by this project{hint}")
+    if stored["kind"] != kind:
+        raise InputError(f"{path}: holds a {stored['kind']!r}, wanted a {kind!r}; name another file")
+    if stored["version"] != version:
+        raise InputError(f"{path}: has version {stored['version']}, this code reads {version}; start a new run")
+    if stored["checksum"] != fingerprint(stored["data"]):
+        raise InputError(f"{path}: damaged, its checksum does not fit{hint}")
+    return stored["data"]
+
+
+def require_same(path, stored, current, free=()):
+    """InputError that lists each argument whose stored and current values (two dicts) differ.
+
+    free: names that may change between the two runs, such as "iterations" or "device".
+    """
+    stored, current = plain(stored), plain(current)
+    differing = [f"{name} was {stored.get(name)!r} and is {current.get(name)!r}"
+                 for name in sorted(set(stored) | set(current))
+                 if name not in free and stored.get(name) != current.get(name)]
+    if differing:
+        raise InputError(f"{path}: made with other arguments ({', '.join(differing)}); repeat them or start anew")
+
+
+def cached(folder, key, build, name, use_cache=True):
+    """The dict that `build()` returns, or its stored copy if `folder` has one made for the same `key` (plain data).
+
+    The file is `<folder>/<name>-<hash of key>.pt`. A damaged one is announced and rebuilt; use_cache=False
+    always rebuilds.
+    """
+    make_folder(folder, "--cache-dir")
+    path = Path(folder) / f"{name}-{fingerprint(key)[:16]}.pt"
+    if use_cache and path.exists():
+        try:
+            return load_checkpoint(path, kind=f"cache {name}")
+        except InputError as error:
+            print(f"rebuilding {name}: {error}")
+    data = plain(build())  # the same types whether built or loaded
+    save_checkpoint(path, data, kind=f"cache {name}", keep_previous=False)
+    return data
+
+
+# ---- 3. The run folder and its log -------------------------------------------------------------------------
+
+
+def make_folder(path, flag):
+    """Create a folder with its parents and clear leftovers of dead processes; InputError if it is not writable."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot create it ({error.strerror}); choose another {flag}") from error
+    if not os.access(path, os.W_OK | os.X_OK, effective_ids=True):
+        raise InputError(f"{path}: the folder is read-only; choose another {flag}")
+    for stale in Path(path).glob("*.tmp-*"):
+        pid = stale.name.rpartition("-")[2]
+        if pid.isdigit() and not _alive(int(pid)):
+            stale.unlink(missing_ok=True)
+
+
+def _alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+class RunFolder:
+    """The folder of one run, locked against a second run until `close()` or the end of the process.
+
+    A folder with content is refused unless `resume` (keeps all) or `overwrite` (deletes the products of an
+    earlier run, and only where args.json shows that there was one). `folder / name` is a path inside.
+    """
+
+    def __init__(self, path, resume=False, overwrite=False):
+        self.path = Path(path)
+        if resume and not self.path.is_dir():
+            raise InputError(f"{path}: nothing to resume; leave --resume out")
+        make_folder(path, "--out-dir")
+        self._lock = open(self.path / ".lock", "a+", encoding="ascii")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it when its owner dies
+        except BlockingIOError:
+            self._lock.seek(0)
+            owner = self._lock.read().strip()
+            self._lock.close()
+            raise InputError(f"{path}: in use by process {owner}; wait or choose another --out-dir") from None
+        self._lock.truncate(0)
+        self._lock.write(f"{os.getpid()}\n")
+        self._lock.flush()
+        content = [item for item in self.path.iterdir() if item.name != ".lock"]
+        if content and not resume:
+            if not overwrite or not (self.path / "args.json").exists():
+                self.close()
+                fix = "add --resume or --overwrite"
+                if overwrite:
+                    fix = "and holds no earlier run, choose another --out-dir"
+                raise InputError(f"{path}: the folder is not empty; {fix}")
+            for item in content:
+                if item.is_file() and item.suffix in RUN_SUFFIXES:
+                    item.unlink()
+
+    def __truediv__(self, name):
+        return self.path / name
+
+    def close(self):
+        """Let another run use the folder."""
+        self._lock.close()
+
+
+class CsvLog:
+    """A CSV file with a `# stamp` line, fixed columns (the first is "iteration") and one flushed row a write.
+
+    An existing file is continued, without a partial last line; InputError if its stamp or columns differ.
+    Write the row of an iteration before its checkpoint: a resume drops surplus rows but cannot restore any.
+    """
+
+    def __init__(self, path, fields, stamp=""):
+        self.path, self.fields = Path(path), list(fields)
+        self._header = [f"# {stamp}\n", ",".join(self.fields) + "\n"]
+        if self.path.exists() and self._lines()[:2] != self._header:
+            raise InputError(f"{path}: was written by a run with other arguments or columns; start anew")
+        self._handle = None
+        self.truncate_after(math.inf)
+
+    def _lines(self):
+        return self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
+
+    def truncate_after(self, iteration):
+        """Drop the rows of later iterations, and what a kill left half-written."""
+        rows = [line for line in self._lines()[2:] if line.endswith("\n")]
+        text = "".join(self._header + [line for line in rows if int(line.partition(",")[0]) <= iteration])
+        self.close()
+        atomic_write(self.path, lambda tmp: Path(tmp).write_text(text, encoding="utf-8"))
+        self._handle = open(self.path, "a", encoding="utf-8", newline="")
+
+    def write(self, row):
+        """Append one row, a dict with exactly the columns of the file; floats get 7 significant digits."""
+        if set(row) != set(self.fields):
+            raise ValueError(f"row and columns differ by {sorted(set(row) ^ set(self.fields))}")
+        values = [plain(row[field]) for field in self.fields]
+        values = [f"{v:.7g}" if isinstance(v, float) else v for v in values]
+        csv.writer(self._handle, lineterminator="\n").writerow(values)
+        self._handle.flush()
+
+    def close(self):
+        """Close the file; `truncate_after` opens it again."""
+        if self._handle is not None:
+            self._handle.close()
+
+
+# ---- 4. The process ----------------------------------------------------------------------------------------
+
+
+class StopSignal:
+    """`with StopSignal() as stop:` -- SIGINT and SIGTERM set `stop.requested`; the loop saves, then calls `check`.
+
+    A second SIGINT acts at once, as Python does by default: the checkpoint on disk stays whole.
+    """
+
+    requested = 0
+
+    def __enter__(self):
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self._before = {number: signal.signal(number, self._receive) for number in numbers}
+        return self
+
+    def _receive(self, number, frame):
+        self.requested = number
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def check(self):
+        """Raise Interrupted if a signal has come; call it where the state is saved."""
+        if self.requested:
+            raise Interrupted(self.requested)
+
+    def __exit__(self, *exc):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def run_main(main, argv=None):
+    """Call `main(argv)` and end the process with the exit code of its outcome (see the module docstring)."""
+    code = 0
+    try:
+        main(argv)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except NonFiniteError as error:
+        print(f"non-finite numbers: {error}", file=sys.stderr)
+        code = 3
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        print(f"disk: {error}; the last checkpoint is intact, free some space and --resume", file=sys.stderr)
+        code = 4
+    except Interrupted as error:
+        print(error, file=sys.stderr)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)
+
+
+class Stopwatch:
+    """`with watch.stage("rollout"):` adds the seconds spent inside to `watch.seconds["rollout"]`."""
+
+    def __init__(self):
+        self.seconds = {}
+
+    @contextlib.contextmanager
+    def stage(self, name):
+        """Context manager that times one stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def peak_memory_mb():
+    """Largest resident size of this process so far, in MB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def versions():
+    """Versions that a result depends on: python, torch, numpy, platform, and the git commit or None."""
+    root = Path(__file__).resolve().parent.parent
+    commit = None
+    if (root / ".git").exists():
+        with contextlib.suppress(FileNotFoundError):  # git is not installed
+            git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True)
+            commit = git.stdout.strip() if git.returncode == 0 else None
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+            "platform": platform.platform(), "commit": commit}
+
+
+def pick_device(name="auto"):
+    """auto | cpu | cuda | cuda:N -> torch.device; auto takes a GPU if there is one, an absent GPU is an InputError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise InputError(f"--device {name}: use auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: {torch.cuda.device_count()} GPU(s) found here; use --device cpu")
+    return device
+
+
+def pick_threads(requested=None):
+    """Set and return the number of CPU threads: as requested, else OMP_NUM_THREADS, else what a probe finds fastest.
+
+    Small networks often run faster on one thread. Results repeat bit for bit only at a fixed number of threads.
+    """
+    if requested is not None and requested < 1:
+        raise InputError(f"--threads {requested}: at least 1")
+    if requested or os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(requested or torch.get_num_threads())
+        return torch.get_num_threads()
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    x, weight = torch.ones(32, 48, 128), torch.ones(128, 256)  # b t d, about one feed-forward block
+    best = {}
+    for _ in range(3):  # rounds, so that a passing load does not decide
+        for count in sorted({2**k for k in range(6) if 2**k < available} | {available}):
+            torch.set_num_threads(count)
+            start = time.perf_counter()
+            for _ in range(10):
+                (torch.nn.functional.gelu(x @ weight) @ weight.T).softmax(-1)
+            best[count] = min(best.get(count, math.inf), time.perf_counter() - start)
+    torch.set_num_threads(min(best, key=best.get))
+    return torch.get_num_threads()
+
+
+# ---- 5. Several processes (torchrun) -----------------------------------------------------------------------
+
+
+def world(device="cpu", minutes=30):
+    """(rank, number of processes); joins the process group that torchrun announces in the environment.
+
+    A rank that fails makes the others stop after `minutes` at the latest instead of waiting for ever.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 1
+    if not dist.is_initialized():
+        if torch.device(device).type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "nccl" if torch.device(device).type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=minutes))
+    return dist.get_rank(), dist.get_world_size()
+
+
+def all_gather_rows(rows):
+    """Concatenate `rows` (n ...) of all processes along dim 0 in rank order; n may differ between them."""
+    if not dist.is_initialized():
+        return rows
+    counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+    longest = max(int(count) for count in counts)
+    padded = rows.new_zeros((longest, *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(count)] for part, count in zip(parts, counts)])
+
+
+def all_reduce_grads(parameters):
+    """Sum the gradients of all processes in place; each loss must already be divided by the global count."""
+    if not dist.is_initialized():
+        return
+    for parameter in parameters:
+        if parameter.grad is None:  # every process has to take part in every reduction
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad)
+
+
+def barrier():
+    """Wait for all processes, for example until rank 0 has filled the cache."""
+    if dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,917 @@
+"""DDPO with importance sampling and LoRA on a text-to-motion diffusion model, from text prompts only.
+
+The idea. A diffusion model that has learnt to move from one data set is asked for motions described in the
+words of another. No motion of the new domain is shown to it: it samples, a text-motion retrieval model says how
+well each sample fits its prompt, and denoising is treated as a chain of Gaussian decisions whose probabilities
+are pushed up or down by policy gradient. Only small low-rank adapters (LoRA) are trained.
+
+Papers
+  No MoCap Needed (Macaluso et al. 2025, arXiv 2510.06988): the method; its hyper-parameters are not public
+  DDPO (Black et al. 2023, arXiv 2305.13301): sections 4.1-4.3, denoising as an MDP, the importance-sampled loss
+  DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095): the sampler;  LoRA (Hu et al. 2021, arXiv 2106.09685)
+  MDM (Tevet et al. 2022, arXiv 2209.14916): the denoiser;  TMR (Petrovich et al. 2023): the retrieval reward
+
+The decision process (DDPO section 4.2), for denoising steps i = 0 .. N-1:
+  variable            symbol                       meaning
+  x_t = states[:, i]  x_i                          state, together with the timestep and the caption c
+  x_prev              x_{i+1}                      action: the next, less noisy state
+  m                   m_theta(x_i, t_i, c)         the denoiser's guess of the finished motion
+  mean, std           mu_theta, sigma_i            policy: x_{i+1} ~ N(mean, std^2), std fixed by the schedule
+  logp, logp_old      log pi_theta, log pi_old     mean over the valid entries of x, not their sum
+  ratio               pi_theta / pi_old            of one step, clipped as in PPO
+  rewards             R(x_N, c)                    cosine of the mean latents; zero before the last step
+The last step has no variance: it is sampled and never trained.
+
+Read in this order: section 6 (the maths), 7 (the loop), 3 (the network), then the rest.
+
+  python ddpo_motion.py --dataset kit             # from nothing to a tuned model, see README for the time
+  python ddpo_motion.py --dataset kit --tiny      # the same path at toy size
+  python ddpo_motion.py --prompt "a person walks forward and waves" --load runs/ddpo_kit_seed0/adapter.pt
+"""
+
+# ---- 1. Imports ------------------------------------------------------------------------------------------------
+
+import argparse
+import dataclasses
+import math
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import nn
+from tqdm import tqdm
+
+from common import datasets, evaluators, features, lora, render, reports, runs, samplers, synthetic
+from common.runs import InputError, NonFiniteError, generator
+
+# ---- 2. Arguments ----------------------------------------------------------------------------------------------
+
+
+def arg(default, text, **extra):
+    """A dataclass field that carries its own help text (and argparse extras such as `choices`)."""
+    kind = {"default_factory": list} if default is None else {"default": default}
+    return field(**kind, metadata={"help": text, **extra})
+
+
+@dataclass
+class Args:
+    # run
+    dataset: str = arg("kit", "target domain: kit, humanml3d, or a folder in either published layout")
+    source: str = arg("", "source domain, same forms; empty: the other one of kit / humanml3d")
+    data_root: str = arg("data", "where KIT-ML and HumanML3D are looked for before the embedded data is used")
+    out_dir: str = arg("", "run folder; empty: runs/ddpo_<dataset>_seed<seed>")
+    cache_dir: str = arg(".cache", "pretrained bases and evaluators, keyed by all that shaped them")
+    cache: bool = arg(True, "--no-cache trains them again")
+    seed: int = arg(0, "seed of the reinforcement learning and of the evaluation noise")
+    base_seed: int = arg(0, "seed of the embedded data, the base and the evaluators")
+    device: str = arg("auto", "auto, cpu, cuda or cuda:N")
+    threads: int = arg(0, "CPU threads; 0: a short probe decides (or OMP_NUM_THREADS)")
+    resume: bool = arg(False, "go on from checkpoint.pt of the run folder, bit for bit")
+    overwrite: bool = arg(False, "start again in an existing run folder")
+    tiny: bool = arg(False, "everything at toy size, for a first look and for tests")
+    eval_only: bool = arg(False, "evaluate --load, no training")
+    load: str = arg("", "adapter.pt of a finished run, for --prompt and --eval-only")
+    prompt: list = arg(None, "write a motion for this caption (repeatable); needs --load", action="append")
+    compare: bool = arg(False, "with --prompt: base and tuned side by side")
+    length: int = arg(0, "with --prompt: frames at 20 fps; 0: the median of the source")
+    # data
+    source_clips: int = arg(2400, "embedded data: clips of the source")
+    target_clips: int = arg(2000, "embedded data: clips of the target")
+    # model (MDM: width 512, 8 layers, one token a frame, CLIP text)
+    width: int = arg(64, "model width")
+    layers: int = arg(3, "denoiser layers")
+    heads: int = arg(4, "attention heads")
+    text_layers: int = arg(1, "layers of the text encoder")
+    patch: int = arg(4, "frames per token")
+    patch_dims: int = arg(64, "principal components kept of a patch; 0 keeps all of them")
+    # base pretraining on the source
+    base_iterations: int = arg(3000, "updates of the base")
+    base_batch: int = arg(64, "clips per update")
+    base_lr: float = arg(2e-3, "peak learning rate, cosine decay")
+    text_drop: float = arg(0.1, "share of captions dropped for guidance (MDM: 0.1)")
+    # sampling
+    schedule: str = arg("linear", "noise schedule", choices=("linear", "scaled_linear", "cosine"))
+    spacing: str = arg("linspace", "node spacing", choices=("linspace", "trailing", "karras"))
+    steps: int = arg(10, "denoising steps N (paper: unknown; StableMoFusion: 10)")
+    order: int = arg(1, "order of the stochastic DPM-Solver++ step; 2 is trained exactly too", choices=(1, 2))
+    guidance_scale: float = arg(1.0, "classifier-free guidance, in rollout and update (MDM: 2.5)")
+    # reward
+    reward: str = arg("retrieval", "shuffled and random are controls", choices=("retrieval", "shuffled", "random"))
+    reward_data: str = arg("both", "clips the reward model saw: both domains, or the source only (strict no-MoCap)",
+                           choices=("source", "both"))
+    reward_iterations: int = arg(900, "updates of the reward model and of the judge")
+    # update
+    iterations: int = arg(200, "RL iterations (DDPO: 100-200 epochs)")
+    prompts_per_iteration: int = arg(16, "prompts P of one rollout")
+    samples_per_prompt: int = arg(8, "samples G of each prompt; the group is the baseline")
+    minibatches: int = arg(2, "optimiser steps per iteration; more drifts further from the rollout policy")
+    inner_epochs: int = arg(1, "passes over the rollout")
+    micro_batch: int = arg(0, "trajectories per forward pass; 0: the whole minibatch. Lower it when memory is short")
+    lr: float = arg(2e-3, "learning rate of the adapters; it sets the drift. 5e-3 collapsed, 3e-4 is slow")
+    clip_range: float = arg(0.0, "clip of the ratio; 0: 1e-4 sqrt(16384 / entries of x), see README")
+    adv_clip: float = arg(5.0, "advantages are clipped to +- this (DDPO code: 5)")
+    kl_coef: float = arg(0.0, "weight of the exact KL to the base; 0.02 keeps the source (paper: none known)")
+    skip_last: int = arg(1, "last steps left out of the loss; the zero-variance one always is")
+    snr_weights: bool = arg(False, "weight steps by 1 / sqrt(SNR gain), so that no step dominates")
+    max_grad_norm: float = arg(1.0, "gradient norm clip")
+    lora_rank: int = arg(8, "rank of the adapters (paper: unknown)")
+    lora_alpha: float = arg(8.0, "their scale is alpha / rank")
+    lora_targets: str = arg(r"\.(q|k|v|out|up|down)$", "regular expression of the linear layers that get an adapter")
+    # evaluation
+    eval_every: int = arg(25, "iterations between looks at the validation prompts")
+    eval_repeats: int = arg(3, "repeats of the final evaluation, for the 95 %% interval (benchmark: 20)")
+    best_of: int = arg(8, "reference row: the best of this many base samples by reward")
+
+
+TINY = dict(source_clips=160, target_clips=120, width=32, layers=2, base_iterations=60, base_batch=32, patch_dims=48,
+            reward_iterations=40, iterations=3, prompts_per_iteration=4, samples_per_prompt=4, steps=5, eval_every=2,
+            eval_repeats=2, best_of=2)
+
+
+# [sync:cli]
+def parse_args(argv):
+    """Command line -> Args. Every field is a flag; --tiny only changes what was not given."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    for f in dataclasses.fields(Args):
+        flag, extra = "--" + f.name.replace("_", "-"), dict(f.metadata)
+        if f.type is bool or f.type == "bool":
+            extra["action"] = argparse.BooleanOptionalAction
+        elif extra.get("action") != "append":
+            extra["type"] = f.type
+        parser.add_argument(flag, dest=f.name, default=argparse.SUPPRESS, **extra)
+    given = vars(parser.parse_args(argv))
+    tiny = TINY if given.get("tiny") else {}
+    return Args(**{**tiny, **given})
+# [/sync:cli]
+
+
+def check_args(args):
+    """Stop at once on settings that cannot work, naming the flag and the fix."""
+    if args.samples_per_prompt < 2:
+        raise InputError("--samples-per-prompt: at least 2, because a group of one has no baseline")
+    if args.steps < 2 + max(args.skip_last - 1, 0) or args.skip_last < 1:
+        raise InputError("--skip-last: 1 to --steps - 1, because the last step has no variance and one must be left")
+    if (args.prompts_per_iteration * args.samples_per_prompt) % args.minibatches:
+        raise InputError("--minibatches: must divide --prompts-per-iteration x --samples-per-prompt")
+    if args.width % args.heads:
+        raise InputError("--heads: must divide --width")
+    if args.schedule == "cosine" and args.spacing == "karras":
+        raise InputError("--spacing karras: useless with --schedule cosine (all nodes fall on t = 99x); use linspace")
+    if (args.prompt or args.eval_only) and not args.load:
+        raise InputError("--load: name the adapter.pt of a finished run for --prompt and --eval-only")
+    if any(not p.strip() for p in args.prompt):
+        raise InputError("--prompt: the caption is empty")
+    for name in ("iterations", "prompts_per_iteration", "minibatches", "inner_epochs", "base_iterations", "lora_rank",
+                 "eval_repeats", "eval_every", "best_of", "patch", "layers", "width"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')}: must be at least 1")
+    if datasets.MAX_LENGTH % args.patch or 4 % args.patch:
+        raise InputError("--patch: 1, 2 or 4 frames, because lengths are multiples of 4")
+
+
+# ---- 3. The network ----------------------------------------------------------------------------------------------
+# [sync:denoiser]
+
+
+def sinusoid(positions, width):
+    """positions (...) -> (... width): the sine table of Vaswani et al., for frames, words and timesteps alike."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, device=positions.device) / half)
+    angles = positions[..., None].float() * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention from four plain linear layers, so that LoRA reaches each of them: adapters inside
+    nn.MultiheadAttention or the fused path of nn.TransformerEncoderLayer are silently ignored."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x, context, key_mask):
+        q, k, v = (rearrange(f(y), "b n (h d) -> b h n d", h=self.heads)
+                   for f, y in ((self.q, x), (self.k, context), (self.v, context)))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask[:, None, None, :])
+        return self.out(rearrange(attended, "b h n d -> b n (h d)"))
+
+
+class Layer(nn.Module):
+    """Pre-norm transformer layer: self-attention, cross-attention to the words (optional), feed-forward.
+    No dropout: the log-probabilities of rollout and update must come from the same function."""
+
+    def __init__(self, width, heads, cross):
+        super().__init__()
+        self.self_attention, self.norm_self = Attention(width, heads), nn.LayerNorm(width)
+        self.cross_attention, self.norm_cross = (Attention(width, heads), nn.LayerNorm(width)) if cross else (None, None)
+        self.up, self.down, self.norm_ff = nn.Linear(width, 4 * width), nn.Linear(4 * width, width), nn.LayerNorm(width)
+
+    def forward(self, x, mask, text=None, text_mask=None):
+        y = self.norm_self(x)
+        x = x + self.self_attention(y, y, mask)
+        if self.cross_attention is not None:
+            x = x + self.cross_attention(self.norm_cross(x), text, text_mask)
+        return x + self.down(F.gelu(self.up(self.norm_ff(x))))
+
+
+class Codec(nn.Module):
+    """Raw features <-> the diffusion's coordinates: normalise with the GENERATOR's statistics, cut into patches of
+    `patch` frames, rotate onto their principal components. Closed form and linear, so this is still diffusion in
+    feature space (Not in the paper: it halves the FLOPs of a small model; --patch 1 --patch-dims 0 undoes it)."""
+
+    def __init__(self, patch, feature_dim, dims):
+        super().__init__()
+        self.patch = patch
+        self.register_buffer("mean", torch.zeros(feature_dim))
+        self.register_buffer("std", torch.ones(feature_dim))
+        self.register_buffer("center", torch.zeros(patch * feature_dim))
+        self.register_buffer("basis", torch.zeros(patch * feature_dim, dims))  # orthonormal columns
+        self.register_buffer("scale", torch.ones(()))
+
+    def encode(self, motion):
+        """motion (b t d), raw -> x (b n c)"""
+        patches = rearrange((motion - self.mean) / self.std, "b (n f) d -> b n (f d)", f=self.patch)
+        return (patches - self.center) @ self.basis / self.scale
+
+    def decode(self, x):
+        """x (b n c) -> motion (b t d), raw"""
+        patches = x * self.scale @ self.basis.T + self.center
+        return rearrange(patches, "b n (f d) -> b (n f) d", f=self.patch) * self.std + self.mean
+
+
+class MotionDiffusion(nn.Module):
+    """MDM-like denoiser that predicts the finished motion: tokens of motion attend to each other (key mask over
+    padding) and to the words of the caption. `vocabulary` turns captions into word ids."""
+
+    def __init__(self, args, vocabulary, feature_dim):
+        super().__init__()
+        dims = args.patch_dims or args.patch * feature_dim
+        self.vocabulary, self.width, self.dims = vocabulary, args.width, dims
+        self.codec = Codec(args.patch, feature_dim, dims)
+        self.words = nn.Embedding(len(vocabulary), args.width)
+        self.null_text = nn.Parameter(torch.zeros(1, 1, args.width))  # stands for "no caption" in guidance
+        self.text_layers = nn.ModuleList(Layer(args.width, args.heads, cross=False) for _ in range(args.text_layers))
+        self.text_norm = nn.LayerNorm(args.width)
+        self.project_in = nn.Linear(dims, args.width)
+        self.time = nn.Sequential(nn.Linear(args.width, args.width), nn.SiLU(), nn.Linear(args.width, args.width))
+        self.layers = nn.ModuleList(Layer(args.width, args.heads, cross=True) for _ in range(args.layers))
+        self.norm = nn.LayerNorm(args.width)
+        self.project_out = nn.Linear(args.width, dims)
+
+    def encode_text(self, captions):
+        """b captions -> text (b w d), text_mask (b w)"""
+        ids, text_mask = (y.to(self.null_text.device) for y in self.vocabulary.encode(captions))
+        x = self.words(ids) + sinusoid(torch.arange(ids.shape[1], device=ids.device), self.width)  # b w d
+        for layer in self.text_layers:
+            x = layer(x, text_mask)
+        return self.text_norm(x), text_mask
+
+    def drop_text(self, text, text_mask, dropped):
+        """Replace the captions where `dropped` (b) is True by the null token."""
+        first = torch.arange(text.shape[1], device=text.device) == 0
+        text = torch.where(dropped[:, None, None], self.null_text.expand_as(text), text)
+        return text, torch.where(dropped[:, None], first[None], text_mask)
+
+    def forward(self, x_t, timesteps, mask, text, text_mask):
+        """x_t (b n c), timesteps (b), mask (b n), text (b w d), text_mask (b w) -> pred_x_start (b n c)"""
+        positions = torch.arange(x_t.shape[1], device=x_t.device)
+        x = self.project_in(x_t) + sinusoid(positions, self.width)  # b n d
+        x = x + self.time(sinusoid(timesteps, self.width))[:, None]
+        for layer in self.layers:
+            x = layer(x, mask, text, text_mask)
+        return self.project_out(self.norm(x)) * mask[..., None]
+# [/sync:denoiser]
+
+
+# ---- 4. The base model: supervised pretraining on the source, cached ------------------------------------------------
+
+# Without weights the four root numbers vanish among 263 and the model never learns to turn; rotations repeat what
+# the positions say. (Not in the paper; old code does the same with "feat_bias".)
+BLOCK_WEIGHTS = {"root_rotation": 8.0, "root_velocity": 8.0, "root_height": 4.0, "rotations": 0.4, "contacts": 0.5}
+
+
+# [sync:pretraining]
+def fit_codec(codec, clips, skeleton):
+    """Statistics and principal components of the training clips' patches, in float64."""
+    statistics = datasets.Statistics.from_clips(clips, role="generator")
+    std = torch.as_tensor(statistics.std, dtype=torch.float32).clone()
+    for name, columns in features.blocks(skeleton).items():
+        std[columns] = std[columns] / BLOCK_WEIGHTS.get(name, 1.0)
+    codec.mean.copy_(torch.as_tensor(statistics.mean))
+    codec.std.copy_(std)
+    patches = [rearrange((torch.from_numpy(clip.features) - codec.mean) / codec.std, "(n f) d -> n (f d)", f=codec.patch)
+               for clip in clips]
+    patches = torch.cat(patches).double()
+    center = patches.mean(0)
+    covariance = (patches - center).T @ (patches - center) / len(patches)
+    eigenvalues, vectors = torch.linalg.eigh(covariance)  # ascending
+    kept = codec.basis.shape[1]
+    codec.center.copy_(center)
+    codec.basis.copy_(vectors[:, -kept:].flip(1))
+    codec.scale.copy_(eigenvalues[-kept:].mean().sqrt())  # x has variance 1 on average, as the schedule expects
+    return float(eigenvalues[-kept:].sum() / eigenvalues.sum())
+
+
+def train_base(model, clips, args, device):
+    """Predict x_start from x_t at a random timestep (MDM eq. 2), captions dropped now and then for guidance."""
+    sigmas = samplers.make_betas(args.schedule)
+    alphas_cumprod = torch.cumprod(1.0 - torch.as_tensor(sigmas), 0).float().to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.base_lr, weight_decay=1e-2)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.base_lr, args.base_iterations, pct_start=0.05)
+    losses, bar = [], tqdm(range(args.base_iterations), desc="base", mininterval=1.0)
+    for iteration in bar:
+        g = generator(args.base_seed, iteration, "base")
+        chosen = torch.randint(len(clips), (args.base_batch,), generator=g).tolist()
+        batch = datasets.collate([clips[k] for k in chosen], generator=g)
+        x_start = model.codec.encode(batch.motion.to(device))
+        mask = batch.mask[:, ::args.patch].to(device)  # b n: lengths are whole patches
+        timesteps = torch.randint(len(alphas_cumprod), (args.base_batch,), generator=g).to(device)
+        noise = torch.randn(x_start.shape, generator=g).to(device)
+        dropped = (torch.rand(args.base_batch, generator=g) < args.text_drop).to(device)
+        alpha_bar = alphas_cumprod[timesteps][:, None, None]
+        x_t = alpha_bar.sqrt() * x_start + (1 - alpha_bar).sqrt() * noise
+        text, text_mask = model.drop_text(*model.encode_text(batch.captions), dropped)
+        error = (model(x_t * mask[..., None], timesteps, mask, text, text_mask) - x_start).square() * mask[..., None]
+        loss = error.sum() / (mask.sum() * x_start.shape[-1])
+        if not torch.isfinite(loss):
+            raise NonFiniteError(f"base pretraining: loss is {loss.item()} at iteration {iteration}; lower --base-lr")
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        losses.append(loss.item())
+        bar.set_postfix(loss=f"{np.mean(losses[-100:]):.4f}", refresh=False)
+    return losses
+
+
+def initialise(model, g):
+    """Draw every weight from the generator `g`: PyTorch's own initialisation uses the global stream."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            bound = 1.0 / math.sqrt(module.in_features)
+            module.weight.data.uniform_(-bound, bound, generator=g)
+            module.bias.data.zero_()
+        elif isinstance(module, nn.Embedding):
+            module.weight.data.normal_(0.0, 1.0, generator=g)
+# [/sync:pretraining]
+
+
+# ---- 5. Rewards ----------------------------------------------------------------------------------------------------
+
+
+def retrieval_reward(scorer, motion, lengths, captions):
+    """Cosine of the mean latents of motion and caption (TMR), in [-1, 1]. motion is raw, (b t d): the scorer
+    normalises with its own statistics. Whether the paper uses the cosine or a distance is unknown."""
+    return scorer.similarity(motion, lengths, captions)
+
+
+def wrong_prompts(prompts, seed):
+    """--reward shuffled: one fixed wrong caption for every prompt (a cyclic shift of a random order), so that the
+    control has a signal to follow, only not the right one."""
+    order = torch.randperm(len(prompts), generator=generator(seed, 0, "wrong_prompts")).tolist()
+    return {prompts[a]: prompts[b] for a, b in zip(order, order[1:] + order[:1])}
+
+
+# ---- 6. The algorithm: pure functions, no I/O, no globals -------------------------------------------------------------
+
+
+class Transition(NamedTuple):
+    """Coefficients of the N Gaussian steps, each (N,): mean = x_coef x + m_coef (m + k (m - m_last))."""
+    x_coef: torch.Tensor
+    m_coef: torch.Tensor
+    k: torch.Tensor
+    std: torch.Tensor
+
+
+def transitions(grid, order):
+    """Stochastic DPM-Solver++ of order 1 or 2 (SDE-DPM-Solver++, Lu et al. 2022, section 4 / appendix) on the grid's
+    nodes, computed in float64 because 1 - exp(-2h) cancels. Order 1 is also DDIM with eta = 1 and DDPM."""
+    alpha, sigma, lam = grid.alpha.double(), grid.sigma.double(), grid.lam.double()
+    h = lam[1:] - lam[:-1]                             # +inf at the last step of a grid that ends without noise
+    x_coef = sigma[1:] / sigma[:-1] * torch.exp(-h)    # SDE-DPM-Solver++1: (sigma_j / sigma_i) e^-h x_i
+    m_coef = alpha[1:] * -torch.expm1(-2 * h)          # + alpha_j (1 - e^-2h) m_i
+    std = sigma[1:] * torch.sqrt(-torch.expm1(-2 * h))  # + sigma_j sqrt(1 - e^-2h) z
+    k = torch.zeros_like(h)
+    if order == 2:                                     # SDE-DPM-Solver++2M: D = m_i + h_i / (2 h_{i-1}) (m_i - m_{i-1})
+        k[1:] = h[1:] / (2 * h[:-1])
+        k[~torch.isfinite(h)] = 0.0
+    return Transition(*(y.float() for y in (x_coef, m_coef, k, std)))
+
+
+def step_mean(transition, i, x_t, m, m_last):
+    """Mean of p(x_{i+1} | x_i). i: an int, or a slice of steps when x_t, m, m_last are (b s n c)."""
+    x_coef, m_coef, k = (y[i].to(x_t.device) for y in transition[:3])
+    if x_coef.ndim:
+        x_coef, m_coef, k = (y[:, None, None] for y in (x_coef, m_coef, k))
+    return x_coef * x_t + m_coef * (m + k * (m - m_last))
+
+
+def masked_mean_logp(x, mean, std, mask):
+    """Gaussian log-density of x, averaged over the entries of valid tokens (DDPO code; the sum over thousands of
+    entries over- and underflows). x, mean (... n c); std broadcastable; mask (... n). The action is data, so the
+    gradient flows through the mean alone. -> (...)"""
+    logp = -(x.detach() - mean).square() / (2 * std**2) - torch.log(std) - 0.5 * math.log(2 * math.pi)
+    return (logp * mask[..., None]).sum((-1, -2)) / (mask.sum(-1) * x.shape[-1])
+
+
+def masked_mean_kl(mean, mean_ref, std, mask):
+    """KL of two Gaussians with equal std, averaged over valid entries: (mu - mu_ref)^2 / (2 std^2)."""
+    kl = (mean - mean_ref).square() / (2 * std**2)
+    return (kl * mask[..., None]).sum((-1, -2)) / (mask.sum(-1) * mean.shape[-1])
+
+
+def group_advantages(rewards, adv_clip):
+    """rewards (p g) -> advantages (p g): each prompt's own mean as baseline, one std for the whole batch.
+    Not in the paper: DDPO tracks statistics per prompt over iterations (PromptTracker); with thousands of captions no
+    prompt comes back often enough, and a group's own std explodes when its samples agree."""
+    centred = rewards - rewards.mean(1, keepdim=True)
+    return (centred / (centred.square().mean().sqrt() + 1e-4)).clamp(-adv_clip, adv_clip)
+
+
+def clipped_loss(ratio, advantages, clip_range):
+    """PPO's pessimistic surrogate per step (DDPO section 4.3, the importance-sampled estimator; PPO eq. 7)."""
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
+    return torch.maximum(unclipped, clipped)
+
+
+def snr_step_weights(grid, trained):
+    """1 / sqrt(SNR_{i+1} - SNR_i), mean 1, for the first `trained` steps. A shift d of the denoiser's prediction costs
+    KL = (SNR_{i+1} - SNR_i) |d|^2 / 2, so unweighted late steps dominate. Not in the paper."""
+    snr = torch.exp(2 * grid.lam.double())[: trained + 1]
+    weights = (snr[1:] - snr[:-1]).rsqrt()
+    return (weights / weights.mean()).float()
+
+
+class PromptTracker:
+    """Reward statistics per prompt over iterations, as in the DDPO code: the last `buffer_size` rewards of each prompt;
+    prompts with fewer than `min_count` use the statistics of the batch. An alternative to group_advantages."""
+
+    def __init__(self, buffer_size, min_count):
+        self.buffer_size, self.min_count, self.rewards = buffer_size, min_count, {}
+
+    def update(self, prompts, rewards):
+        """prompts (b), rewards (b) float64 -> advantages (b) float64"""
+        prompts, rewards = list(prompts), np.asarray(rewards, dtype=np.float64)
+        for prompt in dict.fromkeys(prompts):
+            new = [r for p, r in zip(prompts, rewards) if p == prompt]
+            self.rewards[prompt] = (self.rewards.get(prompt, []) + new)[-self.buffer_size:]
+        advantages = np.empty_like(rewards)
+        for n, prompt in enumerate(prompts):
+            known = self.rewards[prompt] if len(self.rewards[prompt]) >= self.min_count else rewards
+            advantages[n] = (rewards[n] - np.mean(known)) / (np.std(known) + 1e-6)
+        return advantages
+
+
+def predict(model, x_t, timesteps, mask, text, text_mask, guidance_scale):
+    """m_theta(x_t, t, c). With guidance the guided prediction IS the policy, in rollout and update alike:
+    m = m_null + w (m_text - m_null)."""
+    if guidance_scale == 1.0:
+        return model(x_t, timesteps, mask, text, text_mask)
+    everything = torch.ones(len(text), dtype=torch.bool, device=text.device)
+    null, null_mask = model.drop_text(text, text_mask, everything)
+    both = [torch.cat(pair) for pair in ((x_t, x_t), (timesteps, timesteps), (mask, mask), (text, null),
+                                         (text_mask, null_mask))]
+    m_text, m_null = model(*both).chunk(2)
+    return m_null + guidance_scale * (m_text - m_null)
+
+
+@torch.no_grad()
+def rollout(model, grid, transition, captions, mask, noise, guidance_scale):
+    """Sample one trajectory per caption. mask (b n), noise (b N+1 n c): the start and one draw for every step.
+    -> states (b N+1 n c): x_0 (noise) .. x_N (the finished motion). The last step of a grid that ends at zero noise has
+    std 0, so its draw does not count."""
+    text, text_mask = model.encode_text(captions)
+    x, m_last = noise[:, 0] * mask[..., None], None
+    states = [x]
+    for i, timestep in enumerate(grid.timesteps.tolist()):
+        m = predict(model, x, x.new_full((len(x),), timestep), mask, text, text_mask, guidance_scale)
+        mean = step_mean(transition, i, x, m, m if m_last is None else m_last)
+        x = (mean + transition.std[i].item() * noise[:, i + 1]) * mask[..., None]  # padding stays zero
+        states.append(x)
+        m_last = m
+    return torch.stack(states, 1)
+
+
+def step_logps(model, grid, transition, states, captions, mask, trained, guidance_scale):
+    """Log-probabilities under the current weights of the first `trained` stored steps, in one forward pass:
+    every m_i is computed once, so the second-order mean, which needs m_{i-1} too, is exact.
+    states (b N+1 n c) -> logp (b s), mean (b s n c), std (s 1 1)"""
+    b = len(states)
+    text, text_mask = model.encode_text(captions)
+    x_t, x_prev = states[:, :trained], states[:, 1 : trained + 1]  # b s n c
+    per_step = [repeat(y, "b ... -> (b s) ...", s=trained) for y in (mask, text, text_mask)]
+    timesteps = grid.timesteps[:trained].to(states.device).repeat(b).to(states.dtype)
+    m = predict(model, rearrange(x_t, "b s n c -> (b s) n c"), timesteps, *per_step, guidance_scale)
+    m = rearrange(m, "(b s) n c -> b s n c", b=b)
+    m_last = torch.cat([m[:, :1], m[:, :-1]], 1)
+    mean = step_mean(transition, slice(0, trained), x_t, m, m_last)
+    std = transition.std[:trained, None, None].to(states.device)
+    assert (std > 0).all(), "a step without variance has no density and must not be trained"
+    return masked_mean_logp(x_prev, mean, std, repeat(mask, "b n -> b s n", s=trained)), mean, std
+
+
+# ---- 7. The run -------------------------------------------------------------------------------------------------------
+
+
+class Setup(NamedTuple):
+    """What a run works with; all of it is frozen but the adapters inside `model`."""
+    source: datasets.Dataset
+    target: datasets.Dataset
+    reward_model: evaluators.RetrievalModel
+    judge: evaluators.RetrievalModel
+    model: MotionDiffusion
+    grid: samplers.Grid
+    transition: Transition
+    tokens: int            # n of every state, fixed for the run: a sample must not change with its batch
+    device: torch.device
+
+
+def load_data(args):
+    """Source and target in one feature space (263-d, 22 joints, 20 fps)."""
+    other = {"kit": "humanml3d", "humanml3d": "kit"}
+    if not args.source and args.dataset not in other:
+        raise InputError("--source: name the source domain (kit, humanml3d or a folder) beside a --dataset folder")
+    return [datasets.load_dataset(name, data_root=args.data_root, cache_dir=args.cache_dir, space="t2m",
+                                  seed=args.base_seed, clips=clips, use_cache=args.cache)
+            for name, clips in ((args.source or other[args.dataset], args.source_clips), (args.dataset, args.target_clips))]
+
+
+def train_scorers(args, source, target, device):
+    """The reward model, and the judge that nothing is ever optimised for: other family, seed and half of the clips.
+    -> reward model, judge, what each saw and how well it finds the motion of a caption among 32 (target, val)"""
+    models, notes = [], {}
+    for half, (name, family, saw) in enumerate((("reward", "transformer", args.reward_data), ("judge", "bigru", "both"))):
+        clips = [clip for part in ([source] if saw == "source" else [source, target])
+                 for clip in datasets.half(part.splits["train"], half)]
+
+        def build():
+            model, _ = evaluators.fit_retrieval(family, clips, seed=args.base_seed + half, iterations=args.reward_iterations)
+            return {"model": model.export(), "retrieval": evaluators.retrieval_score(model, target.splits["val"])}
+
+        key = [source.fingerprint, target.fingerprint, family, saw, args.base_seed, args.reward_iterations]
+        stored = runs.cached(args.cache_dir, key, build, name, args.cache)
+        models.append(evaluators.freeze(evaluators.RetrievalModel.load(stored["model"]).to(device)))
+        notes[name] = {"family": family, "saw": f"{len(clips)} train clips of {saw} (half {half})",
+                       "target_val_retrieval": stored["retrieval"]}
+        print(f"  {name}: {family}, saw {notes[name]['saw']}; R@1 {stored['retrieval']['R1']:.2f} on target val")
+    return *models, notes
+
+
+def build_base(args, source, device):
+    """The pretrained denoiser, cached; it sees the source's train split and nothing else."""
+    clips = source.splits["train"]
+    vocabulary = datasets.Vocabulary.from_captions([c for clip in clips for c in clip.captions])
+    model = MotionDiffusion(args, vocabulary, source.skeleton.feature_dim)
+    initialise(model, generator(args.base_seed, 0, "initialise"))
+
+    def build():
+        kept = fit_codec(model.codec, clips, source.skeleton)
+        losses = train_base(model.to(device), clips, args, device)
+        return {"model": model.state_dict(), "variance_kept": kept, "loss": float(np.mean(losses[-100:]))}
+
+    key = [source.fingerprint, BLOCK_WEIGHTS, {name: getattr(args, name) for name in BASE_ARGS}]
+    stored = runs.cached(args.cache_dir, key, build, "base", args.cache)
+    model.load_state_dict(stored["model"])
+    model.requires_grad_(False)
+    print(f"  base: loss {stored['loss']:.4f}, the patches keep {stored['variance_kept']:.1%} of the weighted variance")
+    return model.to(device).eval(), {"loss": stored["loss"], "variance_kept": stored["variance_kept"]}
+
+
+def draw_noise(args, setup, iteration, purpose, indices):
+    """(b N+1 n c): each sample has a stream of its own, whatever its batch, device or process."""
+    shape = (args.steps + 1, setup.tokens, setup.model.dims)
+    return torch.stack([torch.randn(shape, generator=generator(args.seed, iteration, purpose, k)) for k in indices])
+
+
+def sample(args, setup, captions, lengths, iteration, purpose, indices):
+    """Roll out one trajectory per caption, lengths (b) in frames -> states (b N+1 n c), mask (b n)."""
+    mask = torch.arange(setup.tokens)[None] < (lengths // setup.model.codec.patch)[:, None]
+    mask, noise = mask.to(setup.device), draw_noise(args, setup, iteration, purpose, indices).to(setup.device)
+    return rollout(setup.model, setup.grid, setup.transition, captions, mask, noise, args.guidance_scale), mask
+
+
+def collect(args, setup, prompts, length_pool, iteration, rank, processes):
+    """Stage 1, roll out: P prompts x G samples. Each process takes whole groups, its share of the prompts."""
+    g = generator(args.seed, iteration, "prompts")
+    chosen = torch.randperm(len(prompts), generator=g).repeat(math.ceil(args.prompts_per_iteration / len(prompts)))
+    chosen = chosen[: args.prompts_per_iteration].tolist()
+    # One length per group, so that the baseline compares like with like; from the source, so that no target motion counts.
+    lengths = length_pool[torch.randint(len(length_pool), (len(chosen),), generator=g)]
+    index = [p * args.samples_per_prompt + s for p in range(len(chosen)) if p * processes // len(chosen) == rank
+             for s in range(args.samples_per_prompt)]
+    group = [k // args.samples_per_prompt for k in index]
+    captions, lengths = [prompts[chosen[p]] for p in group], lengths[group]
+    states, mask = sample(args, setup, captions, lengths, iteration, "rollout", index)
+    return {"states": states, "mask": mask, "captions": captions, "lengths": lengths, "index": index}
+
+
+def score(args, setup, batch, wrong, iteration):
+    """Stage 2, score -> rewards (b) of this process's motions, on the CPU."""
+    motion, captions = setup.model.codec.decode(batch["states"][:, -1]), batch["captions"]
+    if args.reward == "random":
+        rewards = torch.stack([torch.randn((), generator=generator(args.seed, iteration, "random_reward", k))
+                               for k in batch["index"]])
+    else:
+        asked = [wrong[c] for c in captions] if args.reward == "shuffled" else captions
+        rewards = retrieval_reward(setup.reward_model, motion, batch["lengths"].to(setup.device), asked).cpu()
+    for reward, caption in zip(rewards.tolist(), captions):
+        if not math.isfinite(reward):
+            raise NonFiniteError(f"iteration {iteration}: the {args.reward} reward is {reward} for the prompt {caption!r}")
+    return rewards
+
+
+def plan_minibatches(args, index, iteration):
+    """[(samples in the minibatch over all processes, its rows here in chunks of --micro-batch)], in a fixed random order."""
+    row, plan = {k: n for n, k in enumerate(index)}, []
+    for epoch in range(args.inner_epochs):
+        order = torch.randperm(args.prompts_per_iteration * args.samples_per_prompt,
+                               generator=generator(args.seed, iteration, "shuffle", epoch))
+        for minibatch in order.chunk(args.minibatches):
+            rows = [row[k] for k in minibatch.tolist() if k in row]
+            size = args.micro_batch or max(len(rows), 1)
+            plan.append((len(minibatch), [rows[a : a + size] for a in range(0, len(rows), size)]))
+    return plan
+
+
+def update(args, setup, batch, advantages, optimizer, iteration, stop):
+    """Stage 3, update: re-score the stored steps, clipped loss, one optimiser step per minibatch -> values to log."""
+    trained = args.steps - args.skip_last
+    entries = batch["mask"].sum().item() * setup.model.dims / len(batch["captions"])
+    clip_range = args.clip_range or 1e-4 * math.sqrt(16384 / entries)  # the DDPO code's 1e-4, scaled to our size
+    weights = (snr_step_weights(setup.grid, trained) if args.snr_weights else torch.ones(trained)).to(setup.device)
+    parameters = list(lora.lora_parameters(setup.model))
+    plan = plan_minibatches(args, batch["index"], iteration)
+
+    def rescore(rows):
+        return step_logps(setup.model, setup.grid, setup.transition, batch["states"][rows],
+                          [batch["captions"][r] for r in rows], batch["mask"][rows], trained, args.guidance_scale)
+
+    with torch.no_grad():  # recomputed in the very same chunks, not stored at rollout: the first ratio is 1 to the last bit
+        old = [[rescore(rows)[0] for rows in chunks] for _, chunks in plan]
+        with lora.disabled(setup.model):
+            base = [[rescore(rows)[1] for rows in chunks] for _, chunks in plan] if args.kl_coef else None
+    log, ratios = dict.fromkeys(("loss", "approx_kl", "clipfrac", "kl_base", "grad_norm"), 0.0), []
+    for n, (count, chunks) in enumerate(plan):
+        optimizer.zero_grad()
+        for c, rows in enumerate(chunks):
+            stop.check()
+            logp, means, std = rescore(rows)
+            logratio = logp - old[n][c]
+            ratio = logratio.exp()  # b s
+            loss = (weights * clipped_loss(ratio, advantages[rows][:, None], clip_range)).sum() / (count * trained)
+            if args.kl_coef:
+                kl = masked_mean_kl(means, base[n][c], std, batch["mask"][rows][:, None]).sum() / (count * trained)
+                loss, log["kl_base"] = loss + args.kl_coef * kl, log["kl_base"] + kl.item() / len(plan)
+            ratios.append(ratio.detach())
+            if not torch.isfinite(loss):
+                raise NonFiniteError(f"iteration {iteration}: loss {loss.item()}, ratio {ratio.min():.3g} to {ratio.max():.3g}; "
+                                     "lower --lr")
+            loss.backward()
+            share = 1 / (count * trained * len(plan))
+            log["loss"] += loss.item() / len(plan)
+            log["approx_kl"] += ((ratio - 1) - logratio).sum().item() * share
+            log["clipfrac"] += ((ratio - 1).abs() > clip_range).sum().item() * share
+        runs.all_reduce_grads(parameters)
+        norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
+        if not math.isfinite(norm):
+            raise NonFiniteError(f"iteration {iteration}: gradient norm {norm}; lower --lr")
+        optimizer.step()
+        log["grad_norm"] += norm / len(plan)
+    first = (ratios[0] - 1).abs().max().item()
+    return log | {"first_ratio_error": first, "ratio_min": min(r.min().item() for r in ratios),
+                  "ratio_max": max(r.max().item() for r in ratios)}
+
+
+LOG_FIELDS = ("iteration", "reward", "group_std", "frac_zero_std", "loss", "approx_kl", "clipfrac", "kl_base", "grad_norm",
+              "first_ratio_error", "ratio_min", "ratio_max", "val_reward", "val_judge", "val_oracle", "val_foot_skate", "val_jerk")
+
+
+def train(args, setup, folder, watch):
+    """The loop. Only the adapters change; checkpoint.pt after every iteration makes it resumable."""
+    rank, processes = runs.world(setup.device)
+    prompts = sorted({c for clip in setup.target.splits["train"] for c in clip.captions})  # text: no motion of the target
+    length_pool = torch.tensor([len(clip.features) for clip in setup.source.splits["train"]])
+    wrong = wrong_prompts(prompts, args.seed)
+    parameters = list(lora.lora_parameters(setup.model))
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    start, path, shaping = 0, folder / "checkpoint.pt", shaping_args(args)
+    if args.resume and path.exists():
+        state = runs.load_checkpoint(path, kind="ddpo-run")
+        runs.require_same(path, state["args"], shaping)
+        lora.load_lora(setup.model, state["lora"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["iteration"] + 1
+    if rank == 0:
+        log = runs.CsvLog(folder / "logs.csv", LOG_FIELDS, runs.fingerprint(shaping)[:16])
+        log.truncate_after(start - 1)
+    total = args.prompts_per_iteration * args.samples_per_prompt
+    print(f"  {len(prompts)} prompts; {args.prompts_per_iteration} prompts x {args.samples_per_prompt} samples = {total} motions an "
+          f"iteration, {args.minibatches * args.inner_epochs} updates each, {args.steps - args.skip_last} of {args.steps} steps "
+          f"trained, {lora.count(parameters)} of {lora.count(setup.model.parameters())} weights")
+    bar = tqdm(range(start, args.iterations), initial=start, total=args.iterations, desc="ddpo", disable=rank > 0)
+    shown = {}
+    with runs.StopSignal() as stop:
+        for iteration in bar:
+            with watch.stage("rollout"):
+                batch = collect(args, setup, prompts, length_pool, iteration, rank, processes)
+            stop.check()
+            with watch.stage("reward"):
+                rewards = runs.all_gather_rows(score(args, setup, batch, wrong, iteration))
+                groups = rearrange(rewards, "(p g) -> p g", g=args.samples_per_prompt)
+                advantages = rearrange(group_advantages(groups, args.adv_clip), "p g -> (p g)")[batch["index"]]
+            with watch.stage("update"):
+                values = update(args, setup, batch, advantages.to(setup.device), optimizer, iteration, stop)
+            row = {"iteration": iteration, "reward": rewards.mean().item(), "group_std": groups.std(1).mean().item(),
+                   "frac_zero_std": (groups.std(1) < 1e-8).float().mean().item(), **values}
+            if (iteration + 1) % args.eval_every == 0:
+                with watch.stage("validation"):
+                    val = evaluate(args, setup, "target", "val", "model", 1, benchmark=False)
+                row |= {name: val[name[4:]][0] for name in LOG_FIELDS if name.startswith("val_")}
+            shown |= {name: f"{row[name]:.3f}" for name in ("reward", "val_judge", "val_oracle") if name in row}
+            bar.set_postfix(shown, refresh=False)
+            if rank == 0:
+                log.write(row)
+                runs.save_checkpoint(path, kind="ddpo-run", data={"args": shaping, "iteration": iteration,
+                                     "lora": lora.lora_state(setup.model), "optimizer": optimizer.state_dict()})
+            stop.check()
+    runs.barrier()
+
+
+# ---- 8. Evaluation and pictures -----------------------------------------------------------------------------------------
+
+
+def motions(args, setup, captions, lengths, repeat, purpose):
+    """Raw features (b t d) on the CPU. Sample k always starts from the same noise, so base and tuned compare in pairs."""
+    parts = []
+    for a in range(0, len(captions), 128):
+        rows = range(a, min(a + 128, len(captions)))
+        states, _ = sample(args, setup, captions[a : rows.stop], lengths[a : rows.stop], repeat, purpose, rows)
+        parts.append(setup.model.codec.decode(states[:, -1]).cpu())
+    return torch.cat(parts)
+
+
+def evaluate(args, setup, domain, split, row, repeats, benchmark=True):
+    """One row of the table. row: "gt" the real clips, "model" the denoiser as it stands, "best_of" the best of --best-of
+    samples by reward."""
+    clips, results = getattr(setup, domain).splits[split], []
+    for r in range(repeats):
+        captions, attributes, lengths = reports.questions(clips, r)
+        if row == "gt":
+            motion = reports.real_motion(clips)
+        elif row == "model":
+            motion = motions(args, setup, captions, lengths, r, f"{domain} {split}")
+        else:
+            tries = torch.stack([motions(args, setup, captions, lengths, r, f"{domain} {split} try {n}")
+                                 for n in range(args.best_of)])
+            fit = torch.stack([setup.reward_model.similarity(m.to(setup.device), lengths.to(setup.device), captions)
+                               for m in tries])
+            motion = tries[fit.argmax(0).cpu(), torch.arange(len(clips))]
+        results.append(reports.measure(motion, lengths, captions, attributes, clips=clips, skeleton=setup.source.skeleton,
+                                       reward_model=setup.reward_model, judge=setup.judge, seed=r if benchmark else None))
+    return reports.row(results)
+
+
+def final_tables(args, setup):
+    """Gain (target test), retention (source test) and the split that choices may look at (target val), before and after."""
+    tables = {}
+    for domain, split in (("target", "val"), ("target", "test"), ("source", "test")):
+        rows = {"gt": evaluate(args, setup, domain, split, "gt", args.eval_repeats)}
+        with lora.disabled(setup.model):
+            rows["base"] = evaluate(args, setup, domain, split, "model", args.eval_repeats)
+            if (domain, split) == ("target", "test"):
+                rows[f"best of {args.best_of}"] = evaluate(args, setup, domain, split, "best_of", 1)
+        rows["tuned"] = evaluate(args, setup, domain, split, "model", args.eval_repeats)
+        rows["gain"] = reports.paired_gain(rows["tuned"], rows["base"])
+        for row in rows.values():
+            row.pop("_prompts", None)
+        tables[f"{domain}_{split}"] = rows
+        reports.print_table(f"{domain} {split}: {len(getattr(setup, domain).splits[split])} clips, {args.eval_repeats} repeats "
+                            "(gain: paired, its interval is over prompts)", rows)
+    return tables
+
+
+def panels(args, setup, captions, lengths, purpose, before=True):
+    """[{title: joints (t j 3)}] for each caption: base and tuned from the same noise."""
+    skeleton, made = setup.source.skeleton, {}
+    if before:
+        with lora.disabled(setup.model):
+            made["before"] = motions(args, setup, captions, lengths, 0, purpose)
+    made["after"] = motions(args, setup, captions, lengths, 0, purpose)
+    return [{title: features.features_to_joints(motion[k, :n], skeleton).numpy() for title, motion in made.items()}
+            for k, n in enumerate(lengths.tolist())]
+
+
+def draw(args, setup, folder):
+    """Curves, storyboard and GIF of before | after | data for test prompts chosen by position, never by score."""
+    clips = setup.target.splits["test"]
+    clips = [clips[k * len(clips) // 4] for k in range(4)]
+    captions, attributes, lengths = reports.questions(clips, 0)
+    skeleton, rows = setup.source.skeleton, []
+    for clip, caption, asked, pictures in zip(clips, captions, attributes, panels(args, setup, captions, lengths, "pictures")):
+        pictures["data"] = features.features_to_joints(torch.from_numpy(clip.features), skeleton).numpy()
+        rows.append((caption, [{"joints": joints, "title": title, "note": "  ".join(
+            f"{name} {'ok' if holds else 'NO'}" for name, holds in synthetic.oracle(joints, skeleton, asked).items())}
+            for title, joints in pictures.items()]))
+    for k, (caption, parts) in enumerate(rows):
+        render.safely(render.render_gif, folder / ("before_after.gif" if k == 0 else f"before_after_{k}.gif"), parts, skeleton,
+                      caption)
+    render.safely(render.storyboard, folder / "storyboard.png", rows, skeleton)
+    render.safely(render.curves, folder / "curves.png", folder / "logs.csv", CURVES)
+
+
+CURVES = (("reward", "val_reward"), ("val_judge",), ("val_oracle",), ("approx_kl", "kl_base"), ("clipfrac",), ("val_jerk",))
+
+
+def write_prompts(args, setup, folder):
+    """--prompt: a GIF, and joints (.npy) and BVH of every motion in it."""
+    lengths = [len(clip.features) for clip in setup.source.splits["train"]]
+    frames, limit = args.length or int(np.median(lengths)) // 4 * 4, setup.tokens * args.patch
+    if frames % 4 or not 8 <= frames <= limit:
+        raise InputError(f"--length {frames}: give a multiple of 4 between 8 and {limit} frames (20 a second)")
+    skeleton = setup.source.skeleton
+    pictures = panels(args, setup, args.prompt, torch.full((len(args.prompt),), frames), "prompt", args.compare)
+    for k, (caption, parts) in enumerate(zip(args.prompt, pictures)):
+        for title, joints in parts.items():
+            render.write_npy(folder / f"prompt{k:02d}_{title}.npy", joints)
+            render.write_bvh(folder / f"prompt{k:02d}_{title}.bvh", joints, skeleton)
+        path = folder / f"prompt{k:02d}.gif"
+        render.render_gif(path, [{"joints": j, "title": t, "note": ""} for t, j in parts.items()], skeleton, caption)
+        print(f"  {path}: {caption}")
+
+
+# Arguments a checkpoint must agree on are all but those that say where things are and how the run is started.
+NEUTRAL_ARGS = ("out_dir", "cache_dir", "cache", "data_root", "device", "threads", "resume", "overwrite", "eval_only", "load",
+                "prompt", "compare", "length", "tiny", "eval_repeats", "best_of")
+BASE_ARGS = ("base_seed", "width", "layers", "heads", "text_layers", "patch", "patch_dims", "base_iterations", "base_batch",
+             "base_lr", "text_drop", "schedule")
+
+
+def shaping_args(args):
+    """The arguments that decide what is learnt, as a dict."""
+    return {name: value for name, value in dataclasses.asdict(args).items() if name not in NEUTRAL_ARGS}
+
+
+def main(argv=None):
+    """Prepare; then train, evaluate and draw, or do one of the two things a finished adapter is for."""
+    argv = sys.argv[1:] if argv is None else argv
+    args, watch = parse_args(argv), runs.Stopwatch()
+    check_args(args)
+    adapter = runs.load_checkpoint(args.load, kind="ddpo-adapter") if args.load else None
+    if adapter:  # base, scorers and data are those of the run that made it
+        args = dataclasses.replace(args, **adapter["args"])
+    device, mode = runs.pick_device(args.device), "_prompt" if args.prompt else "_eval" if args.eval_only else ""
+    threads, (rank, _) = runs.pick_threads(args.threads or None), runs.world(device)
+    name = re.sub(r"[^A-Za-z0-9_-]", "_", Path(args.dataset).name)
+    with watch.stage("data"):
+        source, target = load_data(args)
+    folder = args.out_dir or f"runs/ddpo_{name}_seed{args.seed}{mode}"
+    folder = runs.RunFolder(folder, resume=args.resume, overwrite=args.overwrite or bool(mode)) if rank == 0 else Path(folder)
+    print(f"{device}, {threads} CPU thread(s)\n  source: {source.label}\n  target: {target.label}")
+    with watch.stage("reward model and judge"):
+        reward_model, judge, notes = train_scorers(args, source, target, device)
+    with watch.stage("base"):
+        model, notes["base"] = build_base(args, source, device)
+    lora.inject(model, args.lora_targets, args.lora_rank, args.lora_alpha, generator(args.seed, 0, "lora"))
+    if adapter:
+        lora.load_lora(model, adapter["lora"])
+    grid = samplers.make_grid(args.schedule, args.steps, args.spacing)
+    frames = max(len(clip.features) for part in (source, target) for split in part.splits.values() for clip in split)
+    setup = Setup(source, target, reward_model, judge, model, grid, transitions(grid, args.order),
+                  math.ceil(frames / args.patch), device)
+    if args.prompt:
+        return write_prompts(args, setup, folder)
+    about = {"command": "python ddpo_motion.py " + " ".join(argv), "seed": args.seed, "versions": runs.versions(),
+             "data": {"source": source.label, "target": target.label}, "threads": threads, "parts": notes}
+    if not adapter:
+        if rank == 0:
+            runs.save_json(folder / "args.json", {**about, "args": dataclasses.asdict(args),
+                                                  "fingerprints": {"source": source.fingerprint, "target": target.fingerprint}})
+        train(args, setup, folder, watch)
+        if rank:
+            return None
+        runs.save_checkpoint(folder / "adapter.pt", kind="ddpo-adapter", keep_previous=False,
+                             data={"args": shaping_args(args), "lora": lora.lora_state(model)})
+    with watch.stage("evaluation"):
+        tables = final_tables(args, setup)
+    with watch.stage("pictures"):
+        draw(args, setup, folder)
+    motions_seen = args.iterations * args.prompts_per_iteration * args.samples_per_prompt
+    runs.save_json(folder / "results.json", {
+        **about, **tables, "seconds": watch.seconds, "peak_memory_mb": runs.peak_memory_mb(),
+        "counts": {"motions": motions_seen, "rollout_denoiser_calls": args.iterations * args.steps}})
+    print("\nseconds: " + ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in watch.seconds.items())
+          + f"; peak memory {runs.peak_memory_mb():.0f} MB; everything is in {folder / ''}")
+    return None
+
+
+if __name__ == "__main__":
+    runs.run_main(main)

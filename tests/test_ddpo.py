@@ -1,0 +1,367 @@
+"""The algorithm of ddpo_motion.py against closed forms, and the mutants that must not survive."""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import signal
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from einops import rearrange
+
+import ddpo_motion as ddpo
+from common import datasets, lora, runs, samplers
+from common.runs import InputError, generator
+
+CAPTIONS = ["a person walks forward", "someone turns left slowly", "a man waves", "a person jumps twice and claps"]
+
+
+def tiny_model(**changes):
+    args = ddpo.Args(**{**dict(width=16, layers=2, patch_dims=8, heads=2), **changes})
+    model = ddpo.MotionDiffusion(args, datasets.Vocabulary.from_captions(CAPTIONS), 263)
+    ddpo.initialise(model, generator(0, 0, "initialise"))
+    model.codec.basis.copy_(torch.linalg.qr(torch.randn(model.codec.basis.shape, generator=generator(0, 0, "basis")))[0])
+    return args, model.requires_grad_(False).eval()
+
+
+def adapted_model(b_scale=0.1, **changes):
+    """A model whose adapters already do something (B is not zero)."""
+    args, model = tiny_model(**changes)
+    lora.inject(model, args.lora_targets, 4, 4.0, generator(0, 0, "lora"))
+    for k, (name, value) in enumerate(sorted(model.named_parameters())):
+        if value.requires_grad:
+            value.data.add_(b_scale * torch.randn(value.shape, generator=generator(0, k, "perturb")))
+    return args, model
+
+
+def rolled_out(order=1, guidance=1.0, steps=5, schedule="linear", spacing="linspace", lengths=(3, 6, 5, 1)):
+    args, model = adapted_model()
+    grid = samplers.make_grid(schedule, steps, spacing)
+    transition = ddpo.transitions(grid, order)
+    mask = torch.arange(6)[None] < torch.tensor(lengths)[:, None]
+    noise = torch.randn(4, steps + 1, 6, 8, generator=generator(0, 0, "noise"))
+    states = ddpo.rollout(model, grid, transition, CAPTIONS, mask, noise, guidance)
+    return SimpleNamespace(args=args, model=model, grid=grid, transition=transition, mask=mask, noise=noise, states=states,
+                           guidance=guidance, trained=steps - 1)
+
+
+def logps(r, states=None, mask=None, trained=None):
+    return ddpo.step_logps(r.model, r.grid, r.transition, r.states if states is None else states, CAPTIONS,
+                           r.mask if mask is None else mask, trained or r.trained, r.guidance)
+
+
+# ---- the transition -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", samplers.SCHEDULES)
+@pytest.mark.parametrize("order", (1, 2))
+def test_transition_equals_the_sampler_of_evaluation(schedule, order):
+    """Two independent writings of SDE-DPM-Solver++ agree at every step."""
+    grid = samplers.make_grid(schedule, 7, "linspace")
+    transition = ddpo.transitions(grid, order)
+    x, m, m_last = (torch.randn(2, 3, 4, generator=generator(0, k, "x")) for k in range(3))
+    for i in range(7):
+        used = grid.order_at(i, order)
+        mean, std = samplers.dpmpp_step(grid, i, x, m, m_last if used == 2 else None)
+        mine = ddpo.step_mean(transition, i, x, m, m_last)
+        torch.testing.assert_close(mine, mean, rtol=1e-5, atol=1e-5)
+        assert float(transition.std[i]) == pytest.approx(float(torch.as_tensor(std).flatten()[0]), abs=1e-6)
+
+
+@pytest.mark.parametrize("schedule", samplers.SCHEDULES)
+@pytest.mark.parametrize("spacing", samplers.SPACINGS)
+def test_only_the_last_step_has_no_variance(schedule, spacing):
+    std = ddpo.transitions(samplers.make_grid(schedule, 10, spacing), 1).std
+    assert (std[:-1] > 0).all() and std[-1] == 0
+
+
+def test_the_step_without_variance_cannot_be_trained():
+    r = rolled_out()
+    with pytest.raises(AssertionError, match="without variance"):
+        logps(r, trained=5)
+
+
+@pytest.mark.parametrize("order", (1, 2))
+@pytest.mark.parametrize("guidance", (1.0, 2.5))
+def test_one_forward_over_all_steps_gives_the_rollouts_own_means(order, guidance):
+    """x_{i+1} = mean + std * noise at rollout, so the re-scored mean must explain the stored states exactly: this fails
+    for a timestep off by one, a wrong m_{i-1}, guidance in one pass only, or dropout."""
+    r = rolled_out(order, guidance)
+    _, mean, std = logps(r)
+    expected = (mean + std * r.noise[:, 1:5]) * r.mask[:, None, :, None]
+    torch.testing.assert_close(expected, r.states[:, 1:5], rtol=1e-4, atol=1e-4)
+
+
+# ---- the log-probability -----------------------------------------------------------------------------------------------
+
+
+def test_logp_is_the_mean_over_valid_entries_and_detached():
+    mean = torch.zeros(2, 3, 2, requires_grad=True)
+    x = torch.tensor([[1.0, 2.0]]).expand(2, 3, 2).clone().requires_grad_()
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    logp = ddpo.masked_mean_logp(x, mean, torch.tensor(2.0), mask)
+    expected = -(1 + 4) / 2 / 8 - math.log(2) - 0.5 * math.log(2 * math.pi)  # the same for any number of valid tokens
+    torch.testing.assert_close(logp, torch.full((2,), expected))
+    logp.sum().backward()
+    assert x.grad is None, "the action is data: no gradient may flow through x_prev"
+    assert mean.grad[0, 2].abs().sum() == 0 and mean.grad[0, 1].abs().sum() > 0
+
+
+def test_padding_changes_nothing_that_is_valid():
+    r = rolled_out()
+    before, mean, _ = logps(r)
+    dirty = r.states + 10.0 * ~r.mask[:, None, :, None]
+    after, dirty_mean, _ = logps(r, dirty)
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+    keep = r.mask[:, None, :, None]
+    torch.testing.assert_close(dirty_mean * keep, mean * keep, rtol=1e-5, atol=1e-5)
+    assert (r.states * ~r.mask[:, None, :, None]).abs().max() == 0
+    longer = ddpo.rollout(r.model, r.grid, r.transition, CAPTIONS, torch.nn.functional.pad(r.mask, (0, 3)),
+                          torch.nn.functional.pad(r.noise, (0, 0, 0, 3)), 1.0)
+    torch.testing.assert_close(longer[:, :, :6], r.states, rtol=1e-4, atol=1e-4)
+
+
+class LinearDenoiser(torch.nn.Module):
+    """m(x) = theta x: then every state is Gaussian and the gradient of E[x^2] has a closed form."""
+
+    def __init__(self, theta):
+        super().__init__()
+        self.theta = torch.nn.Parameter(torch.tensor(theta, dtype=torch.float64))
+
+    def encode_text(self, captions):
+        return torch.zeros(len(captions), 1, 1), torch.ones(len(captions), 1, dtype=torch.bool)
+
+    def forward(self, x_t, timesteps, mask, text, text_mask):
+        return self.theta * x_t
+
+
+def test_policy_gradient_equals_the_gradient_of_the_expected_reward():
+    """Score function over stored steps against the derivative of E[x_{N-1}^2]; the last, deterministic step is left out."""
+    model, n, steps = LinearDenoiser(0.6), 200_000, 5
+    grid = samplers.make_grid("linear", steps)
+    transition = ddpo.Transition(*(y.double() for y in ddpo.transitions(grid, 1)))
+    mask = torch.ones(n, 1, dtype=torch.bool)
+    noise = torch.randn(n, steps + 1, 1, 1, generator=generator(0, 0, "mc"), dtype=torch.float64)
+    captions = [""] * n
+    states = ddpo.rollout(model, grid, transition, captions, mask, noise, 1.0)
+    rewards = states[:, steps - 1, 0, 0].square()
+    logp, *_ = ddpo.step_logps(model, grid, transition, states, captions, mask, steps - 1, 1.0)
+    surrogate = (logp.sum(1) * (rewards - rewards.mean())).mean()
+    estimate, = torch.autograd.grad(surrogate, model.theta)
+
+    def expected_reward(theta):
+        variance = torch.tensor(1.0, dtype=torch.float64)
+        for i in range(steps - 1):
+            variance = (transition.x_coef[i] + transition.m_coef[i] * theta) ** 2 * variance + transition.std[i] ** 2
+        return variance
+
+    h = 1e-5
+    exact = (expected_reward(0.6 + h) - expected_reward(0.6 - h)) / (2 * h)
+    half = n // 2  # Monte-Carlo error from independent blocks
+    blocks = []
+    for rows in torch.arange(n).chunk(20):
+        logp, *_ = ddpo.step_logps(model, grid, transition, states[rows], captions[: len(rows)], mask[rows], steps - 1, 1.0)
+        part = (logp.sum(1) * (rewards[rows] - rewards.mean())).mean()
+        blocks.append(torch.autograd.grad(part, model.theta)[0].item())
+    error = np.std(blocks, ddof=1) / math.sqrt(len(blocks))
+    assert abs(estimate.item() - exact.item()) < 3 * error and abs(exact.item()) > 10 * error
+
+
+# ---- advantages and loss -------------------------------------------------------------------------------------------------
+
+
+def test_advantages_use_each_prompts_own_mean_and_one_std():
+    rewards = torch.tensor([[1.0, 3.0], [10.0, 10.0], [-5.0, -4.0]])
+    advantages = ddpo.group_advantages(rewards, 5.0)
+    std = math.sqrt((1 + 1 + 0 + 0 + 0.25 + 0.25) / 6) + 1e-4
+    torch.testing.assert_close(advantages, torch.tensor([[-1, 1], [0, 0], [-0.5, 0.5]]) / std)
+    assert (ddpo.group_advantages(torch.full((3, 4), 0.7), 5.0) == 0).all()
+    assert ddpo.group_advantages(torch.tensor([[0.0] * 99 + [1.0]]), 5.0).max() == 5.0
+
+
+def test_clipped_loss_is_pessimistic():
+    ratio = torch.tensor([0.5, 1.0, 1.5, 0.5, 1.0, 1.5], requires_grad=True)
+    advantages = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, -1.0])
+    loss = ddpo.clipped_loss(ratio, advantages, 0.2)
+    torch.testing.assert_close(loss, torch.tensor([-0.5, -1.0, -1.2, 0.8, 1.0, 1.5]))
+    loss.sum().backward()  # where the clip is active in the harmful direction no gradient is left
+    torch.testing.assert_close(ratio.grad, torch.tensor([-1.0, -1.0, 0.0, 0.0, 1.0, 1.0]))
+
+
+def test_snr_law_gives_every_step_the_same_kl():
+    """KL = (SNR_j - SNR_i) |d|^2 / 2 for a shift d of the prediction, hence the weights of --snr-weights."""
+    grid = samplers.make_grid("linear", 10)
+    transition = ddpo.transitions(grid, 1)
+    snr = torch.exp(2 * grid.lam)
+    for i in range(9):
+        kl = (transition.m_coef[i] / transition.std[i]) ** 2 / 2
+        assert float(kl) == pytest.approx(float((snr[i + 1] - snr[i]) / 2), rel=1e-3)
+    weights = ddpo.snr_step_weights(grid, 9)
+    assert float(weights.mean()) == pytest.approx(1.0, abs=1e-6) and (weights.diff() < 0).all()
+
+
+# ---- the update ------------------------------------------------------------------------------------------------------
+
+
+class Never:
+    def check(self):
+        pass
+
+
+def one_update(rewards_of_group, iterations=1, **changes):
+    """Run rollout + update with a given reward function of the states; -> (model, weights before, last log)."""
+    args, model = adapted_model(prompts_per_iteration=4, samples_per_prompt=4, steps=5, **changes)
+    grid = samplers.make_grid("linear", 5)
+    setup = ddpo.Setup(None, None, None, None, model, grid, ddpo.transitions(grid, args.order), 6, torch.device("cpu"))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(list(lora.lora_parameters(model)), lr=args.lr, weight_decay=0.0)
+    pool, history = torch.tensor([12, 24, 20]), []
+    for iteration in range(iterations):
+        batch = ddpo.collect(args, setup, CAPTIONS, pool, iteration, 0, 1)
+        rewards = rewards_of_group(batch)
+        history.append(rewards.mean().item())
+        advantages = ddpo.group_advantages(rearrange(rewards, "(p g) -> p g", g=4), 5.0).flatten()
+        log = ddpo.update(args, setup, batch, advantages, optimizer, iteration, Never())
+    return SimpleNamespace(model=model, before=before, log=log, history=history, setup=setup, args=args)
+
+
+def toy_reward(batch):
+    """How far the finished motion goes along a fixed direction, per valid token."""
+    x, mask = batch["states"][:, -1], batch["mask"]
+    return (x[..., 0] * mask).sum(1) / mask.sum(1)
+
+
+@pytest.mark.parametrize("changes", ({}, {"order": 2}, {"guidance_scale": 2.5}, {"micro_batch": 3}, {"minibatches": 4}))
+def test_first_ratio_is_exactly_one(changes):
+    log = one_update(toy_reward, lr=0.0, **changes).log
+    assert log["first_ratio_error"] == 0.0
+    assert log["ratio_min"] == log["ratio_max"] == 1.0 and log["approx_kl"] == 0.0 and log["clipfrac"] == 0.0
+
+
+def test_only_adapters_move_and_all_of_them_do():
+    run = one_update(toy_reward)
+    for name, value in run.model.state_dict().items():
+        moved = not torch.equal(value, run.before[name])
+        adapter = any(value.data_ptr() == p.data_ptr() for p in lora.lora_parameters(run.model))
+        assert moved == adapter, name
+
+
+def test_constant_reward_leaves_the_weights_untouched():
+    run = one_update(lambda batch: torch.full((16,), 0.3), iterations=2)
+    assert all(torch.equal(value, run.before[name]) for name, value in run.model.state_dict().items())
+
+
+def test_reward_rises_and_a_negated_reward_falls():
+    settings = dict(iterations=25, lr=5e-3)
+    up, down = one_update(toy_reward, **settings), one_update(lambda b: -toy_reward(b), **settings)
+    rise = np.mean(up.history[-5:]) - np.mean(up.history[:5])
+    fall = -np.mean(down.history[-5:]) + np.mean(down.history[:5])
+    assert rise > 0.02 and fall < -0.02
+
+
+def test_micro_batches_give_the_same_gradient():
+    a, b = one_update(toy_reward), one_update(toy_reward, micro_batch=3)
+    for (name, x), y in zip(a.model.state_dict().items(), b.model.state_dict().values()):
+        torch.testing.assert_close(x, y, rtol=0, atol=2e-4, msg=name)  # one Adam step of lr 2e-3
+
+
+def test_kl_to_the_base_pulls_back():
+    free, held = (one_update(toy_reward, iterations=20, lr=5e-3, kl_coef=c) for c in (1e-9, 1.0))
+    assert held.log["kl_base"] < free.log["kl_base"]
+
+
+def test_samples_do_not_depend_on_batch_or_process_count():
+    """Two processes together draw the trajectories of one."""
+    args, model = adapted_model(prompts_per_iteration=4, samples_per_prompt=2, steps=3)
+    grid = samplers.make_grid("linear", 3)
+    setup = ddpo.Setup(None, None, None, None, model, grid, ddpo.transitions(grid, 1), 6, torch.device("cpu"))
+    pool = torch.tensor([12, 24])
+    whole = ddpo.collect(args, setup, CAPTIONS, pool, 5, 0, 1)
+    parts = [ddpo.collect(args, setup, CAPTIONS, pool, 5, rank, 2) for rank in range(2)]
+    assert whole["captions"] == parts[0]["captions"] + parts[1]["captions"]
+    assert sorted(parts[0]["index"] + parts[1]["index"]) == whole["index"]
+    torch.testing.assert_close(whole["states"], torch.cat([p["states"] for p in parts]), rtol=1e-5, atol=1e-5)
+    for group in rearrange(whole["lengths"], "(p g) -> p g", g=2):
+        assert group[0] == group[1], "one length per prompt group"
+
+
+def test_wrong_prompts_is_a_fixed_assignment_without_fixed_points():
+    prompts = [f"prompt {k}" for k in range(50)]
+    wrong = ddpo.wrong_prompts(prompts, 3)
+    assert sorted(wrong.values()) == sorted(prompts) and all(a != b for a, b in wrong.items())
+    assert wrong == ddpo.wrong_prompts(prompts, 3) != ddpo.wrong_prompts(prompts, 4)
+
+
+def test_rewards_stay_with_their_samples():
+    """A reward in another order must not pass: the score of sample k is computed from motion k and caption k."""
+    args, model = tiny_model(prompts_per_iteration=2, samples_per_prompt=2)
+    batch = {"states": torch.randn(4, 2, 3, 8, generator=generator(0, 0, "x")), "captions": CAPTIONS,
+             "lengths": torch.tensor([12, 8, 4, 12]), "index": [0, 1, 2, 3]}
+
+    class Scorer:
+        def similarity(self, motion, lengths, captions):
+            return motion[:, 0, 0] + lengths + torch.tensor([float(len(c)) for c in captions])
+
+    setup = SimpleNamespace(model=model, reward_model=Scorer(), device=torch.device("cpu"))
+    rewards = ddpo.score(args, setup, batch, {}, 0)
+    motion = model.codec.decode(batch["states"][:, -1])
+    torch.testing.assert_close(rewards, motion[:, 0, 0] + batch["lengths"] + torch.tensor([float(len(c)) for c in CAPTIONS]))
+    shuffled = ddpo.score(dataclasses.replace(args, reward="shuffled"), setup, batch, dict(zip(CAPTIONS, CAPTIONS[1:] + [""])), 0)
+    assert not torch.equal(shuffled, rewards)
+
+    class Broken:
+        def similarity(self, motion, lengths, captions):
+            return torch.tensor([0.1, float("nan"), 0.2, 0.3])
+
+    with pytest.raises(runs.NonFiniteError, match="someone turns left slowly"):
+        ddpo.score(args, SimpleNamespace(model=model, reward_model=Broken(), device=torch.device("cpu")), batch, {}, 0)
+
+
+# ---- the network ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_adapter_is_felt_in_eval_mode():
+    args, model = adapted_model()
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert len(names) == 2 * (6 * args.text_layers + 10 * args.layers)
+    r = rolled_out()
+    logp, *_ = logps(r)
+    gradients = torch.autograd.grad(logp.sum(), list(lora.lora_parameters(r.model)))
+    assert all(g.abs().max() > 0 for g in gradients)
+    with lora.disabled(r.model):
+        base, *_ = logps(r)
+    assert not torch.equal(base, logp)
+
+
+def test_adapters_off_is_the_base_bit_for_bit():
+    _, base = tiny_model()
+    _, adapted = adapted_model()
+    x, t = torch.randn(4, 6, 8, generator=generator(0, 0, "x")), torch.tensor([999.0, 500.0, 100.0, 0.0])
+    mask = torch.arange(6)[None] < torch.tensor([3, 6, 5, 1])[:, None]
+    with lora.disabled(adapted):
+        assert torch.equal(base(x, t, mask, *base.encode_text(CAPTIONS)), adapted(x, t, mask, *adapted.encode_text(CAPTIONS)))
+
+
+def test_codec_without_reduction_is_exact():
+    args, model = tiny_model(patch=2, patch_dims=0)
+    eye = torch.eye(2 * 263)
+    model.codec.basis.copy_(eye)
+    motion = torch.randn(2, 8, 263, generator=generator(0, 0, "motion"))
+    torch.testing.assert_close(model.codec.decode(model.codec.encode(motion)), motion, rtol=1e-5, atol=1e-5)
+
+
+def test_guidance_uses_text_and_null_with_the_stated_weights():
+    _, model = tiny_model()
+    x, mask = torch.randn(4, 6, 8, generator=generator(0, 0, "x")), torch.ones(4, 6, dtype=torch.bool)
+    text, text_mask = model.encode_text(CAPTIONS)
+    t = torch.full((4,), 300.0)
+    with_text = model(x, t, mask, text, text_mask)
+    null = model(x, t, mask, *model.drop_text(text, text_mask, torch.ones(4, dtype=torch.bool)))
+    guided = ddpo.predict(model, x, t, mask, text, text_mask, 2.5)
+    torch.testing.assert_close(guided, null + 2.5 * (with_text - null), rtol=1e-4, atol=1e-5)
+    assert torch.allclose(null[0], model(x[:1], t[:1], mask[:1], *model.drop_text(
+        *model.encode_text(["another text of other length altogether"]), torch.ones(1, dtype=torch.bool)))[0], atol=1e-6)
