@@ -321,23 +321,25 @@ def fit_codec(codec, clips, skeleton):
 
 def train_base(model, clips, args, device):
     """Predict x_start from x_t at a random timestep (MDM eq. 2), captions dropped now and then for guidance."""
-    sigmas = samplers.make_betas(args.schedule)
-    alphas_cumprod = torch.cumprod(1.0 - torch.as_tensor(sigmas), 0).float().to(device)
+    alphas_cumprod = torch.cumprod(1.0 - samplers.make_betas(args.schedule), 0).float().to(device)
+    encoded = [model.codec.encode(torch.from_numpy(clip.features)[None].to(device))[0] for clip in clips]  # n c each
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.base_lr, weight_decay=1e-2)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.base_lr, args.base_iterations, pct_start=0.05)
     losses, bar = [], tqdm(range(args.base_iterations), desc="base", mininterval=1.0)
     for iteration in bar:
         g = generator(args.base_seed, iteration, "base")
         chosen = torch.randint(len(clips), (args.base_batch,), generator=g).tolist()
-        batch = datasets.collate([clips[k] for k in chosen], generator=g)
-        x_start = model.codec.encode(batch.motion.to(device))
-        mask = batch.mask[:, ::args.patch].to(device)  # b n: lengths are whole patches
+        line = torch.rand(args.base_batch, generator=g).tolist()  # a random caption of each clip
+        captions = [clips[k].captions[int(u * len(clips[k].captions))] for k, u in zip(chosen, line)]
+        x_start = nn.utils.rnn.pad_sequence([encoded[k] for k in chosen], batch_first=True)  # b n c
+        counts = torch.tensor([len(encoded[k]) for k in chosen], device=device)
+        mask = torch.arange(x_start.shape[1], device=device)[None] < counts[:, None]
         timesteps = torch.randint(len(alphas_cumprod), (args.base_batch,), generator=g).to(device)
         noise = torch.randn(x_start.shape, generator=g).to(device)
         dropped = (torch.rand(args.base_batch, generator=g) < args.text_drop).to(device)
         alpha_bar = alphas_cumprod[timesteps][:, None, None]
         x_t = alpha_bar.sqrt() * x_start + (1 - alpha_bar).sqrt() * noise
-        text, text_mask = model.drop_text(*model.encode_text(batch.captions), dropped)
+        text, text_mask = model.drop_text(*model.encode_text(captions), dropped)
         error = (model(x_t * mask[..., None], timesteps, mask, text, text_mask) - x_start).square() * mask[..., None]
         loss = error.sum() / (mask.sum() * x_start.shape[-1])
         if not torch.isfinite(loss):

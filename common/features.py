@@ -56,7 +56,7 @@ class Skeleton:
         return len(self.parents)
 
 
-_AXES = {"+x": (1, 0, 0), "-x": (-1, 0, 0), "+y": (0, 1, 0), "-y": (0, -1, 0), "+z": (0, 0, 1), "-z": (0, 0, -1)}
+_AXES = {"+x": (1, 0, 0), "-x": (-1, 0, 0), "+y": (0, 1, 0), "-y": (0, -1, 0), "+z": (0, 0, 1)}
 
 
 def _skeleton(chains, axes, lengths, left, right, middle, **rest_of_fields):
@@ -66,7 +66,8 @@ def _skeleton(chains, axes, lengths, left, right, middle, **rest_of_fields):
             parents[b] = a
     parts = ("hip", "knee", "ankle", "toe", "shoulder", "elbow", "wrist")
     index = dict(zip(("root", "neck", "head"), middle))
-    index |= {f"l_{part}": j for part, j in zip(parts, left)} | {f"r_{part}": j for part, j in zip(parts, right)}
+    for part, l, r in zip(parts, left, right):
+        index |= {f"l_{part}": l, f"r_{part}": r}
     return Skeleton(chains=chains, parents=tuple(parents), index=index,
                     rest=np.array([(0, 0, 0)] + [_AXES[a] for a in axes.split()], dtype=np.float64),
                     bone_lengths=np.array([0.0, *lengths]), **rest_of_fields)
@@ -74,19 +75,23 @@ def _skeleton(chains, axes, lengths, left, right, middle, **rest_of_fields):
 
 # Lengths: HumanML3D's reference clip 000021, in metres.
 T2M = _skeleton(
-    name="t2m", fps=20.0, units_per_metre=1.0, feature_dim=263, contact_threshold=0.002, leg=.826056, min_frames=40,
-    chains=((0, 2, 5, 8, 11), (0, 1, 4, 7, 10), (0, 3, 6, 9, 12, 15), (9, 14, 17, 19, 21), (9, 13, 16, 18, 20)),
+    name="t2m", fps=20.0, units_per_metre=1.0, feature_dim=263, contact_threshold=.002, leg=.826056,
+    min_frames=40,
+    chains=((0, 2, 5, 8, 11), (0, 1, 4, 7, 10), (0, 3, 6, 9, 12, 15), (9, 14, 17, 19, 21),
+            (9, 13, 16, 18, 20)),
     axes="+x -x +y -y -y +y -y -y +y +z +z +y +x -x +z -y -y -y -y -y -y",
-    lengths=(.103074, .109883, .131568, .393623, .390188, .143190, .432433, .425643, .057365, .143382, .149419, .219360,
-             .137487, .143383, .103039, .131614, .122984, .256840, .263092, .266012, .269876),
+    lengths=(.103074, .109883, .131568, .393623, .390188, .143190, .432433, .425643, .057365, .143382,
+             .149419, .219360, .137487, .143383, .103039, .131614, .122984, .256840, .263092, .266012, .269876),
     middle=(0, 12, 15), left=(1, 4, 7, 10, 16, 18, 20), right=(2, 5, 8, 11, 17, 19, 21), feet=(7, 10, 8, 11))
 
-# Lengths: the 1000-unit tall MMM model behind KIT-ML. The contact features use the two foot joints beyond the ankle.
+# Lengths: the 1000-unit tall MMM model behind KIT-ML. Contacts use the two foot joints beyond the ankle.
 KIT = _skeleton(
-    name="kit", fps=12.5, units_per_metre=591.0, feature_dim=251, contact_threshold=0.05, leg=491.0, min_frames=24,
+    name="kit", fps=12.5, units_per_metre=591.0, feature_dim=251, contact_threshold=.05, leg=491.0,
+    min_frames=24,
     chains=((0, 11, 12, 13, 14, 15), (0, 16, 17, 18, 19, 20), (0, 1, 2, 3, 4), (3, 5, 6, 7), (3, 8, 9, 10)),
     axes="+y +y +y +y +x -y -y -x -y -y +x -y -y +z +z -x -y -y +z +z",
-    lengths=(80, 120, 44, 30, 110, 188, 145, 110, 188, 145, 52, 245, 246, 30.274, 56.288, 52, 245, 246, 30.274, 56.288),
+    lengths=(80, 120, 44, 30, 110, 188, 145, 110, 188, 145, 52, 245, 246, 30.274, 56.288,
+             52, 245, 246, 30.274, 56.288),
     middle=(0, 3, 4), left=(16, 17, 18, 20, 8, 9, 10), right=(11, 12, 13, 15, 5, 6, 7), feet=(19, 20, 14, 15))
 
 SKELETONS = {263: T2M, 251: KIT}
@@ -103,14 +108,14 @@ def blocks(skeleton):
 # ---- 2. Features -> joints (torch, differentiable) ---------------------------------------------------------
 
 def _turn(q, v):
-    """Rotate vectors v (... 3) by unit quaternions q (... 4, w first). The order of operations is that of the published code."""
+    """Rotate vectors v (... 3) by unit quaternions q (... 4), in the published code's order of operations."""
     axis = q[..., 1:].expand(v.shape)
     uv = torch.linalg.cross(axis, v)
     return v + 2 * (q[..., :1] * uv + torch.linalg.cross(axis, uv))
 
 
 def recover_root(features):
-    """Integrate root rotation and velocity: heading quaternion (... t 4, world -> body) and root position (... t 3)."""
+    """Integrate root rotation and velocity: heading (... t 4, world -> body) and root position (... t 3)."""
     angle = torch.zeros_like(features[..., 0])
     angle[..., 1:] = features[..., :-1, 0]          # row t holds the step t -> t+1
     angle = angle.cumsum(-1)                        # Quirk 3: half the yaw, which is what a quaternion wants
@@ -145,7 +150,8 @@ def features_to_joints(features, skeleton):
 
 def _check_width(features, skeleton):
     if features.shape[-1] != skeleton.feature_dim:
-        raise InputError(f"features are {features.shape[-1]} wide, the {skeleton.name} skeleton needs {skeleton.feature_dim}")
+        raise InputError(f"features are {features.shape[-1]} wide, the {skeleton.name} skeleton needs "
+                         f"{skeleton.feature_dim}")
 
 
 def features_to_joints_rot6d(features, skeleton, offsets=None):
@@ -186,8 +192,8 @@ def _rotate(q, v):
 
 
 def _multiply(q, r):
-    w = q[..., :1] * r[..., :1] - (q[..., 1:] * r[..., 1:]).sum(-1, keepdims=True)
-    return np.concatenate([w, q[..., :1] * r[..., 1:] + r[..., :1] * q[..., 1:] + _cross(q[..., 1:], r[..., 1:])], -1)
+    w, u, s, v = q[..., :1], q[..., 1:], r[..., :1], r[..., 1:]
+    return np.concatenate([w * s - (u * v).sum(-1, keepdims=True), w * v + s * u + _cross(u, v)], -1)
 
 
 def _conjugate(q):
@@ -195,9 +201,10 @@ def _conjugate(q):
 
 
 def _between(u, v):
-    """Shortest rotation from direction u to direction v (... 3), w >= 0; NaN for exactly opposite directions."""
+    """Shortest rotation from direction u to direction v (... 3), w >= 0; NaN for opposite directions."""
     u, v = u.astype(np.float32), v.astype(np.float32)
-    w = np.sqrt((u ** 2).sum(-1, keepdims=True) * (v ** 2).sum(-1, keepdims=True)) + (u * v).sum(-1, keepdims=True)
+    w = np.sqrt((u ** 2).sum(-1) * (v ** 2).sum(-1)) + (u * v).sum(-1)
+    w = w[..., None]
     q = np.concatenate([w, np.broadcast_to(_cross(u, v), (*w.shape[:-1], 3))], -1)
     return q / np.sqrt((q ** 2).sum(-1, keepdims=True))
 
@@ -237,11 +244,11 @@ def _bone_rotations(joints, skeleton):
 
 
 def uniform_skeleton(joints, skeleton, offsets=None):
-    """Give a clip (t j 3) the bone lengths of the reference body (or of `offsets` (j 3)) and scale its path by leg length."""
+    """Clip (t j 3) with the reference body's bones (or `offsets` (j 3)), its path scaled by leg length."""
     offsets = np.asarray(skeleton.offsets if offsets is None else offsets, np.float32)
     side = {"t2m": "r", "kit": "l"}[skeleton.name]  # the leg that each published script measures
     ankle, knee, hip = (skeleton.index[f"{side}_{part}"] for part in ("ankle", "knee", "hip"))
-    own = np.linalg.norm(joints[0, knee] - joints[0, hip]) + np.linalg.norm(joints[0, ankle] - joints[0, knee])
+    own = np.linalg.norm(np.diff(joints[0, [hip, knee, ankle]], axis=0), axis=-1).sum()
     scale = (np.abs(offsets[knee]).max() + np.abs(offsets[ankle]).max()) / own
     bones = _rotate(_bone_rotations(joints, skeleton), offsets[1:])
     return _chain_up(joints[:, 0] * scale, bones, skeleton)
@@ -258,14 +265,15 @@ def _chain_up(root, bones, skeleton):
 
 
 def canonicalise(joints, skeleton):
-    """Lowest joint of the clip on the floor, first root at x = z = 0, first frame facing +Z: (t j 3) -> (t j 3)."""
+    """Clip (t j 3) with its lowest joint on the floor, starting at x = z = 0 and facing +Z."""
     joints = joints - joints.min(axis=(0, 1)) * np.array([0, 1, 0], joints.dtype)
     joints = joints - joints[0, 0] * np.array([1, 0, 1], joints.dtype)
-    return _rotate(heading_quaternion(joints[:1], skeleton, smooth=False, hips_swapped=False)[:, None], joints)
+    facing = heading_quaternion(joints[:1], skeleton, smooth=False, hips_swapped=False)
+    return _rotate(facing[:, None], joints)
 
 
 def local_positions(joints, heading):
-    """Joints (t j 3) seen from the body: root at x = z = 0, turned by heading (t 4). Heights stay absolute."""
+    """Joints (t j 3) seen from the body: root at x = z = 0, turned by heading (t 4), same heights."""
     return _rotate(heading[:, None], joints - joints[:, :1] * np.array([1, 0, 1], joints.dtype))
 
 
@@ -281,7 +289,7 @@ def rotations_6d(joints, skeleton, heading):
 
 
 def foot_contacts(joints, skeleton):
-    """1 where a foot joint moves less than the threshold (squared, per frame) until the next frame: (t j 3) -> (t-1 4)."""
+    """1 where a foot joint moves less than the threshold until the next frame: (t j 3) -> (t-1 4)."""
     step = np.diff(joints[:, list(skeleton.feet)], axis=0)
     return ((step ** 2).sum(-1) < skeleton.contact_threshold).astype(np.float32)
 
@@ -296,7 +304,7 @@ def rotation_speed(heading, fix_heading_flip=False):
 
 
 def canonical_to_features(joints, skeleton, fix_heading_flip=False):
-    """Rows (t-1 d) float32 for a clip (t j 3) that is on the floor and faces +Z; row t holds frame t and its step."""
+    """Rows (t-1 d) float32 of a clip (t j 3) on the floor and facing +Z; row t holds frame t and its step."""
     heading = heading_quaternion(joints, skeleton, smooth=True)
     step = np.diff(joints, axis=0)
     local = local_positions(joints, heading)[:-1]
@@ -320,8 +328,8 @@ def joints_to_features(joints, skeleton, *, retarget=True, fix_heading_flip=Fals
     """
     joints = np.asarray(joints, np.float32)
     if joints.ndim != 3 or joints.shape[1:] != (skeleton.joints, 3) or len(joints) < 2:
-        raise InputError(f"joints have shape {joints.shape}, the {skeleton.name} skeleton needs (2 frames or more, "
-                         f"{skeleton.joints}, 3)")
+        raise InputError(f"joints have shape {joints.shape}, the {skeleton.name} skeleton needs "
+                         f"(2 frames or more, {skeleton.joints}, 3)")
     if not np.isfinite(joints).all():
         raise InputError("joints contain NaN or infinite numbers; repair or drop the clip")
     with np.errstate(invalid="ignore", divide="ignore"):                 # reported below, with the joint
@@ -330,8 +338,8 @@ def joints_to_features(joints, skeleton, *, retarget=True, fix_heading_flip=Fals
         features = canonical_to_features(canonicalise(joints, skeleton), skeleton, fix_heading_flip)
     if not np.isfinite(features).all():
         frame, column = np.argwhere(~np.isfinite(features))[0]
-        raise InputError(f"feature {column} of frame {frame} is not finite: a bone has no length or points exactly against "
-                         "its rest direction; add a small tilt or drop the clip")
+        raise InputError(f"feature {column} of frame {frame} is not finite: a bone has no length or points "
+                         "exactly against its rest direction; add a small tilt or drop the clip")
     return features
 
 
@@ -340,7 +348,8 @@ def joints_to_features(joints, skeleton, *, retarget=True, fix_heading_flip=Fals
 def mirror(joints, skeleton):
     """Left-right mirror image of joints (... j 3)."""
     order = np.arange(skeleton.joints)
-    pairs = [(a, skeleton.index["r" + part[1:]]) for part, a in skeleton.index.items() if part.startswith("l_")]
+    index = skeleton.index
+    pairs = [(j, index["r" + part[1:]]) for part, j in index.items() if part.startswith("l_")]
     pairs += {"t2m": [(13, 14)], "kit": [(19, 14)]}[skeleton.name]  # collars; the feet between ankle and toe
     for left, right in pairs:
         order[[left, right]] = right, left
@@ -348,9 +357,9 @@ def mirror(joints, skeleton):
 
 
 def resample(joints, fps, new_fps):
-    """Cubic spline through joints (t j 3) at another frame rate; the last frame is kept if it falls on the new grid."""
+    """Natural cubic spline through joints (t j 3), read at another frame rate from the first frame on."""
     t = len(joints)
-  # second derivatives m of a natural spline at unit steps: m[i-1] + 4 m[i] + m[i+1] = 6 (y[i+1] - 2 y[i] + y[i-1])
+    # its second derivatives m at unit steps solve m[i-1] + 4 m[i] + m[i+1] = 6 (y[i+1] - 2 y[i] + y[i-1])
     system = np.eye(t) * 4 + np.eye(t, k=1) + np.eye(t, k=-1)
     system[0, 1] = system[-1, -2] = 0
     y = rearrange(joints, "t j c -> t (j c)").astype(np.float64)
@@ -374,7 +383,7 @@ def kit_to_t2m(joints):
     """
     joints = resample(joints, KIT.fps, T2M.fps)
     hip, knee, ankle = (KIT.index[f"l_{part}"] for part in ("hip", "knee", "ankle"))
-    leg = np.linalg.norm(joints[:, knee] - joints[:, hip], axis=-1) + np.linalg.norm(joints[:, ankle] - joints[:, knee], axis=-1)
+    leg = np.linalg.norm(np.diff(joints[:, [hip, knee, ankle]], axis=1), axis=-1).sum(1)
     joints = joints * np.float32(T2M.leg / np.median(leg))
     target = np.empty((len(joints), T2M.joints, 3), np.float32)
     for part, j in T2M.index.items():

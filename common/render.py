@@ -371,9 +371,120 @@ def _rotation(axis, degrees):
 def _between(u, v):
     """Smallest rotations (t 3 3) that turn the unit vector u (3), along an axis, onto unit vectors v (t 3)."""
     cross, cosine = np.cross(u, v), (v @ u)[:, None, None]
-    skew = np.cross(np.eye(3), cross[:, None])                  # skew @ w = cross(u x v, w), Rodrigues' formula
-    skew = -skew.swapaxes(1, 2) if False else skew
+    skew = np.cross(np.eye(3), cross[:, None])                  # skew @ w = cross(cross, w): Rodrigues' formula
     across = np.roll(u, 1)
     half_turn = 2 * np.outer(across, across) - np.eye(3)        # opposite vectors leave the axis open
     turned = np.eye(3) + skew + skew @ skew / np.maximum(1 + cosine, 1e-9)
     return np.where(cosine > -1 + 1e-9, turned, half_turn)
+
+
+def _euler(matrix):
+    """Degrees (t 3) about z, x, y of rotations (t 3 3) = Rz Rx Ry."""
+    locked = np.abs(matrix[:, 2, 1]) > 1 - 1e-12                # x = +-90 degrees: z and y turn about one axis
+    z = np.where(locked, np.arctan2(matrix[:, 1, 0], matrix[:, 0, 0]), np.arctan2(-matrix[:, 0, 1], matrix[:, 1, 1]))
+    y = np.where(locked, 0, np.arctan2(-matrix[:, 2, 0], matrix[:, 2, 2]))
+    return np.degrees(np.stack([z, np.arcsin(np.clip(matrix[:, 2, 1], -1, 1)), y], -1))
+
+
+def write_bvh(path, joints, skeleton, fps=None):
+    """Write joints (t j 3) in the skeleton's units as BVH: centimetres, Y up, rotations Z X Y, `JOINT_NAMES`.
+
+    Positions come back exactly if bone lengths are constant; else each bone gets its mean length. Joint positions do
+    not show twist around a bone: the smallest rotation is used. Where bones fork, each has a pivot of its own (name
+    ends in _pivot), since one rotation cannot point them all. Raises InputError like `render_gif`.
+    """
+    joints = _clips([{"joints": joints}], skeleton)[0] * 100
+    still, index, names = np.broadcast_to(np.eye(3), (len(joints), 3, 3)), skeleton.index, JOINT_NAMES[skeleton.name]
+    across = sum(joints[:, index[f"l_{part}"]] - joints[:, index[f"r_{part}"]] for part in ("hip", "shoulder"))
+    heading = _rotation("Y", np.degrees(np.arctan2(-across[:, 2], across[:, 0])))
+    text, motion = ["HIERARCHY"], [joints[:, 0]]
+
+    def bone(a, b, world):
+        """Offset (3) of joint b from a, and the rotation (t 3 3) inside a's frame that points it along the motion."""
+        vector = joints[:, b] - joints[:, a]
+        length = np.linalg.norm(vector, axis=-1, keepdims=True)
+        local = np.einsum("tji,tj->ti", world, vector / np.maximum(length, 1e-9))
+        rest = skeleton.rest[b] * (1 if (local @ skeleton.rest[b]).mean() > -0.5 else -1)  # KIT's hips rest crossed
+        return rest * length.mean(), _between(rest, local)
+
+    def begin(name, offset, turn, pad):
+        """Open a node; pad is its indentation, empty for the root."""
+        channels = "CHANNELS 3" if pad else "CHANNELS 6 Xposition Yposition Zposition"
+        text.extend([f"{pad}{'JOINT' if pad else 'ROOT'} {name}", pad + "{", f"{pad}  OFFSET {_numbers(offset)}",
+                     f"{pad}  {channels} Zrotation Xrotation Yrotation"])
+        motion.append(_euler(turn))
+
+    def visit(joint, offset, world, pad):
+        own = still if pad else heading
+        world, kids = world @ own, [kid for kid, parent in enumerate(skeleton.parents) if parent == joint]
+        bones = [bone(joint, kid, world) for kid in kids]
+        begin(names[joint], offset, own @ bones[0][1] if len(kids) == 1 else own, pad)
+        for kid, (vector, turn) in zip(kids, bones):
+            if len(kids) == 1:
+                visit(kid, vector, world @ turn, pad + "  ")
+            else:
+                begin(names[kid] + "_pivot", np.zeros(3), turn, pad + "  ")
+                visit(kid, vector, world @ turn, pad + "    ")
+                text.append(pad + "  }")
+        if not kids:
+            text.extend([pad + "  End Site", pad + "  {", f"{pad}    OFFSET {_numbers(offset * 0.3)}", pad + "  }"])
+        text.append(pad + "}")
+
+    visit(0, np.zeros(3), still, "")
+    text += ["MOTION", f"Frames: {len(joints)}", f"Frame Time: {1 / (fps or skeleton.fps):.8f}"]
+    with _replacing(path) as temporary:
+        temporary.write_text("\n".join(text + [_numbers(row) for row in np.concatenate(motion, -1)]) + "\n")
+
+
+def _numbers(row):
+    return " ".join(f"{value:.6f}" for value in row)
+
+
+def read_bvh(path, skeleton):
+    """Read a BVH in centimetres, Y up, named as in `JOINT_NAMES` -> joints (t j 3), the skeleton's units and rate.
+
+    Any hierarchy and channel order; other joints are left out, prefixes such as "mixamorig:" ignored, frames
+    interpolated. Raises InputError naming the file and what is wrong with it.
+    """
+    try:
+        header, data = Path(path).read_text(encoding="utf-8").split("MOTION")
+        places, seconds = _forward_kinematics(header.split(), data.split())
+    except (OSError, ValueError, IndexError) as error:
+        raise InputError(f"{path}: not a readable BVH file ({type(error).__name__}: {error})") from error
+    if missing := [name for name in JOINT_NAMES[skeleton.name] if name not in places]:
+        raise InputError(f"{path}: no joint called {', '.join(missing)}; rename the joints in the file")
+    joints = np.stack([places[name] for name in JOINT_NAMES[skeleton.name]], 1) * skeleton.units_per_metre / 100
+    then = np.arange(len(joints)) * seconds
+    now = np.arange(int(round(then[-1] * skeleton.fps, 3)) + 1) / skeleton.fps
+    columns = [np.interp(now, then, column) for column in joints.reshape(len(joints), -1).T]
+    return np.stack(columns, -1).reshape(len(now), -1, 3)
+
+
+def _forward_kinematics(words, data):
+    """Words of a BVH's two halves -> name -> positions (t 3) in the file's units, and the seconds of a frame."""
+    frames, seconds = int(data[1]), float(data[4])
+    values = np.array(data[5:], dtype=float).reshape(frames, -1)
+    if frames < 1 or seconds <= 0 or not np.isfinite(values).all():
+        raise ValueError("needs frames, a frame time above 0 and finite numbers")
+    places, column, name = {}, 0, None
+    stack = [(np.zeros((frames, 3)), np.broadcast_to(np.eye(3), (frames, 3, 3)))]   # position and rotation, from the root in
+    for i, word in enumerate(words):
+        if word in ("ROOT", "JOINT", "End"):
+            name = words[i + 1].split(":")[-1]
+        elif word == "OFFSET":
+            place, turn = stack[-1]
+            places[name] = place + turn @ np.array(words[i + 1:i + 4], dtype=float)
+            stack.append((places[name], turn))
+        elif word == "CHANNELS":
+            turn = stack[-1][1]
+            for channel in words[i + 2:i + 2 + int(words[i + 1])]:
+                if channel.endswith("position"):                # other joints keep their offset from the parent
+                    if len(stack) == 2:
+                        places[name][:, "XYZ".index(channel[0])] = values[:, column]
+                else:
+                    turn = turn @ _rotation(channel[0], values[:, column])
+                column += 1
+            stack[-1] = (places[name], turn)
+        elif word == "}":
+            stack.pop()
+    return places, seconds

@@ -80,7 +80,7 @@ def generator(seed, iteration, purpose, index=0, device="cpu"):
 
 
 def atomic_write(path, write_fn, keep_previous=False):
-    """Call `write_fn(tmp_path)`, flush to disk, rename onto `path`: readers see the old or the new file whole.
+    """Call `write_fn(tmp_path)`, flush to disk, rename onto `path`: readers see a whole file, old or new.
 
     keep_previous: the file that was there stays as `name.prev.ext`. OSError passes; the old file is intact.
     """
@@ -207,7 +207,7 @@ def load_checkpoint(path, kind="checkpoint", version=1):
     if stored["kind"] != kind:
         raise InputError(f"{path}: holds a {stored['kind']!r}, wanted a {kind!r}; name another file")
     if stored["version"] != version:
-        raise InputError(f"{path}: has version {stored['version']}, this code reads {version}; start a new run")
+        raise InputError(f"{path}: version {stored['version']}, this code reads {version}; start a new run")
     if stored["checksum"] != fingerprint(stored["data"]):
         raise InputError(f"{path}: damaged, its checksum does not fit{hint}")
     return stored["data"]
@@ -223,11 +223,11 @@ def require_same(path, stored, current, free=()):
                  for name in sorted(set(stored) | set(current))
                  if name not in free and stored.get(name) != current.get(name)]
     if differing:
-        raise InputError(f"{path}: made with other arguments ({', '.join(differing)}); repeat them or start anew")
+        raise InputError(f"{path}: made with other arguments, {', '.join(differing)}; repeat them or start anew")
 
 
 def cached(folder, key, build, name, use_cache=True):
-    """The dict that `build()` returns, or its stored copy if `folder` has one made for the same `key` (plain data).
+    """The dict that `build()` returns, or its stored copy if `folder` has one for the same `key` (plain data).
 
     The file is `<folder>/<name>-<hash of key>.pt`. A damaged one is announced and rebuilt; use_cache=False
     always rebuilds.
@@ -248,7 +248,7 @@ def cached(folder, key, build, name, use_cache=True):
 
 
 def make_folder(path, flag):
-    """Create a folder with its parents and clear leftovers of dead processes; InputError if it is not writable."""
+    """Create a folder, clear leftovers of dead processes; InputError naming `flag` if it is not writable."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -359,9 +359,9 @@ class CsvLog:
 
 
 class StopSignal:
-    """`with StopSignal() as stop:` -- SIGINT and SIGTERM set `stop.requested`; the loop saves, then calls `check`.
+    """`with StopSignal() as stop:` -- signals set `stop.requested`; the loop saves, then calls `check`.
 
-    A second SIGINT acts at once, as Python does by default: the checkpoint on disk stays whole.
+    SIGINT and SIGTERM are caught. A second SIGINT acts at once, as Python does by default: the checkpoint on disk stays whole.
     """
 
     requested = 0
@@ -445,7 +445,7 @@ def versions():
 
 
 def pick_device(name="auto"):
-    """auto | cpu | cuda | cuda:N -> torch.device; auto takes a GPU if there is one, an absent GPU is an InputError."""
+    """auto | cpu | cuda | cuda:N -> torch.device; auto takes a GPU if there is one. Absent GPU: InputError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
@@ -457,9 +457,9 @@ def pick_device(name="auto"):
 
 
 def pick_threads(requested=None):
-    """Set and return the number of CPU threads: as requested, else OMP_NUM_THREADS, else what a probe finds fastest.
+    """Set and return the number of CPU threads: as requested, else OMP_NUM_THREADS, else the fastest in a probe.
 
-    Small networks often run faster on one thread. Results repeat bit for bit only at a fixed number of threads.
+    Small networks often run faster on one thread. Results repeat bit for bit at a fixed number only.
     """
     if requested is not None and requested < 1:
         raise InputError(f"--threads {requested}: at least 1")

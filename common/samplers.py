@@ -164,9 +164,8 @@ def dpmpp_step(grid, index, x_t, pred_x_start, previous_x_start=None, stochastic
     Order 1 equals DDIM with eta = 1 (stochastic) or 0. Lu et al. 2022, Algorithm 2 and (stochastic) appendix.
     """
     h = grid.lam[index + 1] - grid.lam[index]
-    rate = 2.0 if stochastic else 1.0
-    carry = grid.sigma[index + 1] / grid.sigma[index] * torch.exp((1 - rate) * h)
-    gain = -grid.alpha[index + 1] * torch.expm1(-rate * h)
+    carry = grid.sigma[index + 1] / grid.sigma[index] * (torch.exp(-h) if stochastic else 1.0)
+    gain = -grid.alpha[index + 1] * torch.expm1(-2 * h if stochastic else -h)
     estimate = pred_x_start
     if previous_x_start is not None:
         k = h / (2 * (grid.lam[index] - grid.lam[index - 1]))

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from common.oracle import caption_attributes, oracle        # noqa: F401 - the data and their check are used together
+
 VERSION = 1                                     # part of every seed: raise it when the data change
 SUBJECTS, TRAIN_SUBJECTS, VAL_SUBJECTS = 60, 48, 3
 SOURCE, TARGET = 0, 1
@@ -149,14 +151,14 @@ PHRASES = {         # action: (source dialect, target dialect)
               "[punch] with {hands} {count}; [perform] {npunch} with {hands}; [punch] {count} with {hands}"),
 }
 _NOUNS = ("jump", "squat", "bow", "kick", "stomp", "punch")
-SLOTS = {           # slot: (attribute, source words, target words); the entry of None stands for a dropped detail
+SLOTS = {           # slot: (attribute, source words, target words); nothing is said about a value that is not listed
     "travel": ("travel", {"forward": "forward", "backward": "backwards", "left": "to the left", "right": "to the right"},
                {"forward": "straight ahead", "backward": "in reverse", "left": "to the left side", "right": "to the right side"}),
     "spot": ("travel", {"none": "in place"}, {"none": "on the spot"}),
     "speed": ("speed", {"slow": "slowly", "fast": "quickly"}, {"slow": "at low speed", "fast": "at high speed"}),
     "drift": ("drift", {"left": "to the left", "right": "to the right"}, {"left": "to the left side", "right": "to the right side"}),
-    "turn": ("turn", {"left": "left/ADV", "right": "right/ADV", None: "around"},
-             {"left": "counterclockwise", "right": "clockwise", None: "around"}),
+    "turn": ("turn", {"left": "left/ADV", "right": "right/ADV"},
+             {"left": "counterclockwise", "right": "clockwise"}),
     "angle": ("angle", {90: "ninety degrees", 180: "all the way around"}, {90: "by 90 degrees", 180: "by 180 degrees"}),
     "count": ("count", {1: "once", 2: "twice", 3: "three times"}, {1: "one time", 2: "two times", 3: "three times"}),
     "foot": ("hop", {"left": "on the left leg", "right": "on the right leg", "any": "on one leg"},
@@ -165,9 +167,8 @@ SLOTS = {           # slot: (attribute, source words, target words); the entry o
             {"left": "with the left foot", "right": "with the right foot", "any": ""}),
     "hands": ("raise wave punch", {"left": "the left hand", "right": "the right hand", "both": "both hands", "any": "a hand"},
               {"left": "his left arm", "right": "his right arm", "both": "both arms", "any": "one arm"}),
-    **{"n" + noun: ("count", *[{None: f"a {noun}/NOUN", **{k: f"{word} {noun}{'' if k == 1 else 'es' if noun == 'punch' else 's'}/NOUN"
-                                                        for k, word in zip((1, 2, 3), ("one", "two", "three"))}}] * 2)
-       for noun in _NOUNS},
+    **{"n" + noun: ("count", *[{k: f"{word} {noun}{'' if k == 1 else 'es' if noun == 'punch' else 's'}/NOUN"
+                                 for k, word in zip((1, 2, 3), ("one", "two", "three"))}] * 2) for noun in _NOUNS},
 }
 SUBJECT_WORDS = (("a person", "a person", "someone", "a man", "the person"), ("A human", "A human", "A human", "A person"))
 PAIRS = (("{0} while {1-ing}", "{0} and {1} at the same time"), ("{1} while {0-ing}", "{0} and {1} meanwhile"))
@@ -198,7 +199,7 @@ def _phrase(template, attributes, dialect, form):
     def slot(match):
         keys, *tables = SLOTS[match[1]]
         values = [attributes[key] for key in keys.split() if key in attributes]
-        return tables[dialect].get(values[0] if values else None, "")
+        return tables[dialect].get(values[0], "") if values else ""
     out = []
     for word in re.sub(r"\{(\w+)\}", slot, template).split():
         if word.startswith("["):
@@ -223,8 +224,10 @@ def _caption(rng, parts, dialect, reserved):
     phrases = []
     for part in parts:
         for action, attributes in part:
-            choices = [p.strip() for p in PHRASES[action][dialect].split(";")]
-            phrases.append((choices[-1] if reserved else choices[rng.integers(len(choices) - 1)], attributes))
+            *choices, unseen = [p.strip() for p in PHRASES[action][dialect].split(";")]
+            if "count" not in attributes:               # "three jumps" has no form without its number
+                choices, unseen = [p for p in choices if "{n" not in p], unseen if "{n" not in unseen else choices[0]
+            phrases.append((unseen if reserved else choices[rng.integers(len(choices))], attributes))
     frames = ("{0}",) if len(phrases) == 1 else (PAIRS if len(parts) == 1 else SEQUENCES)[dialect]
     frame = frames[rng.integers(len(frames))]
     subject = SUBJECT_WORDS[dialect][rng.integers(len(SUBJECT_WORDS[dialect]))]
@@ -623,12 +626,13 @@ def make_clip(domain, index, skeleton, *, seed=0, gaps=("actions", "wording", "s
         parts = _draw_parts(rng, mix)
     reserved = split == "test" and rng.random() < .2
     captions, tokens, attributes = [], [], []
-    for k in range(int(rng.integers(2, 5))):
+    wanted = int(rng.integers(2, 5))
+    for k in range(12):
         told = (_vague(rng, parts) if k and rng.random() < .55 else None) or parts
         # a few source captions borrow the target's words, so that no word of the target is a word never read
         borrowed = dialect == SOURCE and number == SOURCE and rng.random() < .04
         caption, words = _caption(rng, told, TARGET if borrowed else dialect, reserved)
-        if caption not in captions:
+        if caption not in captions and len(captions) < wanted:
             captions, tokens, attributes = captions + [caption], tokens + [words], attributes + [_asked(told)]
     manner = _style(seed, number, subject, style)
     rows, timed = _plan(rng, parts, manner)

@@ -1,4 +1,4 @@
-"""Compare common/features.py with the reference arrays in features_*.npz (joints -> features -> joints, stage by stage)."""
+"""Compare common/features.py with the reference arrays in features_*.npz, stage by stage."""
 
 import numpy as np
 import torch
@@ -8,7 +8,8 @@ from common import features as F
 SKELETONS = {22: F.T2M, 21: F.KIT}
 # largest allowed error in metres (22 joints) or KIT units (21 joints); rotation numbers have no unit
 TOLERANCES = {"t2m": {"": 2e-5, "rotations": 1e-4, "rec_rot": 1e-4},
-              "kit": {"": 1e-2, "root_rotation": 1e-5, "rotations": 3e-3, "rec_root_quat": 1e-5, "root_quat_smooth": 1e-5}}
+              "kit": {"": 1e-2, "root_rotation": 1e-5, "rotations": 3e-3, "rec_root_quat": 1e-5,
+                      "root_quat_smooth": 1e-5}}
 
 
 def check(path):
@@ -43,12 +44,14 @@ def check(path):
                 share = (features[:, columns] != expected[:, columns]).mean()
                 results.append((f"{clip}_{field}", float(share), 1e-3))
             else:
-                compare(clip, field, features[:, columns], expected[:, columns], tolerances.get(name, tolerances[""]))
+                compare(clip, field, features[:, columns], expected[:, columns],
+                        tolerances.get(name, tolerances[""]))
 
         stored = torch.from_numpy(expected.astype(np.float32))
         heading, root = F.recover_root(stored)
         compare(clip, "rec_root_quat", heading.numpy(), ref[f"{clip}_rec_root_quat"])
         compare(clip, "rec_root_pos", root.numpy(), ref[f"{clip}_rec_root_pos"])
         compare(clip, "rec_ric", F.features_to_joints(stored, skeleton).numpy(), ref[f"{clip}_rec_ric"])
-        compare(clip, "rec_rot", F.features_to_joints_rot6d(stored, skeleton, offsets).numpy(), ref[f"{clip}_rec_rot"])
+        rotated = F.features_to_joints_rot6d(stored, skeleton, offsets)
+        compare(clip, "rec_rot", rotated.numpy(), ref[f"{clip}_rec_rot"])
     return results

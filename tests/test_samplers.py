@@ -19,16 +19,17 @@ def draw(*shape, seed=0):
 @pytest.mark.parametrize("schedule, spacing, final, steps", GRIDS)
 def test_nodes_lose_noise_and_only_the_last_step_may_be_deterministic(schedule, spacing, final, steps):
     grid = make_grid(schedule, steps, spacing, final)
-    assert grid.timesteps.shape == (steps,) and grid.alpha.shape == grid.sigma.shape == grid.lam.shape == (steps + 1,)
-    assert torch.allclose(grid.alpha**2 + grid.sigma**2, torch.ones(steps + 1, dtype=torch.float64), atol=1e-12)
+    assert grid.timesteps.shape == (steps,)
+    assert grid.alpha.shape == grid.sigma.shape == grid.lam.shape == (steps + 1,)
+    assert (grid.alpha**2 + grid.sigma**2 - 1).abs().max() < 1e-12
     assert (grid.timesteps.diff() <= 0).all() and 0 <= grid.timesteps.min() and grid.timesteps.max() <= 999
     assert torch.isfinite(grid.std).all() and (grid.std[:-1] > 0).all()
-    empty = final == "zero" or (spacing == "karras" and steps > 1)  # karras already ends at the smallest noise
+    empty = final == "zero" or (spacing == "karras" and steps > 1)  # Karras ends there anyway
     assert (grid.std[-1] == 0) == empty
 
 
 @pytest.mark.parametrize("spacing, expected", [
-    ("linspace", [999, 899, 799, 699, 600, 500, 400, 300, 200, 100]),
+    ("linspace", [999, 899, 799, 699, 599, 500, 400, 300, 200, 100]),
     ("trailing", [999, 899, 799, 699, 599, 499, 399, 299, 199, 99]),
     ("karras", [999, 937, 864, 775, 663, 511, 301, 102, 18, 0])])
 def test_timesteps_of_ten_steps_on_the_linear_schedule(spacing, expected):
@@ -68,7 +69,7 @@ def test_deterministic_order_1_is_ddim_with_eta_0():
     assert torch.allclose(mean, x0, atol=1e-12)  # the last step lands on the prediction
 
 
-@pytest.mark.parametrize("schedule, spacing", itertools.product(samplers.SCHEDULES, samplers.SPACINGS))
+@pytest.mark.parametrize("schedule, spacing", list(itertools.product(samplers.SCHEDULES, samplers.SPACINGS)))
 def test_kl_of_a_step_is_half_the_gain_in_snr(schedule, spacing):
     """A shift d of the prediction costs KL = (SNR_j - SNR_i) |d|^2 / 2; at order 2 times (1 + k)^2."""
     grid, x, x0, shift, older = make_grid(schedule, 10, spacing), *(draw(2, 6, seed=s) for s in range(4))
@@ -79,7 +80,7 @@ def test_kl_of_a_step_is_half_the_gain_in_snr(schedule, spacing):
             mean, std = dpmpp_step(grid, i, x, x0, before)
             moved, _ = dpmpp_step(grid, i, x, x0 + shift, before)
             kl = ((moved - mean) ** 2).sum() / (2 * std**2)
-            k = 0 if before is None else (grid.lam[i + 1] - grid.lam[i]) / (2 * (grid.lam[i] - grid.lam[i - 1]))
+            k = 0 if before is None else grid.lam.diff()[i] / (2 * grid.lam.diff()[i - 1])
             expected = (grid.snr[i + 1] - grid.snr[i]) / 2 * (1 + k) ** 2 * (shift**2).sum()
             assert torch.allclose(kl, expected, rtol=1e-5)
 
@@ -97,7 +98,7 @@ def test_kl_of_an_epsilon_predictor():
 @pytest.mark.parametrize("prediction", ["sample", "epsilon", "v"])
 def test_predictions_name_the_same_clean_sample(prediction):
     x0, noise = draw(3, 4), draw(3, 4, seed=1)
-    alpha, sigma = torch.tensor([0.6, 0.8, 0.28], dtype=torch.float64), torch.tensor([0.8, 0.6, 0.96], dtype=torch.float64)
+    alpha, sigma = torch.tensor([[0.6, 0.8, 0.28], [0.8, 0.6, 0.96]], dtype=torch.float64)
     x = alpha[:, None] * x0 + sigma[:, None] * noise
     output = {"sample": x0, "epsilon": noise, "v": alpha[:, None] * noise - sigma[:, None] * x0}[prediction]
     assert torch.allclose(predict_x_start(output, x, alpha, sigma, prediction), x0, atol=1e-12)
@@ -133,7 +134,7 @@ def test_order_rule():
 @pytest.mark.parametrize("method", samplers.METHODS)
 def test_sampling_a_gaussian_gives_its_mean_and_spread(method):
     """For data N(2, 0.5^2) the best prediction is known, so every method must return that distribution."""
-    grid = make_grid("linear", 40)
+    grid = make_grid("linear", 200)
 
     def denoise(x_t, t):
         i = (grid.timesteps == t[0]).nonzero()[0, 0]
@@ -141,16 +142,17 @@ def test_sampling_a_gaussian_gives_its_mean_and_spread(method):
         return 2 + alpha * 0.25 / (alpha**2 * 0.25 + sigma**2) * (x_t - 2 * alpha)
 
     x = sample(denoise, grid, draw(20000, 1), method, noise=lambda i: draw(20000, 1, seed=100 + i))
-    assert x.mean().item() == pytest.approx(2, abs=0.03)
-    assert x.std().item() == pytest.approx(0.5, abs=0.05)
+    assert x.mean().item() == pytest.approx(2, abs=0.02)
+    assert x.std().item() == pytest.approx(0.5, abs=0.02)
 
 
 def test_second_order_is_nearer_to_the_exact_ode():
     def error(method, steps):
-        grid = make_grid("linear", steps, final="sigma_min")
+        grid = make_grid("linear", steps, "karras", "sigma_min")
+        index = iter(range(steps))
 
         def denoise(x_t, t):
-            i = (grid.timesteps == t[0]).nonzero()[0, 0]
+            i = next(index)
             return grid.alpha[i] * 0.25 / (grid.alpha[i] ** 2 * 0.25 + grid.sigma[i] ** 2) * x_t
 
         spread = (grid.alpha**2 * 0.25 + grid.sigma**2).sqrt()  # the exact flow scales x by the spread
@@ -158,7 +160,8 @@ def test_second_order_is_nearer_to_the_exact_ode():
         return abs(sample(denoise, grid, x, method).item() / (spread[-1] / spread[0]).item() - 1)
 
     assert error("dpmpp-2m", 20) < error("ddim", 20) / 2
-    assert error("ddim", 40) < error("ddim", 10)
+    assert error("ddim", 80) / error("ddim", 40) == pytest.approx(1 / 2, rel=0.1)  # what "first order" means
+    assert error("dpmpp-2m", 80) / error("dpmpp-2m", 40) == pytest.approx(1 / 4, rel=0.2)
 
 
 def test_masked_frames_are_zero_and_do_not_touch_the_others():
