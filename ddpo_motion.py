@@ -233,7 +233,7 @@ class Codec(nn.Module):
         self.register_buffer("std", torch.ones(feature_dim))
         self.register_buffer("center", torch.zeros(patch * feature_dim))
         self.register_buffer("basis", torch.zeros(patch * feature_dim, dims))  # orthonormal columns
-        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("scale", torch.ones(dims))
 
     def encode(self, motion):
         """motion (b t d), raw -> x (b n c)"""
@@ -242,7 +242,7 @@ class Codec(nn.Module):
 
     def decode(self, x):
         """x (b n c) -> motion (b t d), raw"""
-        patches = x * self.scale @ self.basis.T + self.center
+        patches = (x * self.scale) @ self.basis.T + self.center
         return rearrange(patches, "b n (f d) -> b (n f) d", f=self.patch) * self.std + self.mean
 
 
@@ -295,6 +295,7 @@ class MotionDiffusion(nn.Module):
 # Without weights the four root numbers vanish among 263 and the model never learns to turn; rotations repeat what
 # the positions say. (Not in the paper; old code does the same with "feat_bias".)
 BLOCK_WEIGHTS = {"root_rotation": 8.0, "root_velocity": 8.0, "root_height": 4.0, "rotations": 0.4, "contacts": 0.5}
+WHITENING = 0.5
 
 
 # [sync:pretraining]
@@ -315,7 +316,11 @@ def fit_codec(codec, clips, skeleton):
     kept = codec.basis.shape[1]
     codec.center.copy_(center)
     codec.basis.copy_(vectors[:, -kept:].flip(1))
-    codec.scale.copy_(eigenvalues[-kept:].mean().sqrt())  # x has variance 1 on average, as the schedule expects
+    # Between plain principal components (the loss forgets the small ones, which hold the hands) and whitened ones (it
+    # spends itself on noise); variance 1 on average, as the schedule expects.
+    scale = eigenvalues[-kept:].flip(0).clamp(min=1e-12) ** (WHITENING / 2)
+    variance = eigenvalues[-kept:].flip(0) / scale.square()
+    codec.scale.copy_(scale * variance.mean().sqrt())
     return float(eigenvalues[-kept:].sum() / eigenvalues.sum())
 
 
@@ -580,7 +585,7 @@ def build_base(args, source, device):
         losses = train_base(model.to(device), clips, args, device)
         return {"model": model.state_dict(), "variance_kept": kept, "loss": float(np.mean(losses[-100:]))}
 
-    key = [source.fingerprint, BLOCK_WEIGHTS, {name: getattr(args, name) for name in BASE_ARGS}]
+    key = [source.fingerprint, BLOCK_WEIGHTS, WHITENING, {name: getattr(args, name) for name in BASE_ARGS}]
     stored = runs.cached(args.cache_dir, key, build, "base", args.cache)
     model.load_state_dict(stored["model"])
     model.requires_grad_(False)

@@ -1,17 +1,17 @@
-"""Motion-text data: the published folder layout of HumanML3D and KIT-ML, the embedded data set, statistics,
-batches.
+"""Motion-text data: folders in the layout of HumanML3D and KIT-ML, the embedded data, statistics, batches.
 
 A data set folder holds
 
-    new_joint_vecs/ID.npy (t d)   texts/ID.txt   Mean.npy  Std.npy (d)   train.txt  val.txt  test.txt (one id
-    a line) new_joints/ID.npy (t j 3)     optional: equals the joints recovered from the features
+    train.txt  val.txt  test.txt     one id a line
+    new_joint_vecs/ID.npy            features, t d
+    texts/ID.txt                     one caption a line: caption#lemma/POS lemma/POS ...#from#to
+    Mean.npy  Std.npy                d
+    new_joints/ID.npy                t j 3, optional: equals the joints recovered from the features
 
-and a text file one line a caption: `caption#lemma/POS lemma/POS ...#from#to`, the last two in seconds, 0.0
-and 0.0 for the whole clip. Layout and rules: the HumanML3D and text-to-motion repositories (Guo et al., CVPR
-2022).
+where from and to are seconds, both 0.0 for the whole clip. Layout and rules are those of the HumanML3D and
+text-to-motion repositories (Guo et al., CVPR 2022).
 
-    python -m common.datasets check data/KIT-ML      # sizes, what is skipped and why, statistics; exit code 2
-    on damage
+    python -m common.datasets check data/KIT-ML      # sizes, what is skipped and why; exit code 2 on damage
 """
 
 import argparse
@@ -19,6 +19,7 @@ import json
 import math
 import re
 import unicodedata
+import zipfile
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -59,7 +60,8 @@ class Clip:
 
 @dataclass
 class Dataset:
-    label: str  # for people and results: "embedded kit", "folder mini_kit (KIT-ML layout)"
+    """Clips of one feature space in three splits."""
+    label: str                      # "embedded kit", "folder mini_kit (KIT-ML layout)"
     skeleton: motion_features.Skeleton
     splits: dict                    # "train", "val", "test" -> [Clip]
     skipped: dict                   # reason -> [ids]
@@ -69,7 +71,7 @@ class Dataset:
 
 def _dataset(label, skeleton, splits, skipped, embedded):
     content = [[split, clip.name, len(clip.features), zlib.crc32(np.ascontiguousarray(clip.features)),
-                clip.captions] for split in SPLITS for clip in splits[split]]
+                clip.captions, clip.attributes] for split in SPLITS for clip in splits[split]]
     return Dataset(label, skeleton, splits, skipped, embedded, fingerprint([skeleton.name, content])[:16])
 
 
@@ -88,6 +90,7 @@ def half(clips, which):
 # ---- 2. Reading a folder -----------------------------------------------------------------------------------
 
 class TextLine(NamedTuple):
+    """One annotated sentence of a text file."""
     caption: str
     tokens: list
     start: float            # seconds; start = stop = 0 means the whole clip
@@ -116,12 +119,18 @@ def read_texts(path):
     return [line for line in lines if line is not None], lines.count(None)
 
 
+def _load_array(path):
+    """The array in a .npy file; an empty one if the file is truncated, holds objects or is something else."""
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile):
+        return np.empty(0)
+    return array if isinstance(array, np.ndarray) else np.empty(0)
+
+
 def _read_motion(path, width):
     """(features (t d) float32, None) or (None, reason)."""
-    try:
-        motion = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError):                  # truncated, empty, or pickled objects
-        return None, "bad_shape"
+    motion = _load_array(path)
     if motion.ndim != 2 or motion.shape[1] != width or motion.dtype.kind != "f":
         return None, "bad_shape"
     if not np.isfinite(motion).all():
@@ -183,13 +192,7 @@ def _read_statistics(root):
     missing = [name for name in wanted if not (root / name).exists()]
     if missing:
         raise InputError(f"{root}: not a complete data set, missing: {', '.join(missing)}")
-    arrays = []
-    for name in ("Mean.npy", "Std.npy"):
-        try:
-            arrays.append(np.load(root / name, allow_pickle=False))
-        except (ValueError, EOFError):
-            raise InputError(f"{root / name}: not a readable .npy file; restore it") from None
-    mean, std = arrays
+    mean, std = _load_array(root / "Mean.npy"), _load_array(root / "Std.npy")
     if mean.ndim != 1 or len(mean) not in SKELETONS or std.shape != mean.shape:
         raise InputError(f"{root / 'Mean.npy'}: shapes {mean.shape} and {std.shape} (Std.npy), expected "
                          "(263,) for HumanML3D or (251,) for KIT-ML")
@@ -207,7 +210,7 @@ def _read_ids(root, split):
 
 
 def _read_split(root, split, skeleton):
-    """(clips, skipped) of one split."""
+    """(clips, skipped, ids) of one split."""
     skipped, ids = {}, _read_ids(root, split)
     return [clip for name in ids for clip in _read_clip(root, name, skeleton, skipped)], skipped, ids
 
@@ -218,12 +221,12 @@ def _describe(skipped):
 
 
 def load_folder(path):
-    """The data set in a folder of the KIT-ML / HumanML3D layout (recognised by the width of Mean.npy), with
-    the official
-    rules: clips of min_frames to 199 frames, a sub-segment with its own times is a clip of its own.
+    """The data set in a folder of the KIT-ML / HumanML3D layout, told apart by the width of Mean.npy.
 
-    Clips keep all their frames. Whatever is not used is counted in `skipped`, in one printed line. Raises
-    InputError if something is missing, if more than 1 % of a split's ids are damaged, or if a split is empty.
+    Official rules: clips of min_frames to 199 frames are used, and a sub-segment with its own times is a clip
+    of its own. Clips keep all their frames. Whatever is not used is counted in `skipped` and in one printed
+    line. Raises InputError if something is missing, if more than 1 % of a split's ids are damaged (a length
+    outside the limits is no damage), or if a split is empty.
     """
     root = Path(path)
     skeleton, _, _ = _read_statistics(root)
@@ -246,11 +249,9 @@ def load_folder(path):
 
 
 def to_t2m(dataset):
-    """The same data in HumanML3D's space: 22 joints, 20 fps, 263-d, lengths cut to multiples of 4 and at most
-    196.
+    """The same data in HumanML3D's space: 22 joints, 20 fps, 263-d; lengths multiples of 4, at most 196.
 
-    KIT clips are converted from joint positions (features.kit_to_t2m); the features are computed with the
-    heading repair on.
+    KIT clips are converted from joint positions (features.kit_to_t2m), with the heading repair on.
     """
     def convert(clip):
         if dataset.skeleton is T2M:
@@ -271,8 +272,7 @@ def _converted(dataset, skeleton, convert):
 
 def load_dataset(name_or_path, *, data_root=DEFAULT_ROOT, cache_dir=".cache", space="t2m", seed=0, clips=None,
                  gaps=("actions", "wording", "style"), leave_out=(), use_cache=True):
-    """Data set by name ("kit", "humanml3d") or path, in one feature space; lengths are multiples of 4, at
-    most 196.
+    """Dataset by name ("kit", "humanml3d") or path, in one space; lengths multiples of 4, at most 196.
 
     A path is read or refused. A name means the folder KIT-ML / HumanML3D under data_root; where that does not
     exist, and data_root is the default, the embedded data of that name is built (or taken from cache_dir),
@@ -307,7 +307,7 @@ def _embedded(domain, skeleton, flags, cache_dir, use_cache):
     if use_cache and path.exists():
         try:
             stored = _read_cache(path)
-        except (ValueError, EOFError, KeyError, OSError, zlib.error) as error:
+        except (ValueError, EOFError, KeyError, OSError, zipfile.BadZipFile, zlib.error) as error:
             print(f"{path} is damaged ({error}): building the data again")
     if stored is None:
         try:
@@ -347,8 +347,7 @@ def _read_cache(path):
 # ---- 4. Statistics -----------------------------------------------------------------------------------------
 
 class Statistics:
-    """Mean and standard deviation (d) that belong to one model, and say to which kind: "generator" or
-    "scorer".
+    """Mean and standard deviation (d) of one model, and which kind it is: "generator" or "scorer".
 
     A motion is denormalised with the generator's where it leaves the generator and normalised with the
     scorer's where it enters a scorer. The role is checked by `require`, because mixing the two up gives
@@ -369,11 +368,13 @@ class Statistics:
 
     def normalise(self, x):
         """Raw (... d) -> zero mean, unit variance."""
-        return (torch.as_tensor(x) - self.mean) / self.std
+        x = torch.as_tensor(x)
+        return (x - self.mean.to(x.device)) / self.std.to(x.device)
 
     def denormalise(self, x):
         """Back to raw features (... d)."""
-        return torch.as_tensor(x) * self.std + self.mean
+        x = torch.as_tensor(x)
+        return x * self.std.to(x.device) + self.mean.to(x.device)
 
     @classmethod
     def from_clips(cls, clips, role, feat_bias=1.0, block_average=True):
@@ -397,7 +398,7 @@ class Statistics:
 # ---- 5. Words ----------------------------------------------------------------------------------------------
 
 def words(caption):
-    """Lower-case words of a caption, any script and length: "He's  waving, twice" -> he's, waving, twice."""
+    """Lower-case words of a caption, any script and length: "He's waving, twice" -> he's, waving, twice."""
     plain = unicodedata.normalize("NFKC", caption).replace("\u2019", "'").lower()
     return re.findall(r"[^\W_]+(?:'[^\W_]+)*", plain)
 
@@ -427,7 +428,7 @@ class Vocabulary:
 
 
 def official_tokens(tokens, max_tokens=20):
-    """(tokens, count) as the official text encoder reads them: sos, at most 20, eos; uncounted 'unk' to 22."""
+    """(tokens, count) as the official text encoder reads them: sos, at most 20, eos; then 'unk' to 22."""
     framed = ["sos/OTHER", *tokens[:max_tokens], "eos/OTHER"]
     return framed + ["unk/OTHER"] * (max_tokens + 2 - len(framed)), len(framed)
 
@@ -435,6 +436,7 @@ def official_tokens(tokens, max_tokens=20):
 # ---- 6. Batches --------------------------------------------------------------------------------------------
 
 class Batch(NamedTuple):
+    """Clips side by side, one caption each."""
     motion: torch.Tensor            # b t d, raw, zeros after the end of a clip
     lengths: torch.Tensor           # b, int64, frames
     mask: torch.Tensor              # b t, True = real frame
@@ -444,11 +446,13 @@ class Batch(NamedTuple):
 
 
 def collate(clips, captions=0, *, generator=None, max_length=None):
-    """Clips -> Batch. captions: which one of each clip, one number or a list of b (counted modulo the clip's
-    number of
-    captions); with a torch.Generator a random one. max_length: frames of the padded batch, by default the
-    longest clip's;
-    longer clips are cut. Lengths are multiples of 4."""
+    """Clips -> Batch, lengths multiples of 4.
+
+    captions: which caption of each clip, one number or a list of b, counted modulo the clip's number of them;
+    with a torch.Generator a random one. max_length: frames of the padded batch (longer clips are cut), by
+    default those of the longest clip. Padding is zero in RAW features: normalise first, then mask, where the
+    official evaluator wants zeros after normalising.
+    """
     if generator is not None:
         captions = torch.randint(1 << 30, (len(clips),), generator=generator).tolist()
     chosen = [captions] * len(clips) if isinstance(captions, int) else captions
@@ -504,9 +508,10 @@ def check_folder(path):
     for split in SPLITS:
         clips, skipped, ids = _read_split(root, split, skeleton)
         frames = [len(clip.features) for clip in clips]
-        segments, captions = sum("@" in clip.name for clip in clips), sum(len(clip.captions) for clip in clips)
-        print(f"  {split}: {len(ids)} ids, {len(clips)} clips ({segments} sub-segments), {captions} captions, "
-              f"{min(frames, default=0)} to {max(frames, default=0)} frames, "
+        segments = sum("@" in clip.name for clip in clips)
+        captions = sum(len(clip.captions) for clip in clips)
+        print(f"  {split}: {len(ids)} ids, {len(clips)} clips ({segments} sub-segments), "
+              f"{captions} captions, {min(frames, default=0)} to {max(frames, default=0)} frames, "
               f"{sum(frames) / skeleton.fps / 60:.1f} minutes")
         if skipped:
             print(f"        not used: {_describe(skipped)}")
@@ -544,11 +549,7 @@ def _check_joints(root, clips, skeleton):
         path = root / "new_joints" / f"{clip.name}.npy"
         if path.is_file():
             compared += 1
-            try:
-                stored = np.load(path, allow_pickle=False)
-            except (ValueError, EOFError):
-                stored = np.empty(0)
-            joints = features_to_joints(clip.features, skeleton)
+            stored, joints = _load_array(path), features_to_joints(clip.features, skeleton)
             limit = 1e-3 * skeleton.units_per_metre
             if stored.shape != joints.shape or not np.abs(stored - joints).max() < limit:
                 wrong.append(clip.name)
@@ -557,6 +558,7 @@ def _check_joints(root, clips, skeleton):
 
 
 def main(argv=None):
+    """The command line above; InputError if the folder is damaged."""
     parser = argparse.ArgumentParser(prog="python -m common.datasets", description="Check a data set folder.")
     parser.add_argument("command", choices=["check"])
     parser.add_argument("folder", help="a folder in the KIT-ML / HumanML3D layout")

@@ -1,13 +1,13 @@
-"""What scores a motion: the benchmark's metrics, the published evaluator networks, and our own retrieval models.
+"""What scores a motion: the benchmark's metrics, the published evaluator networks, our own retrieval models.
 
 Reading order
-  1. metrics              pure functions on embeddings: FID, R-precision, MM-Dist, diversity, multimodality, retrieval
-  2. official evaluator   the three networks of "Generating Diverse and Natural 3D Human Motions from Text" (Guo et al.,
-                          CVPR 2022), with the parameter names of the released checkpoints
-  3. TMR                  the encoders, decoder and losses of "TMR: Text-to-Motion Retrieval" (Petrovich et al., ICCV 2023)
-  4. our retrieval models a small TMR (the reward) and a conv + BiGRU network (the judge that nothing ever optimises)
+  1. metrics               pure functions on embeddings: FID, R-precision, MM-Dist, diversity, multimodality
+  2. official evaluator    the networks of Guo et al., "Generating Diverse and Natural 3D Human Motions from
+                           Text" (CVPR 2022), with the parameter names of the released checkpoints
+  3. TMR                   encoders, decoder and losses of Petrovich et al., "TMR" (ICCV 2023)
+  4. our retrieval models  a small TMR (the reward) and a conv + BiGRU network (the judge, never optimised)
   5. training and scoring them
-  6. the benchmark        one repeat of the usual table
+  6. the benchmark         one repeat of the usual table
 
 Letters: b batch, t frames, n tokens, d features, c embedding, h heads, p prompts, g samples per prompt.
 A motion enters a model RAW (metres or KIT units). Each model owns the statistics it normalises with, so the
@@ -28,7 +28,7 @@ from tqdm import tqdm
 from common.datasets import Statistics, Vocabulary, collate
 from common.runs import InputError, NonFiniteError
 
-# ---- 1. Metrics ------------------------------------------------------------------------------------------------
+# ---- 1. Metrics --------------------------------------------------------------------------------------------
 
 
 def _double(x):
@@ -38,8 +38,8 @@ def _double(x):
 def pairwise_distance(x, y):
     """Euclidean distances (n m) of rows x (n c) and y (m c), float64.
 
-    Differences are squared, not expanded to |x|^2 + |y|^2 - 2xy as in the official text-to-motion code: in float32
-    the expansion is NaN, or half a unit wrong, exactly where a perfect model should score 0.
+    Differences are squared, not expanded to |x|^2 + |y|^2 - 2xy as in the official text-to-motion code: in
+    float32 the expansion is NaN, or half a unit wrong, exactly where a perfect model should score 0.
     """
     x, y = _double(x), _double(y)
     return torch.cat([(row - y).square().sum(-1).sqrt() for row in x.split(1)]).reshape(len(x), len(y))
@@ -48,9 +48,9 @@ def pairwise_distance(x, y):
 def hit_chance(distance, ks, correct=None):
     """Chance that a correct candidate is among the k nearest, per query and k, ties broken at random.
 
-    distance (n m); correct (n m) bool marks the right candidates (default: the diagonal). Returns (hits (n, len(ks))
-    float64, tied (n,) bool). Without ties a hit is 0 or 1; a collapsed encoder gets exactly k / m, so it cannot look
-    good (or bad) through the order in which a sort happens to leave equal numbers.
+    distance (n m); correct (n m) bool marks the right candidates (default: the diagonal). Returns (hits (n,
+    len(ks)) float64, tied (n,) bool). Without ties a hit is 0 or 1; a collapsed encoder gets exactly k / m,
+    so it cannot look good (or bad) through the order in which a sort happens to leave equal numbers.
     """
     distance = _double(distance)
     correct = torch.eye(len(distance), dtype=torch.bool) if correct is None else correct
@@ -73,10 +73,10 @@ def hit_chance(distance, ks, correct=None):
 def r_precision(text, motion, pool=32, top_k=3, order=None):
     """R-precision of text-to-motion retrieval in pools of `pool`, as in the text-to-motion benchmark.
 
-    text, motion (n c), row i of both belongs together. `order` (n,) shuffles the rows first, since pools are random
-    batches in the benchmark. Incomplete pools are dropped; with fewer than `pool` rows there is one pool of all rows.
-    Returns a dict: "top" (top_k,) float64, "pool" the size used (chance is k / pool), "ties" the share of queries
-    whose own motion is as near as a wrong one.
+    text, motion (n c), row i of both belongs together. `order` (n,) shuffles the rows first, since pools are
+    random batches in the benchmark. Incomplete pools are dropped; with fewer than `pool` rows there is one
+    pool of all rows. Returns a dict: "top" (top_k,) float64, "pool" the size used (chance is k / pool),
+    "ties" the share of queries whose own motion is as near as a wrong one.
     """
     text, motion = _double(text), _double(motion)
     if order is not None:
@@ -92,16 +92,16 @@ def r_precision(text, motion, pool=32, top_k=3, order=None):
 
 
 def mm_dist(text, motion):
-    """Mean Euclidean distance of each text (n c) to its own motion (n c), "matching score" in the official code."""
+    """Mean distance of each text (n c) to its own motion (n c); "matching score" in the official code."""
     return (_double(text) - _double(motion)).norm(dim=-1).mean().item()
 
 
 def fid(x, y):
     """Frechet distance of two sets of embeddings (n c) and (m c), float64, never negative.
 
-    |mu_x - mu_y|^2 + tr(C_x) + tr(C_y) - 2 tr((C_x^1/2 C_y C_x^1/2)^1/2), the last trace through the eigenvalues of a
-    symmetric matrix: unlike a general matrix square root it cannot turn complex when there are fewer rows than
-    dimensions. The estimate is biased upward for small sets: compare equal n only.
+    |mu_x - mu_y|^2 + tr(C_x) + tr(C_y) - 2 tr((C_x^1/2 C_y C_x^1/2)^1/2), the last trace through the
+    eigenvalues of a symmetric matrix: unlike a general matrix square root it cannot turn complex when there
+    are fewer rows than dimensions. The estimate is biased upward for small sets: compare equal n only.
     """
     x, y = _double(x), _double(y)
     if min(len(x), len(y)) < 2:
@@ -121,19 +121,19 @@ def draw_pairs(n, times, generator):
 
 
 def diversity(motion, first, second):
-    """Mean distance of motion[first] and motion[second]; motion (n c), index sets from draw_pairs (300 of them)."""
+    """Mean distance of motion[first] and motion[second]; motion (n c), index sets from draw_pairs (300)."""
     motion = _double(motion)
     return (motion[first] - motion[second]).norm(dim=-1).mean().item()
 
 
 def multimodality(motion, first, second):
-    """Mean distance of samples of the SAME prompt; motion (p g c), index sets into g shared by all prompts (10)."""
+    """Mean distance of samples of the SAME prompt; motion (p g c), index sets into g for all prompts (10)."""
     motion = _double(motion)
     return (motion[:, first] - motion[:, second]).norm(dim=-1).mean().item()
 
 
 def mean_interval(values):
-    """(mean, half width of the 95 % interval) over the first axis: 1.96 * std / sqrt(n) with the population std."""
+    """(mean, half width of the 95 % interval) over the first axis: 1.96 * population std / sqrt(n)."""
     values = _double(values)
     return values.mean(0), 1.96 * values.std(0, unbiased=False) / math.sqrt(len(values))
 
@@ -146,9 +146,10 @@ def summarise(repeats):
 def retrieval_metrics(similarity, same=None):
     """R@1, 2, 3, 5, 10 in percent and the median rank, both directions, as the TMR code reports them.
 
-    similarity (n n), row = text, column = motion. `same` (n n) bool: candidates that count as correct as well (TMR
-    protocol b: captions with cosine above 2 * .95 - 1); the best ranked one is taken. Tied candidates share the
-    average rank. Protocols c and d are this function on a subset or on pools. Keys: t2m_R01 .. m2t_MedR, len.
+    similarity (n n), row = text, column = motion. `same` (n n) bool: candidates that count as correct as well
+    (TMR protocol b: captions with cosine above 2 * .95 - 1); the best ranked one is taken. Tied candidates
+    share the average rank. Protocols c and d are this function on a subset or on pools. Keys: t2m_R01 ..
+    m2t_MedR, len.
     """
     similarity = _double(similarity)
     own = torch.eye(len(similarity), dtype=torch.bool)
@@ -164,8 +165,8 @@ def retrieval_metrics(similarity, same=None):
     return out
 
 
-# ---- 2. The official evaluator (Guo et al. 2022) ------------------------------------------------------------------
-# Scoring only, so the dropout layers of the released code are identities here; attribute names follow its checkpoints.
+# ---- 2. The official evaluator (Guo et al. 2022) -----------------------------------------------------------
+# Scoring only: dropout layers of the released code are identities. Attribute names follow its checkpoints.
 
 class MovementEncoder(nn.Module):
     """Four frames -> one token: motion (b t d) without the contact features -> (b t/4 c)."""
@@ -188,16 +189,16 @@ class MotionEncoderBiGRU(nn.Module):
         super().__init__()
         self.input_emb = nn.Linear(input_size, hidden_size)
         self.gru = nn.GRU(hidden_size, hidden_size, batch_first=True, bidirectional=True)
-        self.hidden = nn.Parameter(torch.zeros(2, 1, hidden_size))     # learned initial state, both directions
+        self.hidden = nn.Parameter(torch.zeros(2, 1, hidden_size))      # learned initial state
         self.output_net = nn.Sequential(
             nn.Linear(2 * hidden_size, hidden_size), nn.LayerNorm(hidden_size), nn.LeakyReLU(0.2),
             nn.Linear(hidden_size, output_size))
 
     def forward(self, tokens, counts):
         start = repeat(self.hidden, "two 1 c -> two b c", b=len(tokens)).contiguous()
-        # The official wrapper sorts by length and returns that order; enforce_sorted=False keeps the caller's order.
-        packed = pack_padded_sequence(self.input_emb(tokens), counts.cpu(), batch_first=True, enforce_sorted=False)
-        _, last = self.gru(packed, start)
+        # The official wrapper sorts by length and returns that order; here the caller's order is kept.
+        _, last = self.gru(pack_padded_sequence(self.input_emb(tokens), counts.cpu(), batch_first=True,
+                                                enforce_sorted=False), start)
         return self.output_net(rearrange(last, "two b c -> b (two c)"))
 
 
@@ -216,23 +217,22 @@ class OfficialEvaluator(nn.Module):
     """The three networks behind one interface; sizes are read from the weights, loading is strict.
 
     state: {"movement_encoder", "motion_encoder", "text_encoder"} -> state dicts (the released `finest.tar`);
-    statistics: the evaluator's own Mean / Std with role "scorer" (its std is the data set's divided by 25 in the root and
-    contact blocks). Motions are padded with zero rows to max_length, as there, because the convolutions look up to
-    three rows past the end of a clip.
+    statistics: the evaluator's own Mean / Std with role "scorer" (its std is the data set's divided by 25 in
+    the root and contact blocks). Motions are padded with zero rows to max_length, as there, because the
+    convolutions look up to three rows past the end of a clip.
     """
 
     def __init__(self, state, statistics, max_length=196):
         super().__init__()
         statistics.require("scorer")
-        sizes = {name: {key: tuple(value.shape) for key, value in part.items()} for name, part in state.items()
-                 if name in ("movement_encoder", "motion_encoder", "text_encoder")}
-        hidden, width, _ = sizes["movement_encoder"]["main.0.weight"]
-        self.movement_encoder = MovementEncoder(width, hidden, sizes["movement_encoder"]["out_net.weight"][0])
-        output, hidden = sizes["motion_encoder"]["output_net.3.weight"]
-        self.motion_encoder = MotionEncoderBiGRU(sizes["motion_encoder"]["input_emb.weight"][1], hidden, output)
-        output, hidden = sizes["text_encoder"]["output_net.3.weight"]
-        self.text_encoder = TextEncoderBiGRU(*sizes["text_encoder"]["pos_emb.weight"], hidden, output)
-        for name in sizes:
+        hidden, width, _ = state["movement_encoder"]["main.0.weight"].shape
+        tokens = len(state["movement_encoder"]["out_net.weight"])
+        self.movement_encoder = MovementEncoder(width, hidden, tokens)
+        output, hidden = state["motion_encoder"]["output_net.3.weight"].shape
+        self.motion_encoder = MotionEncoderBiGRU(tokens, hidden, output)
+        output, hidden = state["text_encoder"]["output_net.3.weight"].shape
+        self.text_encoder = TextEncoderBiGRU(*state["text_encoder"]["pos_emb.weight"].shape, hidden, output)
+        for name in ("movement_encoder", "motion_encoder", "text_encoder"):
             getattr(self, name).load_state_dict(state[name])
         self.max_length = max_length
         self.register_buffer("mean", statistics.mean.clone())
@@ -241,7 +241,7 @@ class OfficialEvaluator(nn.Module):
     def embed_motion(self, features, lengths):
         """Raw features (b t d), lengths (b) in frames -> (b c), in input order."""
         if features.shape[1] > self.max_length:
-            raise ValueError(f"motions have {features.shape[1]} frames, the evaluator takes {self.max_length}")
+            raise ValueError(f"motions of {features.shape[1]} frames, the evaluator takes {self.max_length}")
         motion = masked((features - self.mean) / self.std, lengths)
         motion = F.pad(motion, (0, 0, 0, self.max_length - features.shape[1]))
         return self.motion_encoder(self.movement_encoder(motion[..., :-4]), lengths // 4)
@@ -252,25 +252,25 @@ class OfficialEvaluator(nn.Module):
 
 
 def load_official_evaluator(path, statistics):
-    """Frozen OfficialEvaluator from a released `text_mot_match/model/finest.tar`; InputError if it is not one."""
+    """Frozen OfficialEvaluator from a released `text_mot_match/model/finest.tar`; else InputError."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         return freeze(OfficialEvaluator(state, statistics))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; give the evaluator's finest.tar") from None
-    except Exception as error:   # torch.load has no common error type: pickle, zip, runtime and key errors all occur
+    except Exception as error:      # torch.load has no error of its own: pickle, zip and key errors all occur
         raise InputError(f"{path}: not an evaluator checkpoint that loads with weights_only=True ({error}); "
                          "save it again as a plain dict of three state dicts") from error
 
 
 def margin_loss(text, motion, negative, margin=10.0):
-    """Loss the official evaluator was trained with: d^2 for pairs, max(0, margin - d)^2 where `negative` (b) is True."""
+    """The official evaluator's training loss: d^2 for pairs, max(0, margin - d)^2 where negative (b)."""
     distance = F.pairwise_distance(text, motion)
     return torch.where(negative, (margin - distance).clamp(min=0), distance).square().mean()
 
 
-# ---- 3. TMR (Petrovich et al. 2023) -----------------------------------------------------------------------------
-# Attention is written with plain linears: the fused kernels have no second derivative, and LoRA can wrap a linear.
+# ---- 3. TMR (Petrovich et al. 2023) ------------------------------------------------------------------------
+# Attention is made of plain linears: fused kernels have no second derivative, and LoRA can wrap a linear.
 # Not in the paper: no dropout (.1 there), so that a network is one function, in training and in scoring.
 
 def length_mask(lengths, t):
@@ -291,6 +291,8 @@ def sinusoid(n, width, device=None):
 
 
 class Attention(nn.Module):
+    """Multi-head attention of x (b n c) to a memory (b m c); self-attention when they are the same."""
+
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
@@ -298,7 +300,7 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x, memory, mask=None):
-        """x (b n c) looks at memory (b m c); mask (b m) True = may be looked at."""
+        """mask (b m): True = may be looked at."""
         q, k, v = (rearrange(part, "b n (h c) -> b h n c", h=self.heads)
                    for part in (self.q(x), self.k(memory), self.v(memory)))
         scores = q @ k.mT / math.sqrt(q.shape[-1])                                      # b h n m
@@ -360,7 +362,7 @@ class TMRDecoder(nn.Module):
 
 
 def from_official_tmr(state):
-    """Names of the published TMR weights -> names here: one in_proj matrix becomes the three linears q, k, v."""
+    """Published TMR weights (official names) -> the names here: one in_proj becomes the linears q, k, v."""
     out = {}
     for key, value in state.items():
         key = key.removeprefix("seqTransEncoder.").removeprefix("seqTransDecoder.")
@@ -375,8 +377,9 @@ def from_official_tmr(state):
 def info_nce(text, motion, temperature=0.1, duplicates=None):
     """Symmetric cross-entropy over cosines (TMR sec. 3.2; the published configuration uses temperature .1).
 
-    text, motion (b c); duplicates (b b) bool marks pairs that mean the same and so are no negatives. The diagonal
-    is never removed, whatever `duplicates` says: every row keeps its positive and the loss stays finite.
+    text, motion (b c); duplicates (b b) bool marks pairs that mean the same and so are no negatives. The
+    diagonal is never removed, whatever `duplicates` says: every row keeps its positive and the loss stays
+    finite.
     """
     logits = F.normalize(text, dim=-1) @ F.normalize(motion, dim=-1).T / temperature    # b b, row = text
     own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
@@ -392,13 +395,13 @@ def gaussian_kl(mu_q, logvar_q, mu_p, logvar_p):
     return 0.5 * (ratio.exp() + (mu_p - mu_q).square() / logvar_p.exp() - 1 - ratio).mean()
 
 
-def tmr_losses(text_tokens, motion_tokens, decoder, motion, mask, sentences=None, temperature=0.1, threshold=0.8,
-               weights=(1.0, 1e-5, 1e-5, 0.1), generator=None):
+def tmr_losses(text_tokens, motion_tokens, decoder, motion, mask, sentences=None, temperature=0.1,
+               threshold=0.8, weights=(1.0, 1e-5, 1e-5, 0.1), generator=None):
     """The four losses of TMR (eq. 1 to 4) and their weighted sum, as a dict.
 
-    text_tokens, motion_tokens (b 2 c) from the encoders; motion (b t d) normalised, mask (b t); sentences (b e) unit
-    vectors for the duplicate filter: pairs with cosine above 2 * threshold - 1 are dropped. With a generator the
-    latents are sampled (training); without, they are the means.
+    text_tokens, motion_tokens (b 2 c) from the encoders; motion (b t d) normalised, mask (b t); sentences (b
+    e) unit vectors for the duplicate filter: pairs with cosine above 2 * threshold - 1 are dropped. With a
+    generator the latents are sampled (training); without, they are the means.
     """
     (mu_t, var_t), (mu_m, var_m) = text_tokens.unbind(1), motion_tokens.unbind(1)
     latents = []
@@ -422,7 +425,7 @@ def tmr_score(text, motion):
     return F.normalize(text, dim=-1) @ F.normalize(motion, dim=-1).T / 2 + 0.5
 
 
-# ---- 4. Our retrieval models ------------------------------------------------------------------------------------
+# ---- 4. Our retrieval models -------------------------------------------------------------------------------
 
 def freeze(model):
     """Eval mode, no gradients into the weights (gradients to the input still flow). Returns the model."""
@@ -432,10 +435,10 @@ def freeze(model):
 class RetrievalModel(nn.Module):
     """Text and motion in one space; the cosine of the two mean latents is the score.
 
-    family "transformer": a small TMR (encoders of section 3) and the reward; "bigru": conv + BiGRU, the judge.
-    Both read patches of `patch` frames through a fixed orthonormal basis (fitted by train_retrieval: the principal
-    components of the training patches; random before), because 4 x 263 numbers a token would cost most of the time.
-    Not in the papers: the basis, and a learned word table in place of DistilBERT.
+    family "transformer": a small TMR (encoders of section 3) and the reward; "bigru": conv + BiGRU, the
+    judge. Both read patches of `patch` frames through a fixed orthonormal basis (fitted by train_retrieval:
+    the principal components of the training patches; random before), because 4 x 263 numbers a token would
+    cost most of the time. Not in the papers: the basis, and a learned word table in place of DistilBERT.
     """
 
     def __init__(self, family, vocabulary, statistics, *, width=64, layers=2, heads=4, patch=4, components=64,
@@ -444,8 +447,8 @@ class RetrievalModel(nn.Module):
         if family not in ("transformer", "bigru"):
             raise ValueError(f"family must be 'transformer' or 'bigru', not {family!r}")
         statistics.require("scorer")
-        self.config = dict(family=family, width=width, layers=layers, heads=heads, patch=patch, components=components,
-                           max_words=max_words)
+        self.config = dict(family=family, width=width, layers=layers, heads=heads, patch=patch,
+                           components=components, max_words=max_words)
         self.vocabulary, self.patch, self.max_words = vocabulary, patch, max_words
         self.transformer = family == "transformer"
         for name, value in (("mean", statistics.mean.clone()), ("std", statistics.std.clone()),
@@ -468,25 +471,26 @@ class RetrievalModel(nn.Module):
         for name, weight in sorted(self.named_parameters()):
             if name == "words" or name.endswith(".tokens"):
                 weight.normal_(0.0, 1.0, generator=generator)
-            elif weight.dim() > 1:
+            elif weight.dim() > 1 and not name.endswith("hidden"):
                 nn.init.xavier_uniform_(weight, generator=generator)
             else:
                 weight.fill_(1.0 if "norm" in name or name.endswith("output_net.1.weight") else 0.0)
         self.basis.copy_(torch.linalg.qr(torch.randn(self.basis.shape, generator=generator))[0])
 
     def patches(self, features, lengths):
-        """Raw features (b t d) -> flat normalised patches (b n patch*d); rows past a clip's length are zero."""
+        """Raw features (b t d) -> normalised patches (b n patch*d); rows past a clip's length are zero."""
         if features.shape[-1] != len(self.mean):
-            raise ValueError(f"features have width {features.shape[-1]}, this model was made for {len(self.mean)}")
+            raise ValueError(f"features of width {features.shape[-1]}, this model reads {len(self.mean)}")
         if lengths.min() < self.patch or lengths.max() > features.shape[1]:
-            raise ValueError(f"lengths must be {self.patch} to {features.shape[1]} frames, got {lengths.tolist()}")
+            raise ValueError(f"lengths {lengths.tolist()} are not {self.patch} to {features.shape[1]} frames")
         motion = masked((features - self.mean) / self.std, lengths // self.patch * self.patch)
         motion = F.pad(motion, (0, 0, 0, -features.shape[1] % self.patch))
         return rearrange(motion, "b (n s) d -> b n (s d)", s=self.patch)
 
     def tokenise(self, features, lengths):
-        """Raw features (b t d), lengths (b) in frames -> tokens (b n k) in the fixed basis, token counts (b)."""
-        return (self.patches(features, lengths) - self.centre) @ self.basis / self.scale, lengths // self.patch
+        """Raw features (b t d), lengths (b) in frames -> tokens (b n k) in the fixed basis, counts (b)."""
+        tokens = (self.patches(features, lengths) - self.centre) @ self.basis / self.scale
+        return tokens, lengths // self.patch
 
     def encode_motion(self, tokens, counts):
         """Tokens (b n k), counts (b) -> mean latents (b c)."""
@@ -494,24 +498,25 @@ class RetrievalModel(nn.Module):
         if self.transformer:
             return self.motion_encoder(tokens, mask)[:, 0]
         x = rearrange(tokens, "b n k -> b k n")
-        for conv in self.convs:      # masked before each convolution: padding must not leak into the last token
+        for conv in self.convs:      # masked before each: padding must not leak into the last token
             x = F.leaky_relu(conv(x * mask[:, None]), 0.2)
         return self.motion_encoder(rearrange(x, "b k n -> b n k"), counts)
 
     def encode_text(self, ids, mask):
         """Word ids (b n) with mask (b n) -> mean latents (b c)."""
         words = self.words[ids]
-        return self.text_encoder(words, mask)[:, 0] if self.transformer else self.text_encoder(words, mask.sum(1))
+        if self.transformer:
+            return self.text_encoder(words, mask)[:, 0]
+        return self.text_encoder(words, mask.sum(1))
 
     def embed_motion(self, features, lengths):
-        """RAW features (b t d), lengths (b) in frames -> mean latents (b c), not normalised to unit length."""
+        """RAW features (b t d), lengths (b) in frames -> mean latents (b c), not of unit length."""
         return self.encode_motion(*self.tokenise(features, lengths))
 
     def embed_text(self, captions):
         """Captions (list of b) -> mean latents (b c)."""
         ids, mask = self.vocabulary.encode(captions, self.max_words)
         # An empty caption reads as one unknown word, so that it has an embedding at all.
-        ids, mask = ids.clone(), mask.clone()
         ids[~mask.any(1), 0], mask[:, 0] = 1, True
         return self.encode_text(ids.to(self.words.device), mask.to(self.words.device))
 
@@ -520,7 +525,7 @@ class RetrievalModel(nn.Module):
         return F.cosine_similarity(self.embed_motion(features, lengths), self.embed_text(captions), dim=-1)
 
     def export(self):
-        """Plain dict (tensors, strings, numbers) for a checkpoint or a cache file; RetrievalModel.load reads it."""
+        """Plain dict (tensors, strings, numbers) for checkpoints and caches; RetrievalModel.load reads it."""
         return {"config": dict(self.config), "words": list(self.vocabulary.words),
                 "state": {key: value.detach().cpu().clone() for key, value in self.state_dict().items()}}
 
@@ -534,16 +539,17 @@ class RetrievalModel(nn.Module):
         return model
 
 
-# ---- 5. Training and scoring them ------------------------------------------------------------------------------
+# ---- 5. Training and scoring them --------------------------------------------------------------------------
 
 @torch.no_grad()
 def fit_basis(model, clips, seed=0, patches=20000):
-    """Set the model's basis to the leading principal components of its normalised training patches (at most `patches`)."""
+    """Set the model's basis to the leading principal components of (at most `patches`) training patches."""
     generator = torch.Generator().manual_seed(seed)
     rows, budget = [], patches
     for index in torch.randperm(len(clips), generator=generator).tolist():
-        features = torch.from_numpy(clips[index].features)[None]
-        rows.append(model.patches(features, torch.tensor([features.shape[1]]))[0, :features.shape[1] // model.patch])
+        features = torch.from_numpy(clips[index].features)[None].to(model.mean.device)
+        length = torch.tensor([features.shape[1]], device=features.device)
+        rows.append(model.patches(features, length)[0, :features.shape[1] // model.patch])
         budget -= len(rows[-1])
         if budget <= 0:
             break
@@ -563,8 +569,8 @@ def signature(attributes):
 def duplicate_pairs(ids, signatures, idf, threshold=0.8):
     """Pairs (b b) that ask for the same motion, so that neither is a negative of the other.
 
-    Equal attribute signatures; or, where one side has none, idf-weighted bags of words with cosine above threshold.
-    ids (b n) word ids with 0 = padding, idf (v,) weights. The diagonal is True.
+    Equal attribute signatures; or, where one side has none, idf-weighted bags of words with cosine above
+    threshold. ids (b n) word ids with 0 = padding, idf (v,) weights. The diagonal is True.
     """
     bags = torch.zeros(len(ids), len(idf)).scatter_add_(1, ids, idf[ids])
     bags[:, 0] = 0.0
@@ -584,11 +590,12 @@ def inverse_document_frequency(ids, size):
 
 def train_retrieval(model, clips, *, iterations=900, batch=96, lr=2e-3, seed=0, noise=0.3, word_drop=0.1,
                     temperature=0.1, weight_decay=1e-2, progress=True, label="retrieval model"):
-    """Train on (motion, random caption) pairs with InfoNCE; one generator drives every draw, so a seed is a run.
+    """Train on (motion, random caption) pairs with InfoNCE; one generator makes every draw: a seed is a run.
 
-    Input noise and dropped words are the regularisers: without them the models learn the few training subjects by
-    heart. Not in TMR: no decoder, the contrastive loss alone. Returns {"loss": [...], "top1": [...]}, one value an
-    iteration (top1: share of motions that find their own caption in the batch); the model is left in eval mode.
+    Input noise and dropped words are the regularisers. Not in TMR: the contrastive loss alone, no decoder, no
+    sampling; duplicates are found by attributes or words instead of a sentence model. Returns {"loss": [...],
+    "top1": [...]}, one value an iteration (top1: share of motions that find their own caption, or one that
+    means the same, in the batch); the model is left in eval mode.
     """
     if len(clips) < 2:
         raise InputError(f"{label}: needs at least two training clips, got {len(clips)}")
@@ -598,8 +605,8 @@ def train_retrieval(model, clips, *, iterations=900, batch=96, lr=2e-3, seed=0, 
     tokens = []
     for clip in clips:
         features = torch.from_numpy(clip.features)[None].to(device)
-        count = features.shape[1] // model.patch
-        tokens.append(model.tokenise(features, torch.tensor([features.shape[1]], device=device))[0][0, :count])
+        row, counts = model.tokenise(features, torch.tensor([features.shape[1]], device=device))
+        tokens.append(row[0, :counts[0]])
     ids, mask = model.vocabulary.encode([c for clip in clips for c in clip.captions], model.max_words)
     offsets = torch.tensor([0] + [len(clip.captions) for clip in clips]).cumsum(0)
     signatures = [signature(a) for clip in clips for a in clip.attributes]
@@ -615,8 +622,9 @@ def train_retrieval(model, clips, *, iterations=900, batch=96, lr=2e-3, seed=0, 
     for _ in bar:
         rows = torch.randperm(len(clips), generator=generator)[:batch]
         draw = torch.rand(len(rows), generator=generator)
-        lines = offsets[rows] + (draw * (offsets[rows + 1] - offsets[rows])).long()      # a random caption each
-        duplicates = duplicate_pairs(ids[lines], [signatures[line] for line in lines.tolist()], idf).to(device)
+        lines = offsets[rows] + (draw * (offsets[rows + 1] - offsets[rows])).long()    # a random caption
+        duplicates = duplicate_pairs(ids[lines], [signatures[line] for line in lines.tolist()], idf)
+        duplicates = duplicates.to(device)
         counts = torch.tensor([len(tokens[row]) for row in rows.tolist()], device=device)
         motion = pad_sequence([tokens[row] for row in rows.tolist()], batch_first=True)       # b n k
         motion = motion + noise * torch.randn(motion.shape, generator=generator).to(device)
@@ -644,8 +652,8 @@ def train_retrieval(model, clips, *, iterations=900, batch=96, lr=2e-3, seed=0, 
 def fit_retrieval(family, clips, *, feat_bias=5.0, seed=0, width=64, layers=2, patch=4, **training):
     """Vocabulary, scorer statistics, model and training in one call -> (frozen model, curves).
 
-    feat_bias > 1 makes the few root and contact features weigh as much as the many rotations: without it turning
-    left and turning right look alike to the model.
+    feat_bias > 1 makes the few root and contact features weigh as much as the many rotations: without it
+    turning left and turning right look alike to the model.
     """
     vocabulary = Vocabulary.from_captions([c for clip in clips for c in clip.captions])
     statistics = Statistics.from_clips(clips, "scorer", feat_bias=feat_bias)
@@ -656,21 +664,22 @@ def fit_retrieval(family, clips, *, feat_bias=5.0, seed=0, width=64, layers=2, p
 
 @torch.no_grad()
 def embed(judge, features, lengths, captions=None, chunk=128):
-    """Unit-length motion embeddings (n c), and text embeddings (n c) or None, in chunks to bound the memory."""
-    motion = torch.cat([judge.embed_motion(f, n) for f, n in zip(features.split(chunk), lengths.split(chunk))])
+    """Unit-length motion embeddings (n c) and text embeddings (n c) or None, chunked to bound the memory."""
+    parts = zip(features.split(chunk), lengths.split(chunk))
+    motion = torch.cat([judge.embed_motion(*part) for part in parts])
     text = None if captions is None else torch.cat(
         [judge.embed_text(captions[i:i + chunk]) for i in range(0, len(captions), chunk)])
     for name, part in (("motion", motion), ("text", text)):
         if part is not None and not torch.isfinite(part).all():
-            raise NonFiniteError(f"{name} embeddings are not finite: the motions to be scored hold NaN or infinity")
+            raise NonFiniteError(f"{name} embeddings are not finite: the input holds NaN or infinity")
     return F.normalize(motion, dim=-1), None if text is None else F.normalize(text, dim=-1)
 
 
 def retrieval_score(model, clips, *, pool=32, seed=0):
     """Text-to-motion R@1..3 on clips in random pools, as a dict, with each clip's first caption.
 
-    "R1".. counts only the clip's own motion; "R1_same".. also any motion whose attributes are equal, the fair value
-    where several clips of a pool fit the caption. "chance" is 1 / pool.
+    "R1".. counts only the clip's own motion; "R1_same".. also any motion whose attributes are equal, the fair
+    value where several clips of a pool fit the caption. "chance" is 1 / pool.
     """
     order = torch.randperm(len(clips), generator=torch.Generator().manual_seed(seed)).tolist()
     clips = [clips[i] for i in order]
@@ -689,10 +698,10 @@ def retrieval_score(model, clips, *, pool=32, seed=0):
             | {f"R{k}_same": value for k, value in enumerate(same, 1)} | {"pool": pool, "chance": 1 / pool})
 
 
-# ---- 6. The benchmark ------------------------------------------------------------------------------------------
+# ---- 6. The benchmark --------------------------------------------------------------------------------------
 
 def benchmark_embeddings(text, motion, real, *, generator, pool=32, pairs=300):
-    """One repeat of the table from embeddings: text and motion (n c) in pairs, real (m c) ground-truth motions."""
+    """One repeat from embeddings: text and motion (n c) in pairs, real (m c) ground-truth motions."""
     order = torch.randperm(len(motion), generator=generator)
     ranked = r_precision(text, motion, pool=pool, order=order)
     return {
@@ -706,23 +715,23 @@ def benchmark_embeddings(text, motion, real, *, generator, pool=32, pairs=300):
 def benchmark(judge, generated, real, *, generator, pool=32, pairs=300):
     """One repeat: dict metric -> float; `judge` is the mean cosine of the motions with their captions.
 
-    generated: (raw features (n t d), lengths (n), captions); real: (raw features, lengths), the set that FID compares
-    with. The ground-truth row of a table is the real set in both places. Embeddings are scaled to unit length, so
-    distances order pairs as cosines do; FID lies in 0..4. Repeat with other generators and sampling seeds, then
-    summarise().
+    generated: (raw features (n t d), lengths (n), captions); real: (raw features, lengths), the set that FID
+    compares with. The ground-truth row of a table is the real set in both places. Embeddings are scaled to
+    unit length, so distances order pairs as cosines do; FID lies in 0..4. Repeat with other generators and
+    sampling seeds, then summarise().
     """
     features, lengths, captions = generated
     motion, text = embed(judge, features, lengths, captions)
     target, _ = embed(judge, *real[:2])
     if min(len(motion), len(target)) < 2 * motion.shape[1]:
-        warnings.warn(f"FID of {len(motion)} against {len(target)} motions in {motion.shape[1]} dimensions is biased "
-                      "upward; compare it only with runs of the same size", stacklevel=2)
+        warnings.warn(f"FID of {len(motion)} against {len(target)} motions in {motion.shape[1]} dimensions "
+                      "is biased upward; compare it only with runs of the same size", stacklevel=2)
     return benchmark_embeddings(text, motion, target, generator=generator, pool=pool, pairs=pairs) | {
         "judge": (text * motion).sum(-1).mean().item()}
 
 
 def benchmark_multimodality(judge, features, lengths, *, generator, times=10):
-    """Multimodality of raw features (p g t d), lengths (p g): g samples of each of p prompts (100 x 30 in the papers)."""
+    """Multimodality of raw features (p g t d), lengths (p g): g samples of each of p prompts (100 x 30)."""
     motion, _ = embed(judge, rearrange(features, "p g t d -> (p g) t d"), rearrange(lengths, "p g -> (p g)"))
     motion = rearrange(motion, "(p g) c -> p g c", p=len(features))
     return multimodality(motion, *draw_pairs(motion.shape[1], times, generator))

@@ -3,18 +3,17 @@
 The feature vector is the one of the HumanML3D repository (Guo et al., CVPR 2022): 263 numbers a frame for its
 22 joints, 251 for the 21 joints of KIT-ML. One frame is
 
-    root_rotation 1 | root_velocity 2 | root_height 1 | positions 3(j-1) | rotations 6(j-1) | velocities 3j |
+    root_rotation 1, root_velocity 2, root_height 1, positions 3(j-1), rotations 6(j-1), velocities 3j,
     contacts 4
 
-positions, rotations and velocities are seen from the body: turned by the heading, with the root's x and z
-taken away.
+Positions, rotations and velocities are seen from the body: turned by the heading, root x and z taken away.
 
-The published files were made by code with four quirks. They are reproduced here, because a feature vector
-computed without them does not belong to the published data, and every one of them is marked `Quirk` below:
-  1. the hips enter the heading with the wrong sign;          2. the heading is smoothed over +-80 frames;
-  3. feature 0 is half the turn of a frame, not the turn;     4. it changes sign where the smoothed heading
-  crosses 180 degrees
-     (`fix_heading_flip=True` repairs this one).
+The published files were made by code with four quirks. They are kept, because features computed without them
+do not belong to the published data. Each is marked `Quirk` below:
+  1. the hips enter the heading with the wrong sign
+  2. the heading is smoothed over +-80 frames
+  3. feature 0 is half the turn of a frame
+  4. it changes sign where the smoothed heading crosses 180 degrees; `fix_heading_flip=True` repairs this one
 """
 
 from dataclasses import dataclass
@@ -40,7 +39,7 @@ class Skeleton:
     bone_lengths: np.ndarray    # j, of the reference body; 0 for the root
     parents: tuple              # j, parent joint; -1 for the root
     index: dict                 # body part -> joint number
-    feet: tuple  # joints of the four contact features: left ankle, left toe, right ankle, right toe
+    feet: tuple                 # contact features' joints: left ankle, left toe, right ankle, right toe
     contact_threshold: float    # squared displacement of a frame below which a foot counts as standing
     leg: float                  # thigh + shank of the reference body
     min_frames: int             # shorter clips are not used by the benchmark
@@ -81,7 +80,8 @@ T2M = _skeleton(
             (9, 13, 16, 18, 20)),
     axes="+x -x +y -y -y +y -y -y +y +z +z +y +x -x +z -y -y -y -y -y -y",
     lengths=(.103074, .109883, .131568, .393623, .390188, .143190, .432433, .425643, .057365, .143382,
-             .149419, .219360, .137487, .143383, .103039, .131614, .122984, .256840, .263092, .266012, .269876),
+             .149419, .219360, .137487, .143383, .103039, .131614, .122984, .256840, .263092, .266012,
+             .269876),
     middle=(0, 12, 15), left=(1, 4, 7, 10, 16, 18, 20), right=(2, 5, 8, 11, 17, 19, 21), feet=(7, 10, 8, 11))
 
 # Lengths: the 1000-unit tall MMM model behind KIT-ML. Contacts use the two foot joints beyond the ankle.
@@ -132,8 +132,7 @@ def _inverse(q):
 
 
 def features_to_joints(features, skeleton):
-    """Joint positions from the position block: raw features (... t d) -> joints (... t j 3), in the
-    skeleton's units.
+    """Joint positions (... t j 3), in the skeleton's units, of the positions in raw features (... t d).
 
     Takes and returns torch (differentiable, keeps the dtype) or numpy (float32). Equals `recover_from_ric` of
     the HumanML3D repository bit for bit in float32. Raises InputError on a wrong width.
@@ -161,13 +160,13 @@ def features_to_joints_rot6d(features, skeleton, offsets=None):
     """
     _check_width(features, skeleton)
     heading, root = recover_root(features)
-    offsets = torch.as_tensor(skeleton.offsets if offsets is None else offsets, dtype=features.dtype)
+    offsets = features.new_tensor(np.asarray(skeleton.offsets if offsets is None else offsets))
     columns = rearrange(features[..., blocks(skeleton)["rotations"]], "... (j c) -> ... j c", c=6)
     x = torch.nn.functional.normalize(columns[..., :3], dim=-1)  # Gram-Schmidt on the two stored columns
     z = torch.nn.functional.normalize(torch.linalg.cross(x, columns[..., 3:]), dim=-1)
     local = torch.stack([x, torch.linalg.cross(z, x), z], -1)  # ... t j-1 3 3
-    identity = torch.eye(3, dtype=features.dtype)
-    upright = torch.stack([_turn(heading, axis.expand(root.shape)) for axis in identity], -1)
+    axes = features.new_tensor(np.eye(3))
+    upright = torch.stack([_turn(heading, axis.expand(root.shape)) for axis in axes], -1)
     joints = {0: root}
     for chain in skeleton.chains:
         rotation = upright  # every chain starts from the root's frame
@@ -204,8 +203,7 @@ def _between(u, v):
     """Shortest rotation from direction u to direction v (... 3), w >= 0; NaN for opposite directions."""
     u, v = u.astype(np.float32), v.astype(np.float32)
     w = np.sqrt((u ** 2).sum(-1) * (v ** 2).sum(-1)) + (u * v).sum(-1)
-    w = w[..., None]
-    q = np.concatenate([w, np.broadcast_to(_cross(u, v), (*w.shape[:-1], 3))], -1)
+    q = np.concatenate([w[..., None], _cross(u, v)], -1)
     return q / np.sqrt((q ** 2).sum(-1, keepdims=True))
 
 
@@ -217,10 +215,10 @@ def _smooth(signal, sigma=20, radius=80):
 
 
 def heading_quaternion(joints, skeleton, smooth, hips_swapped=True):
-    """Rotation (t 4) that turns the body of joints (t j 3) to face +Z; the first one is the identity if
-    `hips_swapped`.
+    """Rotation (t 4) that turns the body of joints (t j 3) to face +Z.
 
-    `hips_swapped=True` is what the feature code does (quirk 1), False what its first-frame alignment does.
+    `hips_swapped=True` is what the feature code does (quirk 1), together with an identity in the first frame;
+    False is what its alignment of the first frame does.
     """
     hips = joints[:, skeleton.index["r_hip"]] - joints[:, skeleton.index["l_hip"]]
     shoulders = joints[:, skeleton.index["r_shoulder"]] - joints[:, skeleton.index["l_shoulder"]]
@@ -332,7 +330,7 @@ def joints_to_features(joints, skeleton, *, retarget=True, fix_heading_flip=Fals
                          f"(2 frames or more, {skeleton.joints}, 3)")
     if not np.isfinite(joints).all():
         raise InputError("joints contain NaN or infinite numbers; repair or drop the clip")
-    with np.errstate(invalid="ignore", divide="ignore"):                 # reported below, with the joint
+    with np.errstate(invalid="ignore", divide="ignore"):                 # reported below
         if retarget is not False:
             joints = uniform_skeleton(joints, skeleton, None if retarget is True else retarget)
         features = canonical_to_features(canonicalise(joints, skeleton), skeleton, fix_heading_flip)
@@ -405,16 +403,15 @@ def kit_to_t2m(joints):
 
 
 def physical_metrics(joints, skeleton, fps=None):
-    """How physical a clip (t j 3) looks; compare with the value of real data, never with zero. Lengths are
-    metres.
+    """How physical a clip (t j 3) looks, as a dict; compare with the values of real data, never with zero.
 
-    foot_skate          share of contact samples (ankle < .12 m, toe < .05 m over the floor) that move faster
-    than .5 m/s jerk                mean third difference of the joints, m/s^3; depends on the frame rate
-    floor_penetration   mean depth of the lowest joint under the floor, cm bone_variation      largest
-    std/mean of a bone's length floating            share of frames with every foot joint > .10 m over the
-    floor and the root not falling freely
+    foot_skate          share of contacts (ankle < .12, toe < .05 m over the floor) faster than .5 m/s
+    jerk                mean length of the joints' third difference, m/s^3; depends on the frame rate
+    floor_penetration   mean depth of the lowest joint under the floor, cm
+    bone_variation      largest std / mean of a bone's length
+    floating            share of frames with every foot joint > .10 m over the floor, root not in free fall
 
-    The floor is the 5 % quantile of toe heights.
+    The floor is the 5 % quantile of toe heights. Raises InputError for fewer than 4 frames.
     """
     fps = fps or skeleton.fps
     joints = np.asarray(joints, np.float64) / skeleton.units_per_metre

@@ -1,15 +1,21 @@
 """The oracle: which of the attributes that a caption asks for a motion has, judged from joints alone.
 
-It is never a reward and never used to select a model; that is why a rising reward with a falling oracle shows a reward that is being
-gamed. Attributes are plain values, e.g. {"gait": "walk", "travel": "forward", "turn": "left", "angle": 90} or, for a sequence,
-{"first": {"kick": "left", "count": 2}, "then": {"bow": True}}; "any" stands for a side that was left open:
+It is never a reward and never selects a model. That is its use: a reward that rises while the oracle falls
+is a reward that is being gamed. Attributes are plain values, e.g. {"gait": "walk", "turn": "left", "angle": 90},
+or for a sequence {"first": {"kick": "left", "count": 2}, "then": {"bow": True}}:
 
-    travel    forward backward left right none      gait   walk run          speed  slow fast        drift  left right (of a diagonal)
-    turn      left right any                        angle  90 180 (degrees)  count  1 2 3, of the one countable action beside it
-    raise wave             left right both any      (hands)
-    punch kick stomp hop   left right any           march jump squat bow clap stretch   True
+    travel                  forward backward left right none
+    gait                    walk run
+    speed                   slow fast (of a walk)
+    drift                   left right (of a diagonal walk)
+    turn, angle             left right any, 90 180 (degrees)
+    raise, wave             left right both any (hands)
+    punch, kick, stomp, hop                      left right any
+    jump, squat, bow, march, clap, stretch       True
+    count                   1 2 3, of the one action beside it that is in COUNTED
 
-Thresholds are in leg lengths L (thigh + shank), seconds and degrees, so that one rule serves both skeletons and any body.
+"any" is a side that was left open. Thresholds are in leg lengths L (thigh + shank), seconds and degrees, so
+that one rule serves both skeletons and any body.
 """
 
 import re
@@ -19,7 +25,7 @@ import numpy as np
 COUNTED = ("jump", "hop", "squat", "bow", "kick", "stomp", "raise", "punch")
 
 
-# ---- 1. Signals -------------------------------------------------------------------------------------------------------
+# ---- 1. Signals --------------------------------------------------------------------------------------------
 
 def _turning_points(x, swing):
     """Maxima and minima of x that stand out by `swing` on both sides: [(index, is_maximum)], in order."""
@@ -48,9 +54,8 @@ def _stretches(flags):
 
 
 def _mean(x, frames):
-    """Centred moving mean over about `frames` frames of (t ...)."""
-    reach = int(max(0, round((frames - 1) / 2)))
-    reach = min(reach, (len(x) - 1) // 2)
+    """Centred moving mean over about `frames` frames of x (t ...)."""
+    reach = min(max(0, round((frames - 1) / 2)), (len(x) - 1) // 2)
     if reach == 0:
         return x
     padded = np.concatenate([x[:1].repeat(reach + 1, 0), x, x[-1:].repeat(reach, 0)])
@@ -58,31 +63,41 @@ def _mean(x, frames):
     return (total[2 * reach + 1:] - total[:-2 * reach - 1]) / (2 * reach + 1)
 
 
+def _along(vectors, direction):
+    return (vectors * direction).sum(-1)
+
+
+# ---- 2. Measurements and rules -----------------------------------------------------------------------------
+
 class _Seen:
-    """What is measured on a clip: joints (t j 3) in leg lengths, lightly smoothed, at `fps`."""
+    """What is measured on a clip: joints (t j 3) in L at `fps`. Limbs come in the order left, right."""
 
     def __init__(self, joints, skeleton, fps):
         index = skeleton.index
-        self.fps, self.arm = fps, (skeleton.bone_lengths[index["l_elbow"]] + skeleton.bone_lengths[index["l_wrist"]]) / skeleton.leg
         part = {name: joints[:, j] for name, j in index.items()}
+        pairs = ("ankle", "toe", "shoulder", "elbow", "wrist")
+        self.ankle, self.toe, self.shoulder, self.elbow, self.wrist = (                         # 2 t 3
+            np.stack([part[f"l_{name}"], part[f"r_{name}"]]) for name in pairs)
+        self.root, self.neck, self.fps = part["root"], part["neck"], fps
+        self.arm = sum(skeleton.bone_lengths[index[j]] for j in ("l_elbow", "l_wrist")) / skeleton.leg
         across = part["l_hip"] - part["r_hip"] + part["l_shoulder"] - part["r_shoulder"]
         self.heading = _mean(np.unwrap(np.arctan2(-across[:, 2], across[:, 0])), .4 * fps)
         sin, cos = np.sin(self.heading), np.cos(self.heading)
         self.ahead, self.left = np.stack([sin, 0 * sin, cos], 1), np.stack([cos, 0 * cos, -sin], 1)
-        self.root, self.neck = part["root"], part["neck"]
-        self.ankle, self.toe, self.shoulder, self.elbow, self.wrist = (
-            np.stack([part[f"l_{name}"], part[f"r_{name}"]]) for name in ("ankle", "toe", "shoulder", "elbow", "wrist"))    # 2 t 3
-        self.floor = np.quantile(self.toe[..., 1].min(0), .05)
-        self.lift = self.ankle[..., 1] - np.quantile(self.ankle[..., 1], .1, axis=1, keepdims=True)                         # 2 t
-        path = _mean(self.root[:, [0, 2]], .3 * fps)
-        self.path, step = path, np.diff(path, axis=0)
-        self.moved = np.array([(step * side[:-1, [0, 2]]).sum() for side in (self.ahead, self.left)])
-        self.speed = np.linalg.norm(step, axis=1) * fps
-        self.excursion = np.linalg.norm(path - path[0], axis=1).max()
         ends = max(1, round(.3 * fps))
         self.rotation = np.rad2deg(self.heading[-ends:].mean() - self.heading[:ends].mean())
+        self.path = _mean(self.root, .3 * fps) * [1, 0, 1]
+        step = np.diff(self.path, axis=0)
+        self.moved = [_along(step, side[:-1]).sum() for side in (self.ahead, self.left)]
+        self.speed = np.linalg.norm(step, axis=1) * fps
+        self.excursion = np.linalg.norm(self.path - self.path[0], axis=1).max()
+        height = self.ankle[..., 1]
+        self.lift = height - np.quantile(height, .1, axis=1, keepdims=True)             # of the ankles, 2 t
+        self.clear = self.toe[..., 1] - np.quantile(self.toe[..., 1].min(0), .05)       # toes over the floor
+        self.forward = _along(self.ankle - self.root, self.ahead)  # ankles before the root
 
     def travel(self):
+        """Main direction of the path, seen from the body."""
         if self.excursion < .5:
             return "none"
         forward, left = self.moved
@@ -91,42 +106,43 @@ class _Seen:
         return "left" if left > 0 else "right"
 
     def steps(self):
-        """How often the feet pass each other (or open and close), in the direction of travel."""
+        """How often the feet pass each other, or open and close, along the path; 0 for a body that slides."""
         side = self.left if self.travel() in ("left", "right") else self.ahead
-        return len(_turning_points(((self.ankle[0] - self.ankle[1]) * side).sum(-1), .15))
+        return len(_turning_points(_along(self.ankle[0] - self.ankle[1], side), .15))
 
     def runs(self):
-        flight = ((self.lift > .06) & (self.toe[..., 1] > self.floor + .06)).all(0).mean()
+        flight = ((self.lift > .06) & (self.clear > .06)).all(0).mean()
         pace = np.quantile(self.speed, .9)
         return self.steps() >= 2 and (pace > 2.1 or (pace > 1.6 and flight > .12))
 
     def drift(self):
         way = self.path[-1] - self.path[0]
-        angle = np.rad2deg(np.arctan2(way @ self.left[0, [0, 2]], way @ self.ahead[0, [0, 2]]))
+        angle = np.rad2deg(np.arctan2(way @ self.left[0], way @ self.ahead[0]))
         return "left" if angle > 10 else "right" if angle < -10 else "none"
 
     def raised(self):
+        """Arms whose hand is up for a quarter of a second; higher up for who travels, because arms swing."""
         high = self.wrist[..., 1] - self.shoulder[..., 1] > (-.15 if self.excursion < .5 else .15)
         return [arm for arm in (0, 1) if high[arm].sum() > .25 * self.fps]
 
-    def waves(self):
-        """Arms whose hand goes to and fro beside or above the head."""
+    def waves(self, swing=.09):
+        """Arms whose hand goes to and fro by `swing`, beside or above the head."""
         found, cut = [], round(.1 * self.fps)
-        for arm in (0, 1):
-            wrist, elbow, shoulder = self.wrist[arm], self.elbow[arm], self.shoulder[arm]
-            for start, end in _stretches((wrist[:, 1] > elbow[:, 1]) & (wrist[:, 1] > shoulder[:, 1] - .30)):
-                inside = slice(start + cut, end - cut)
-                swings = [len(_turning_points(((wrist - elbow) * side).sum(-1)[inside], .09)) for side in (self.left, self.ahead)]
-                if end - start > 2 * cut + 2 and max(swings) >= (2 if end - start < self.fps else 3):
+        for arm, (wrist, elbow, shoulder) in enumerate(zip(self.wrist, self.elbow, self.shoulder)):
+            hand = [_along(wrist - elbow, side) for side in (self.left, self.ahead)]
+            for start, end in _stretches(wrist[:, 1] > np.maximum(elbow[:, 1], shoulder[:, 1] - .30)):
+                turns = max(len(_turning_points(x[start + cut:end - cut], swing)) for x in hand)
+                if turns >= (2 if end - start < self.fps else 3):
                     found.append(arm)
                     break
         return found
 
     def punches(self):
-        """Frames of the punches of both arms: the hand shoots forward at the height of the chest."""
-        reach = (((self.wrist - self.shoulder) * self.ahead).sum(-1)) / self.arm
+        """Frames of the punches of each arm: the hand shoots forward at the height of the chest."""
+        reach = _along(self.wrist - self.shoulder, self.ahead) / self.arm
         level = np.abs(self.wrist[..., 1] - self.shoulder[..., 1]) < .35
-        return [[i for i in _maxima(reach[arm], .35) if reach[arm, i] > .75 and level[arm, i]] for arm in (0, 1)]
+        return [[i for i in _maxima(reach[arm], .35) if reach[arm, i] > .75 and level[arm, i]]
+                for arm in (0, 1)]
 
     def claps(self):
         gap = np.linalg.norm(self.wrist[0] - self.wrist[1], axis=-1)
@@ -134,66 +150,80 @@ class _Seen:
         return [i for i, top in _turning_points(gap, .10) if not top and gap[i] < .25 and above[i]]
 
     def stretches(self):
+        """Whether both arms are held out sideways for .3 s."""
         level = (np.abs(self.wrist[..., 1] - self.shoulder[..., 1]) < .25).all(0)
-        span = ((self.wrist[0] - self.wrist[1]) * self.left).sum(-1) > 2.0 * self.arm
-        return (level & span).sum() > .3 * self.fps
+        wide = _along(self.wrist[0] - self.wrist[1], self.left) > 2 * self.arm
+        return (level & wide).sum() > .3 * self.fps
+
+    def lifts(self, height, swing):
+        """For each foot the frames at which it is highest, above `height`, while the other foot stands."""
+        return [[i for i in _maxima(up, swing) if up[i] > height and other[i] < .10]
+                for up, other in (self.lift, self.lift[::-1])]
 
     def kicks(self):
-        """Frames at which a foot is highest, far up and ahead while the other one stands."""
-        forward = ((self.ankle - self.root) * self.ahead).sum(-1)
-        return [[i for i in _maxima(self.lift[f], .2) if self.lift[f, i] > .25 and forward[f, i] > .28 and self.lift[1 - f, i] < .10]
-                for f in (0, 1)]
+        return [[i for i in found if self.forward[f, i] > .28] for f, found in enumerate(self.lifts(.25, .20))]
 
     def stomps(self):
-        forward = ((self.ankle - self.root) * self.ahead).sum(-1)
-        return [[i for i in _maxima(self.lift[f], .15) if self.lift[f, i] > .18 and forward[f, i] < .30 and self.lift[1 - f, i] < .10]
-                for f in (0, 1)]
+        return [[i for i in found if self.forward[f, i] < .30] for f, found in enumerate(self.lifts(.18, .15))]
 
-    def flights(self, one_leg):
-        """Jumps with both feet (one_leg None) or hops on foot 0 or 1: the root follows a parabola while no foot stands."""
-        up = self.lift > .06 if one_leg is None else self.lift[one_leg:one_leg + 1] > .055
-        up = up.all(0) & (self.toe[..., 1] > self.floor + (.05 if one_leg is None else .03)).all(0)
-        count = 0
+    def flights(self, feet, height, clear):
+        """Frames in which `feet` leave the ground and the root falls freely: a parabola that bends down."""
+        up, found = ((self.lift[feet] > height) & (self.clear > clear).all(0)).all(0), []
         for start, end in _stretches(up):
             start, end = max(0, start - 1), min(len(up), end + 1)
-            if end - start >= 4 and (end - start) / self.fps < 1.1:
+            if 4 <= end - start < 1.1 * self.fps:
                 bend = 2 * np.polyfit(np.arange(end - start) / self.fps, self.root[start:end, 1], 2)[0]
-                count += bend < -4 / .83
-        return count
+                if bend < -4 / .83:                         # half of gravity, L / s^2
+                    found.append(start)
+        return found
 
     def hops(self):
-        """Number of hops on the left and on the right foot."""
+        """Frames of the hops on each foot: the other one is held up."""
         apart = self.lift[1] - self.lift[0]
-        return [self.flights(f) if np.median(sign * apart[np.abs(apart) > .12] if (np.abs(apart) > .12).any() else 0) > .12 else 0
-                for f, sign in ((0, 1), (1, -1))]
+        held = np.median(apart[np.abs(apart) > .12]) if (np.abs(apart) > .12).any() else 0.0
+        return [self.flights([f], .055, .03) if sign * held > .12 else [] for f, sign in ((0, 1), (1, -1))]
+
+    def raises(self):
+        """Frames of the raises of each hand, for counting."""
+        height = self.wrist[..., 1] - self.shoulder[..., 1]
+        return [_maxima(_mean(height[arm], .2 * self.fps), .5) for arm in (0, 1)]
 
     def pitch(self):
+        """Forward bend of the trunk over its usual posture, degrees."""
         trunk = self.neck - self.root
-        lean = np.rad2deg(np.arctan2((trunk * self.ahead).sum(-1), trunk[:, 1]))
+        lean = np.rad2deg(np.arctan2(_along(trunk, self.ahead), trunk[:, 1]))
         return lean - np.quantile(lean, .1)
 
-    def count(self, action, value):
-        """How often an action is done; for sided actions by the side that was asked for (any: by either)."""
-        if action in ("punch", "kick", "stomp"):
-            each = [len(x) for x in {"punch": self.punches, "kick": self.kicks, "stomp": self.stomps}[action]()]
-        elif action == "hop":
-            each = self.hops()
-        elif action == "raise":
-            each = [len(_maxima(_mean(self.wrist[arm, :, 1] - self.shoulder[arm, :, 1], .2 * self.fps), .5)) for arm in (0, 1)]
-        else:
-            return {"jump": lambda: self.flights(None), "squat": lambda: len(_maxima(-self.root[:, 1], .2)),
-                    "bow": lambda: len(_maxima(self.pitch(), 20))}[action]()
-        return {"left": each[0], "right": each[1], "both": min(each), "any": max(each)}[value]
+    def march(self):
+        counts = sorted(len(_maxima(lift, .15)) for lift in self.lift)
+        return counts[0] >= 1 and counts[1] >= 2
 
-    def sides(self, value, arms):
-        """Whether exactly the asked-for limbs (numbers 0 and 1 of left and right) are active."""
-        return bool(arms) if value == "any" else arms == {"left": [0], "right": [1], "both": [0, 1]}[value]
+    def times(self, action):
+        """Frames at which an action in COUNTED is done: a list, or one list each for left and right."""
+        if action == "jump":
+            return self.flights([0, 1], .06, .05)
+        if action in ("squat", "bow"):
+            return _maxima(-self.root[:, 1], .2) if action == "squat" else _maxima(self.pitch(), 20)
+        return {"punch": self.punches, "kick": self.kicks, "stomp": self.stomps, "hop": self.hops,
+                "raise": self.raises}[action]()
+
+    def count(self, action, value):
+        each = self.times(action)
+        if value is True:
+            return len(each)
+        left, right = map(len, each)
+        return {"left": left, "right": right, "both": min(left, right), "any": max(left, right)}[value]
 
     def check(self, key, value, asked):
+        """Whether attribute key = value holds; `asked` are the attributes beside it."""
+        def limbs(active):
+            return active == {"left": [0], "right": [1], "both": [0, 1]}[value] if value != "any" else bool(active)
+
         if key == "travel":
             return self.travel() == value and (value == "none" or self.steps() >= 2)
         if key == "gait":
-            return self.runs() if value == "run" else self.steps() >= 2 and self.excursion > .5 and not self.runs()
+            walks = self.steps() >= 2 and self.excursion > .5
+            return self.runs() if value == "run" else walks and not self.runs()
         if key == "speed":
             pace = np.quantile(self.speed, .8)
             return pace < 1.02 if value == "slow" else pace > 1.5
@@ -203,26 +233,23 @@ class _Seen:
             return abs(self.rotation) > 30 and value in ("any", "left" if self.rotation > 0 else "right")
         if key == "angle":
             return abs(abs(self.rotation) - value) < 30
-        if key == "raise":
-            return self.sides(value, self.raised()) and not self.waves()
+        if key == "raise":                                  # a wave is no raised hand, but noise is no wave
+            return limbs(self.raised()) and not self.waves(swing=.20)
         if key == "wave":
-            return self.sides(value, self.waves())
+            return limbs(self.waves())
         if key in ("punch", "kick", "stomp", "hop"):
-            counts = {"punch": self.punches, "kick": self.kicks, "stomp": self.stomps, "hop": self.hops}[key]()
-            return self.sides(value, [side for side in (0, 1) if counts[side]])
-        if key == "march":
-            return min(len(_maxima(lift, .15)) for lift in self.lift) >= 1 and max(len(_maxima(lift, .15)) for lift in self.lift) >= 2
-        if key == "clap":
-            return len(self.claps()) >= 2
-        if key == "stretch":
-            return self.stretches()
+            return limbs([side for side, found in enumerate(self.times(key)) if found])
+        if key == "count":
+            action = next(action for action in COUNTED if action in asked)
+            return self.count(action, asked[action]) == value
+        if key in ("jump", "squat"):
+            return bool(self.times(key))
         if key == "bow":
             return self.pitch().max() > 25
-        if key in ("jump", "squat"):
-            return self.count(key, True) >= 1
-        if key == "count":
-            action = next(k for k in asked if k in COUNTED)
-            return self.count(action, asked[action]) == value
+        if key == "clap":
+            return len(self.claps()) >= 2
+        if key in ("march", "stretch"):
+            return self.march() if key == "march" else self.stretches()
         raise ValueError(f"the oracle knows no attribute {key!r}")
 
 
@@ -230,28 +257,114 @@ def oracle(joints, skeleton, attributes, fps=None):
     """Which of the asked-for attributes a motion has, from joints alone: dict attribute -> bool.
 
     joints (t j 3), generated or captured, in the skeleton's units at fps (default: the skeleton's). A sequence
-    {"first": {...}, "then": {...}} answers with keys "first.turn", ...; the cut that satisfies most is taken. Not finite
-    or shorter than .8 s: all False. Raises ValueError for an attribute it does not know.
+    {"first": {...}, "then": {...}} answers with keys "first.turn", ...; the cut between the parts that satisfies
+    most is taken. A motion that is not finite or shorter than .8 s has nothing. Raises ValueError for an
+    attribute it does not know.
     """
     fps = fps or skeleton.fps
+    sequence = "first" in attributes
+    parts = {"first.": attributes["first"], "then.": attributes["then"]} if sequence else {"": attributes}
     joints = np.asarray(joints, np.float64) / skeleton.leg
-    parts = [("first.", attributes["first"]), ("then.", attributes["then"])] if "first" in attributes else [("", attributes)]
-    if len(joints) < .8 * fps or not np.isfinite(joints).all():
-        return {prefix + key: False for prefix, asked in parts for key in asked}
+    n = len(joints)
+    if n < .8 * fps or not np.isfinite(joints).all():
+        return {prefix + key: False for prefix, asked in parts.items() for key in asked}
     padded = np.concatenate([joints[:1], joints, joints[-1:]])
-    joints = (padded[:-2] + 2 * padded[1:-1] + padded[2:]) / 4
-    t = len(joints)
-    cuts = [[slice(0, t)]] if len(parts) == 1 else [[slice(0, c), slice(c, t)] for c in {round(t * k / 20) for k in range(6, 15)}]
-    best = {}
+    joints = (padded[:-2] + 2 * padded[1:-1] + padded[2:]) / 4         # generated joints tremble
+    cuts = sorted({round(n * k / 20) for k in range(6, 15)}) if sequence else [n]
+    best = None
     for cut in cuts:
-        seen = [(prefix, asked, _Seen(joints[where], skeleton, fps)) for where, (prefix, asked) in zip(cut, parts)]
-        held = {prefix + key: bool(s.check(key, value, asked)) for prefix, asked, s in seen for key, value in asked.items()}
-        if sum(held.values()) > sum(best.values()) or not best:
+        held = {}
+        for (prefix, asked), piece in zip(parts.items(), (joints[:cut], joints[cut:])):
+            seen = _Seen(piece, skeleton, fps)
+            held |= {prefix + key: bool(seen.check(key, value, asked)) for key, value in asked.items()}
+        if best is None or sum(held.values()) > sum(best.values()):
             best = held
         if all(best.values()):
             break
     return best
 
 
-def caption_attributes(caption):
-    return {}
+# ---- 3. From a caption to attributes -----------------------------------------------------------------------
+
+_SIDE = r"(left|right|both|one|a|an)"
+_HAND = rf"{_SIDE} (?:hand|arm|fist)s?\b"
+_LEG = r"(left|right) (?:leg|foot)\b"
+_GO = r"\b(?:walk|step|stroll|go|jog|run|sprint|dash|rac|mov|march)\w*"
+_TURN = r"\b(?:turn|rotat|spin|curve)\w*(?: (?!and\b|with\b|while\b)\w+){0,4}? "
+# (attribute, value, pattern); a value of None is read from the groups. The first match of an attribute wins.
+_PATTERNS = (
+    ("travel", "backward", rf"{_GO}(?: \w+)? (?:backwards?|in reverse)\b"),
+    ("travel", "forward", rf"{_GO}(?: straight)?(?: \w+ly)? (?:forwards?|straight ahead|in a straight line)\b"),
+    ("travel", None, r"\bsideways to the (left|right)\b|\bto the (left|right) side sideways\b"),
+    ("travel", "none", r"\b(?:in place|on the spot)\b"),
+    ("gait", "run", r"\b(?:runs?|running|jogs?|jogging|sprint(?:s|ing)?|dash(?:es|ing)?)\b"),
+    ("gait", "walk", r"\b(?:walk|stroll)(?:s|ing)?\b"),
+    ("turn", "left", rf"{_TURN}(?:counter-?clockwise|(?:to the )?left)\b"),
+    ("turn", "left", r"\bleft (?:turn|corner)\b|\bcorner to the left\b|\bcounter-?clockwise\b"),
+    ("turn", "right", rf"{_TURN}(?:clockwise|(?:to the )?right)\b"),
+    ("turn", "right", r"\bright (?:turn|corner)\b|\bcorner to the right\b|\bclockwise\b"),
+    ("angle", 90, r"\b(?:ninety|90) degrees?\b|\bquarter turn\b"),
+    ("angle", 180, r"\b180 degrees?\b|\ball the way around\b"),
+    ("drift", None, r"\bdiagonal\w*(?: \w+){0,2}? to the (left|right)\b"),
+    ("drift", None, r"\bforward and to the (left|right)\b|\bto the (left|right) with diagonal\b"),
+    ("wave", None, rf"\b(?:wav(?:es?|ing)|greet(?:s|ing) with)\b.*?\b{_HAND}"),
+    ("wave", None, rf"\b{_HAND} and wav(?:es?|ing)\b"),
+    ("raise", None, rf"\b(?:rais|lift|hold|put)\w* (?:up )?(?:the |his |her |their |its )?{_HAND}(?! out)"),
+    ("stretch", True, r"\bboth arms (?:out|sideways)\b|\bstretch(?:es|ing) out both arms\b"),
+    ("punch", None, r"\bpunch\w*\b(?:.*?\b(left|right) (?:hand|arm|fist)\b)?"),
+    ("kick", None, rf"\bkick\w*\b(?:.*?\b{_LEG})?"),
+    ("stomp", None, rf"\bstomp\w*\b(?:.*?\b{_LEG})?"),
+    ("hop", None, rf"\b(?:hop\w*\b(?:.*?\bon the {_LEG})?|jump\w*(?: \w+){{0,2}} on (?:one|the {_LEG}))"),
+    ("jump", True, r"\bjump(?:s|ing)?\b"), ("squat", True, r"\bsquat(?:s|ting)?\b"),
+    ("bow", True, r"\bbow(?:s|ing)?\b"), ("clap", True, r"\bclap(?:s|ping)?\b"),
+    ("march", True, r"\bmarch(?:es|ing)?\b.*\b(?:in place|on the spot)\b|\bhigh knees\b"))
+_COUNTS = {"once": 1, "one time": 1, "twice": 2, "two times": 2, "three times": 3}
+# after these words the patterns would promise too much: other actors, objects, ground that is not flat
+_DOUBT = re.compile(r"\b(arrow|ladder|stairs?|terrain|ground|hill|obstacle|climb\w*|circles?|zig-?zag|not|without|"
+                    r"head|back and forth|sitting|lying|pushed|sword)\b")
+
+
+def _clause(text):
+    found = {}
+    for key, value, pattern in _PATTERNS:
+        match = None if key in found else re.search(pattern, text)
+        if match is not None:
+            side = next((group for group in match.groups() if group), None)
+            found[key] = value if value is not None else side if side in ("left", "right", "both") else "any"
+    if "wave" in found:
+        found.pop("raise", None)  # "lifts the hand and waves it" asks for one movement
+        if "bye" in text:
+            del found["wave"]                               # people say goodbye with any small gesture
+    for key, weaker in (("hop", "jump"), ("march", "gait")):
+        if key in found:
+            found.pop(weaker, None)
+    if "drift" in found or found.get("travel") in ("left", "right"):
+        found.pop("turn", None)
+    if sum(key in COUNTED for key in found) == 1:
+        found |= {"count": n for words, n in _COUNTS.items() if words in text}
+    return found
+
+
+def caption_attributes(caption, flat_floor=False):
+    """What the oracle can check in a free caption or prompt: dict of attributes, {} if nothing.
+
+    flat_floor: also read jumps and hops; their checks mean nothing on ladders and uneven ground (.39 right on
+    captured clips). Conservative English keyword rules that keep silent where they are not sure. Clauses joined by
+    "then" or "before" make one dict where they do not conflict (each then holds anywhere in the clip), else
+    {"first": ..., "then": ...}.
+    """
+    text = " ".join(caption.lower().replace(",", " ").replace(".", " ").split())
+    if _DOUBT.search(text):
+        return {}
+    clauses = [_clause(clause) for clause in re.split(r"\b(?:and )?then\b|\bbefore\b", text, maxsplit=1)]
+    if not flat_floor:
+        clauses = [clause for clause in clauses if not clause.keys() & {"jump", "hop"}]
+    clauses = [clause for clause in clauses if clause]
+    if len(clauses) < 2:
+        return clauses[0] if clauses else {}
+    first, then = clauses
+    counted = [key for key in COUNTED if key in first or key in then]
+    hands = [bool(clause.keys() & {"raise", "wave", "punch", "clap"}) for clause in clauses]
+    if first.keys() & then.keys() or len(counted) > 1 or all(hands):
+        return {"first": first, "then": then}
+    return first | then

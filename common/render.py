@@ -1,10 +1,10 @@
 """Pictures of motion (GIF, storyboard, curves) and files for other programs (BVH, npy).
 
-Stick figures: right limbs red, left limbs blue, spine and head black; on the floor their shadow and, dashed, the
-path of the root. A dot marks a toe on the floor; it is orange while it slides (what "foot skate" counts).
+Stick figures: right limbs red, left limbs blue, spine and head black; on the floor their shadow and, dashed,
+the path of the root. A dot marks a toe on the floor; it is orange while it slides (what "foot skate" counts).
 
-Drawn with Figure and Agg, never pyplot: no global state, no display. Every file is written under a temporary name
-and then renamed. A picture is never worth a training run: call these functions through `safely`.
+Drawn with Figure and Agg, never pyplot: no global state, no display. Every file is written under a temporary
+name and then renamed. A picture is never worth a training run: call these functions through `safely`.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from PIL import Image       # a part of every matplotlib installation, which writes its own pictures through it
+from PIL import Image  # installed with matplotlib, which needs it itself
 
 from common.runs import InputError
 
@@ -37,11 +37,11 @@ JOINT_NAMES = {
            + [side + part for parts in (_ARM, _LEG) for side in ("Right", "Left") for part in parts]}
 
 
-# ---- 1. Files ---------------------------------------------------------------------------------------------------
+# ---- 1. Files ----------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def _replacing(path):
-    """Yields a temporary path in the same folder; it becomes `path` if the block succeeds and goes away if not."""
+    """Yields a temporary path beside `path`, which it becomes if the block succeeds; if not, it goes away."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
@@ -67,44 +67,47 @@ def write_npy(path, joints):
         np.save(file, np.asarray(joints, dtype=np.float32))
 
 
-# ---- 2. Camera and figure ---------------------------------------------------------------------------------------
+# ---- 2. Camera and figure ----------------------------------------------------------------------------------
 
-AZIMUTH, ELEVATION, DISTANCE = np.radians(-40), np.radians(14), 9.0     # metres. A clip starts facing azimuth 0
+AZIMUTH, ELEVATION, DISTANCE = np.radians(-40), np.radians(14), 9.0   # metres; a clip starts facing azimuth 0
 
 
 def project(points):
     """What the camera sees of points (... 3) in metres: (... 3) = to the right, up, towards the viewer.
 
-    Not mplot3d with axes (x, z, y), as in much motion code: that swap is a reflection and shows left limbs right.
+    Not mplot3d with axes (x, z, y), as in much motion code: that swap is a reflection, left and right change.
     """
-    toward = np.array([np.sin(AZIMUTH) * np.cos(ELEVATION), np.sin(ELEVATION), np.cos(AZIMUTH) * np.cos(ELEVATION)])
-    right = np.array([np.cos(AZIMUTH), 0.0, -np.sin(AZIMUTH)])
+    sine, cosine = np.sin(AZIMUTH), np.cos(AZIMUTH)
+    right, toward = np.array([cosine, 0, -sine]), np.array([sine, 0, cosine])
+    toward = np.cos(ELEVATION) * toward + np.sin(ELEVATION) * np.array([0, 1, 0])
     seen = points @ np.stack([right, np.cross(toward, right), toward], -1)
     seen[..., :2] *= DISTANCE / np.maximum(DISTANCE - seen[..., 2:], 1.0)       # never behind the camera
     return seen
 
 
 def _centres(clips, follow):
-    """Where the camera looks, one (t 3) on the floor per clip: the same fixed place for all, or the root's path."""
+    """Where the camera looks, (t 3) on the floor per clip: one fixed place for all, or along the root."""
     if not follow:
         ground = np.concatenate([clip.reshape(-1, 3) for clip in clips]) * [1, 0, 1]
         return [np.broadcast_to((ground.min(0) + ground.max(0)) / 2, (len(clip), 3)) for clip in clips]
     window = 21             # frames; a camera that copies the sway of every step makes one seasick
-    padded = [np.pad(clip[:, 0] * [1, 0, 1], ((window // 2, window // 2), (0, 0)), mode="edge") for clip in clips]
-    return [np.lib.stride_tricks.sliding_window_view(path, window, axis=0).mean(-1) for path in padded]
+    edge = ((window // 2, window // 2), (0, 0))
+    paths = [np.pad(clip[:, 0] * [1, 0, 1], edge, mode="edge") for clip in clips]
+    return [np.lib.stride_tricks.sliding_window_view(path, window, axis=0).mean(-1) for path in paths]
 
 
 def _limits(clips, centres, aspect):
     """x and y limits that hold every frame of every clip, for a panel `aspect` times as wide as high."""
-    seen = np.concatenate([project(clip - centre[:, None]).reshape(-1, 3) for clip, centre in zip(clips, centres)])
-    low, high = seen[:, :2].min(0) - [0.12, 0.15], seen[:, :2].max(0) + [0.12, 0.3]     # head, shadow, clock
+    seen = [project(clip - centre[:, None]).reshape(-1, 3) for clip, centre in zip(clips, centres)]
+    seen = np.concatenate(seen)[:, :2]
+    low, high = seen.min(0) - [0.12, 0.15], seen.max(0) + [0.12, 0.3]     # head, shadow, clock
     height = max(high[1] - low[1], (high[0] - low[0]) / aspect)
     x, y = (low + high) / 2
     return (x - height * aspect / 2, x + height * aspect / 2), (y - height / 2, y + height / 2)
 
 
 def _floor(path):
-    """Rectangle around a path (t 3): corners (4 3) and half-metre grid (n 3, NaN between lines), in metres."""
+    """Rectangle around a path (t 3): corners (4 3), half-metre grid (n 3, NaN between lines), metres."""
     x0, _, z0 = np.floor(path.min(0) * 2 - 1) / 2
     x1, _, z1 = np.ceil(path.max(0) * 2 + 1) / 2
     lines = [[[x, 0, z0], [x, 0, z1], [np.nan] * 3] for x in np.arange(x0, x1, 0.5)]
@@ -113,26 +116,27 @@ def _floor(path):
 
 
 class _Stage:
-    """One clip in one axes. Artists are made once; show(frame) moves them and returns them from back to front."""
+    """One clip in one axes. Artists are made once; show(frame) moves and returns them, from back to front."""
 
     def __init__(self, axes, joints, skeleton, centre, limits, fps, linewidth):
-        self.axes, self.chains, self.fps, self.centre = axes, [list(chain) for chain in skeleton.chains], fps, centre
-        index = skeleton.index
+        self.axes, self.fps, self.centre = axes, fps, centre
+        self.chains, index = [list(chain) for chain in skeleton.chains], skeleton.index
         self.path = joints[:, 0] * [1, 0, 1]
         self.corners, self.grid = _floor(self.path)
-        self.body = project(joints - centre[:, None])                                                   # t j 3
+        self.body = project(joints - centre[:, None])  # t j 3
         self.shadow = project(joints * [1, 0, 1] - centre[:, None])
         neck, up = joints[:, index["neck"]], joints[:, index["head"]] - joints[:, index["neck"]]
         skull = neck + 0.16 * up / np.maximum(np.linalg.norm(up, axis=-1, keepdims=True), 1e-6)
-        self.head = project(skull - centre)             # the head joints of both formats lie too low for a skull
-        toes = joints[:, [index["l_toe"], index["r_toe"]]]                                              # t 2 3
+        self.head = project(skull - centre)  # the head joints of both formats lie too low for a skull
+        toes = joints[:, [index["l_toe"], index["r_toe"]]]  # t 2 3
         step = np.diff(toes[..., [0, 2]], axis=0, append=toes[-1:, :, [0, 2]])
-        on_floor, moving = toes[..., 1] < 0.05, np.linalg.norm(step, axis=-1) * fps > 0.5   # as foot skate has it
+        on_floor = toes[..., 1] - np.quantile(toes[..., 1], 0.05) < 0.05       # both as foot skate has it
+        moving = np.linalg.norm(step, axis=-1) * fps > 0.5
         self.dots = [project(np.where(chosen[..., None], toes, np.nan) - centre[:, None])
                      for chosen in (on_floor & ~moving, on_floor & moving)]
 
         right, left = {index["r_hip"], index["r_shoulder"]}, {index["l_hip"], index["l_shoulder"]}
-        colours = [RED if right & set(chain) else BLUE if left & set(chain) else BLACK for chain in self.chains]
+        colours = [RED if right & {*chain} else BLUE if left & {*chain} else BLACK for chain in self.chains]
         self.spine = colours.index(BLACK)
 
         def line(**style):
@@ -152,7 +156,8 @@ class _Stage:
         self.head_art = dot(0.21 * points_per_metre, color=BLACK)
         self.dot_arts = [dot(linewidth * 1.9, color=colour, markeredgecolor="white", markeredgewidth=0.6)
                          for colour in (BLACK, ORANGE)]
-        self.clock_art = axes.text(0.98, 0.98, "", transform=axes.transAxes, ha="right", va="top", fontsize=8, color=GREY)
+        self.clock_art = axes.text(0.98, 0.98, "", transform=axes.transAxes, ha="right", va="top", fontsize=8,
+                                   color=GREY)
 
     def show(self, frame):
         frame = min(frame, len(self.body) - 1)                  # a shorter clip waits in its last pose
@@ -168,19 +173,20 @@ class _Stage:
         for art, dots in zip(self.dot_arts, self.dots):
             art.set_data(*dots[frame, :, :2].T)
         self.clock_art.set_text(f"{frame / self.fps:.2f} s")
-        nearness = [body[chain[1:], 2].mean() for chain in self.chains]         # the nearer arm hides the farther one
-        figure = [art for i in np.argsort(nearness)
-                  for art in ([self.limb_arts[i], self.head_art] if i == self.spine else [self.limb_arts[i]])]
-        order = [self.floor_art, self.grid_art, self.shadow_art, self.path_art, *figure, *self.dot_arts, self.clock_art]
+        nearness = [body[chain[1:], 2].mean() for chain in self.chains]   # nearer arms hide farther ones
+        order = [self.floor_art, self.grid_art, self.shadow_art, self.path_art]
+        for i in np.argsort(nearness):
+            order += [self.limb_arts[i], self.head_art] if i == self.spine else [self.limb_arts[i]]
+        order += [*self.dot_arts, self.clock_art]
         for rank, art in enumerate(order):
             art.set_zorder(rank)
         return order
 
 
-# ---- 3. GIF and storyboard --------------------------------------------------------------------------------------
+# ---- 3. GIF and storyboard ---------------------------------------------------------------------------------
 
 def clip_note(reward=None, oracle=None, skate=None):
-    """Line under a panel: reward, a tick or cross per attribute the caption asks for, share of sliding contacts."""
+    """Line under a panel: reward, tick or cross per attribute asked for, share of contacts that slide."""
     ticks = " ".join(f"{name} {chr(0x2713 if holds else 0x2717)}" for name, holds in (oracle or {}).items())
     return " | ".join(filter(None, [reward is not None and f"reward {reward:.2f}", ticks,
                                     skate is not None and f"skate {skate:.2f}"]))
@@ -190,7 +196,8 @@ def _clips(panels, skeleton):
     """Joints of every panel in metres, so that one camera fits both formats."""
     clips = [np.asarray(panel["joints"], dtype=np.float64) / skeleton.units_per_metre for panel in panels]
     for clip in clips:
-        if clip.ndim != 3 or clip.shape[1:] != (skeleton.joints, 3) or not len(clip) or not np.isfinite(clip).all():
+        shaped = clip.ndim == 3 and clip.shape[1:] == (skeleton.joints, 3) and len(clip)
+        if not shaped or not np.isfinite(clip).all():
             raise InputError(f"joints to draw must be finite and (t {skeleton.joints} 3), not {clip.shape}")
     return clips
 
@@ -207,7 +214,7 @@ def _figure(width, height):
 
 
 def _text(figure, x, y, text, size, **style):
-    """Text at pixel (x, y) from the upper left. Captions come from users: a dollar sign must not start a formula."""
+    """Text at pixel (x, y) from the upper left. In a caption, $ must not start a formula."""
     width, height = figure.get_size_inches() * DPI
     figure.text(x / width, 1 - y / height, text, fontsize=size, parse_math=False, **{"va": "top", **style})
 
@@ -219,7 +226,7 @@ def _axes(figure, x, y, width, height):
 
 
 def _palette():
-    """Every ink blended into white and into the floor. One palette for all frames: small files, and no flicker."""
+    """Every ink blended into white and into the floor. One palette for all frames: small, no flicker."""
     inks, papers = (RED, BLUE, BLACK, GREY, ORANGE, SHADOW), ("white", FLOOR)
     blends = [share * np.array(to_rgb(ink)) + (1 - share) * np.array(to_rgb(paper))
               for paper in papers for share in np.linspace(0, 1, 6) for ink in inks]
@@ -231,10 +238,10 @@ def _palette():
 def render_gif(path, panels, skeleton, caption="", fps=None, *, every=1, size=(300, 320)):
     """Animated panels side by side, seen by one camera.
 
-    panels: list of dict(joints (t j 3) in the skeleton's units, title, note); title ("before" | "after" | "data") and
-    note (`clip_note(...)`) may be missing. fps: of the joints, default the skeleton's. every: keep each n-th frame.
-    size: pixels of a panel. The camera stands still; if a path is longer than 4 m it follows the root in all panels.
-    Raises InputError on joints of a wrong shape or not finite.
+    panels: list of dict(joints (t j 3) in the skeleton's units, title, note); title ("before", "after",
+    "data") and note (`clip_note(...)`) may be missing. fps: of the joints, default the skeleton's. every:
+    keep each n-th frame. size: pixels of a panel. The camera stands still; if a path is longer than 4 m it
+    follows the root in all panels. Raises InputError on joints of a wrong shape or not finite.
     """
     fps, clips, (width, height) = fps or skeleton.fps, _clips(panels, skeleton), size
     centres = _centres(clips, follow=max(np.ptp(clip[:, 0], axis=0).max() for clip in clips) > 4)
@@ -246,8 +253,9 @@ def render_gif(path, panels, skeleton, caption="", fps=None, *, every=1, size=(3
     _text(figure, middle, top + height + 65, LEGEND, 7, ha="center", va="bottom", color=GREY)
     stages = []
     for i, (panel, clip, centre) in enumerate(zip(panels, clips, centres)):
-        _text(figure, (i + 0.5) * width, top, panel.get("title", ""), 10, ha="center", weight="bold")
-        _text(figure, (i + 0.5) * width, top + height + 24, _wrapped(panel.get("note", ""), 46, 2), 8, ha="center")
+        x, note = (i + 0.5) * width, _wrapped(panel.get("note", ""), 50, 2)
+        _text(figure, x, top, panel.get("title", ""), 10, ha="center", weight="bold")
+        _text(figure, x, top + height + 24, note, 8, ha="center")
         axes = _axes(figure, i * width + 2, top + 22, width - 4, height)
         stages.append(_Stage(axes, clip, skeleton, centre, limits, fps, linewidth=3.2))
 
@@ -265,35 +273,38 @@ def render_gif(path, panels, skeleton, caption="", fps=None, *, every=1, size=(3
                        duration=round(1000 * every / fps))
 
 
-def storyboard(path, rows, skeleton, caption="", fps=None, *, frames=6, size=(118, 150)):
-    """Still picture (PNG): one row per clip, `frames` moments from its first to its last frame as columns.
+def storyboard(path, clips, skeleton, fps=None, *, frames=6, size=(118, 140)):
+    """Still picture (PNG): a row per motion, `frames` moments from its first to its last frame as columns.
 
-    rows: list of dict(joints (t j 3), title, note) as in `render_gif`; a row may have a caption of its own (several
-    clips in one picture). The camera follows each figure; the dashed line shows where it came from. Raises InputError.
+    clips: list of (caption, panels), panels as in `render_gif`, one row each. The camera follows each
+    figure, the dashed line shows where it came from. Raises InputError like `render_gif`.
     """
-    clips, (width, height), label = _clips(rows, skeleton), size, 150
-    centres = [clip[:, 0] * [1, 0, 1] for clip in clips]
-    limits = _limits(clips, centres, width / height)
-    title = _wrapped(caption, 100, 2)
-    top = 12 + 19 * (title.count("\n") + 1) if title else 4
-    figure = _figure(label + width * frames, top + height * len(rows) + 18)
-    _text(figure, 10, 8, title, 11)
-    _text(figure, label, top + height * len(rows) + 3, LEGEND, 7, color=GREY)
-    for i, (row, clip, centre) in enumerate(zip(rows, clips, centres)):
-        y, below = top + i * height, [_wrapped(row.get(key, ""), 24, 4) for key in ("caption", "note")]
-        _text(figure, 10, y + 22, row.get("title", ""), 10, weight="bold")
-        _text(figure, 10, y + 42, "\n".join(filter(None, below)), 7.5, linespacing=1.4)
-        for k, frame in enumerate(np.linspace(0, len(clip) - 1, frames).round().astype(int)):
-            axes = _axes(figure, label + k * width, y, width, height)
-            _Stage(axes, clip, skeleton, centre, limits, fps or skeleton.fps, linewidth=2.2).show(frame)
+    (width, height), label, line = size, 150, 34
+    motions = [_clips(panels, skeleton) for _, panels in clips]
+    centres = [[clip[:, 0] * [1, 0, 1] for clip in group] for group in motions]
+    limits = _limits(sum(motions, []), sum(centres, []), width / height)
+    bottom = height * sum(map(len, motions)) + line * len(clips)
+    figure = _figure(label + width * frames, bottom + 18)
+    _text(figure, label, bottom + 3, LEGEND, 7, color=GREY)
+    y = 0
+    for (caption, panels), group, looks in zip(clips, motions, centres):
+        _text(figure, 10, y + 10, _wrapped(caption, 100, 1), 11)
+        y += line
+        for panel, clip, centre in zip(panels, group, looks):
+            _text(figure, 10, y + 14, panel.get("title", ""), 10, weight="bold")
+            _text(figure, 10, y + 34, _wrapped(panel.get("note", ""), 24, 5), 7.5, linespacing=1.4)
+            for k, frame in enumerate(np.linspace(0, len(clip) - 1, frames).round().astype(int)):
+                axes = _axes(figure, label + k * width, y, width, height)
+                _Stage(axes, clip, skeleton, centre, limits, fps or skeleton.fps, linewidth=2.2).show(frame)
+            y += height
     with _replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=DPI)
 
 
-# ---- 4. Curves --------------------------------------------------------------------------------------------------
+# ---- 4. Curves ---------------------------------------------------------------------------------------------
 
 def read_csv(path):
-    """Columns of a log as name -> float array (rows). Empty cells and words are NaN, lines with # comments."""
+    """Columns of a log as name -> float array (rows). Empty cells and words are NaN; # starts a comment."""
     def number(cell):
         try:
             return float(cell)
@@ -310,13 +321,13 @@ def read_csv(path):
 def curves(path, runs, groups, x="iteration", bands=None):
     """Small axes in one PNG, one per group of columns.
 
-    runs: a log or a list of logs (seeds): CSV paths or dicts of arrays. groups: title -> list of columns. bands:
-    column -> column with the half width of its interval, shaded when there is one run. Several runs are matched by
-    x: mean, shaded from lowest to highest. Raises InputError if a column is missing.
+    runs: a log or a list of logs (seeds): CSV paths or dicts of arrays. groups: tuples of columns. bands:
+    column -> column with the half width of its interval, shaded when there is one run. Several runs are
+    matched by x: mean, shaded from lowest to highest. Raises InputError if a column is missing.
     """
     runs, bands = runs if isinstance(runs, (list, tuple)) else [runs], bands or {}
     logs = [run if isinstance(run, dict) else read_csv(run) for run in runs]
-    for name in {x, *bands.values(), *(name for names in groups.values() for name in names)}:
+    for name in (x, *bands.values(), *(name for names in groups for name in names)):
         if any(name not in log for log in logs):
             raise InputError(f"no column {name!r} to draw; the log has {', '.join(logs[0])}")
     steps = np.unique(np.concatenate([log[x] for log in logs]))
@@ -330,7 +341,7 @@ def curves(path, runs, groups, x="iteration", bands=None):
     lines = -(-len(groups) // 4)
     columns = -(-len(groups) // lines)
     figure = _figure(270 * columns, 200 * lines)
-    for i, (title, names) in enumerate(groups.items()):
+    for i, names in enumerate(groups):
         axes = figure.add_subplot(lines, columns, i + 1)
         for name in names:
             values = table(name)
@@ -339,9 +350,9 @@ def curves(path, runs, groups, x="iteration", bands=None):
             half = table(bands[name])[0, there] if name in bands and len(logs) == 1 else 0
             colour = axes.plot(steps[there], mean, ".-", linewidth=1.5, label=name.replace("_", " "),
                                markersize=5 if there.sum() < 30 else 0)[0].get_color()
-            axes.fill_between(steps[there], np.nanmin(values, 0) - half, np.nanmax(values, 0) + half, color=colour,
-                              alpha=0.2, linewidth=0)
-        axes.set_title(title, fontsize=9, loc="left", weight="bold")
+            axes.fill_between(steps[there], np.nanmin(values, 0) - half, np.nanmax(values, 0) + half,
+                              color=colour, alpha=0.2, linewidth=0)
+        axes.set_title(", ".join(names).replace("_", " "), fontsize=9, loc="left", weight="bold")
         axes.set_xlabel(x, fontsize=7, color=GREY)
         axes.tick_params(labelsize=7, color=GREY)
         axes.grid(alpha=0.25, linewidth=0.6)
@@ -349,29 +360,30 @@ def curves(path, runs, groups, x="iteration", bands=None):
         if len(names) > 1:
             axes.legend(fontsize=7, frameon=False)
     if len(logs) > 1:
-        _text(figure, 270 * columns - 8, 200 * lines - 4, f"mean of {len(logs)} runs, shaded: lowest to highest", 6,
-              ha="right", va="bottom", color=GREY)
+        shading = f"mean of {len(logs)} runs, shaded: lowest to highest"
+        _text(figure, 270 * columns - 8, 200 * lines - 4, shading, 6, ha="right", va="bottom", color=GREY)
     figure.tight_layout(pad=0.9)
     with _replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=DPI)
 
 
-# ---- 5. BVH -----------------------------------------------------------------------------------------------------
+# ---- 5. BVH ------------------------------------------------------------------------------------------------
 
 def _rotation(axis, degrees):
     """Rotations (t 3 3) about "X", "Y" or "Z" by degrees (t)."""
     i = "XYZ".index(axis)
     j, k = (i + 1) % 3, (i + 2) % 3
+    sine, cosine = np.sin(np.radians(degrees)), np.cos(np.radians(degrees))
     matrix = np.zeros((len(degrees), 3, 3))
-    matrix[:, i, i], matrix[:, j, j], matrix[:, k, k] = 1, np.cos(np.radians(degrees)), np.cos(np.radians(degrees))
-    matrix[:, k, j], matrix[:, j, k] = np.sin(np.radians(degrees)), -np.sin(np.radians(degrees))
+    matrix[:, i, i], matrix[:, j, j], matrix[:, k, k] = 1, cosine, cosine
+    matrix[:, k, j], matrix[:, j, k] = sine, -sine
     return matrix
 
 
 def _between(u, v):
-    """Smallest rotations (t 3 3) that turn the unit vector u (3), along an axis, onto unit vectors v (t 3)."""
+    """Smallest rotations (t 3 3) that turn u (3), a unit vector along an axis, onto unit vectors v (t 3)."""
     cross, cosine = np.cross(u, v), (v @ u)[:, None, None]
-    skew = np.cross(np.eye(3), cross[:, None])                  # skew @ w = cross(cross, w): Rodrigues' formula
+    skew = np.cross(np.eye(3), cross[:, None])  # skew @ w = cross(cross, w): Rodrigues' formula
     across = np.roll(u, 1)
     half_turn = 2 * np.outer(across, across) - np.eye(3)        # opposite vectors leave the axis open
     turned = np.eye(3) + skew + skew @ skew / np.maximum(1 + cosine, 1e-9)
@@ -380,8 +392,9 @@ def _between(u, v):
 
 def _euler(matrix):
     """Degrees (t 3) about z, x, y of rotations (t 3 3) = Rz Rx Ry."""
-    locked = np.abs(matrix[:, 2, 1]) > 1 - 1e-12                # x = +-90 degrees: z and y turn about one axis
-    z = np.where(locked, np.arctan2(matrix[:, 1, 0], matrix[:, 0, 0]), np.arctan2(-matrix[:, 0, 1], matrix[:, 1, 1]))
+    locked = np.abs(matrix[:, 2, 1]) > 1 - 1e-12  # x = +-90 degrees: z and y turn about one axis
+    z = np.where(locked, np.arctan2(matrix[:, 1, 0], matrix[:, 0, 0]),
+                 np.arctan2(-matrix[:, 0, 1], matrix[:, 1, 1]))
     y = np.where(locked, 0, np.arctan2(-matrix[:, 2, 0], matrix[:, 2, 2]))
     return np.degrees(np.stack([z, np.arcsin(np.clip(matrix[:, 2, 1], -1, 1)), y], -1))
 
@@ -389,29 +402,32 @@ def _euler(matrix):
 def write_bvh(path, joints, skeleton, fps=None):
     """Write joints (t j 3) in the skeleton's units as BVH: centimetres, Y up, rotations Z X Y, `JOINT_NAMES`.
 
-    Positions come back exactly if bone lengths are constant; else each bone gets its mean length. Joint positions do
-    not show twist around a bone: the smallest rotation is used. Where bones fork, each has a pivot of its own (name
-    ends in _pivot), since one rotation cannot point them all. Raises InputError like `render_gif`.
+    Positions come back exactly if bone lengths are constant; else each bone gets its mean length. Positions
+    do not show twist around a bone: the smallest rotation is used. Where bones fork, each has a pivot of
+    its own (name ends in _pivot), since one rotation cannot point them all. Raises InputError like
+    `render_gif`.
     """
     joints = _clips([{"joints": joints}], skeleton)[0] * 100
-    still, index, names = np.broadcast_to(np.eye(3), (len(joints), 3, 3)), skeleton.index, JOINT_NAMES[skeleton.name]
-    across = sum(joints[:, index[f"l_{part}"]] - joints[:, index[f"r_{part}"]] for part in ("hip", "shoulder"))
+    index, names = skeleton.index, JOINT_NAMES[skeleton.name]
+    across = sum(joints[:, index["l_" + end]] - joints[:, index["r_" + end]] for end in ("hip", "shoulder"))
+    still = np.broadcast_to(np.eye(3), (len(joints), 3, 3))
     heading = _rotation("Y", np.degrees(np.arctan2(-across[:, 2], across[:, 0])))
     text, motion = ["HIERARCHY"], [joints[:, 0]]
 
     def bone(a, b, world):
-        """Offset (3) of joint b from a, and the rotation (t 3 3) inside a's frame that points it along the motion."""
+        """Offset (3) of joint b from a, and the rotation (t 3 3) in a's frame that points it where b is."""
         vector = joints[:, b] - joints[:, a]
         length = np.linalg.norm(vector, axis=-1, keepdims=True)
         local = np.einsum("tji,tj->ti", world, vector / np.maximum(length, 1e-9))
-        rest = skeleton.rest[b] * (1 if (local @ skeleton.rest[b]).mean() > -0.5 else -1)  # KIT's hips rest crossed
+        crossed = (local @ skeleton.rest[b]).mean() < -0.5      # KIT's table of rest bones crosses the hips
+        rest = -skeleton.rest[b] if crossed else skeleton.rest[b]
         return rest * length.mean(), _between(rest, local)
 
     def begin(name, offset, turn, pad):
         """Open a node; pad is its indentation, empty for the root."""
         channels = "CHANNELS 3" if pad else "CHANNELS 6 Xposition Yposition Zposition"
-        text.extend([f"{pad}{'JOINT' if pad else 'ROOT'} {name}", pad + "{", f"{pad}  OFFSET {_numbers(offset)}",
-                     f"{pad}  {channels} Zrotation Xrotation Yrotation"])
+        text.extend([f"{pad}{'JOINT' if pad else 'ROOT'} {name}", pad + "{",
+                     f"{pad}  OFFSET {_numbers(offset)}", f"{pad}  {channels} Zrotation Xrotation Yrotation"])
         motion.append(_euler(turn))
 
     def visit(joint, offset, world, pad):
@@ -427,7 +443,8 @@ def write_bvh(path, joints, skeleton, fps=None):
                 visit(kid, vector, world @ turn, pad + "    ")
                 text.append(pad + "  }")
         if not kids:
-            text.extend([pad + "  End Site", pad + "  {", f"{pad}    OFFSET {_numbers(offset * 0.3)}", pad + "  }"])
+            end = f"OFFSET {_numbers(offset * 0.3)}"
+            text.extend([pad + "  End Site", pad + "  {", f"{pad}    {end}", pad + "  }"])
         text.append(pad + "}")
 
     visit(0, np.zeros(3), still, "")
@@ -441,7 +458,7 @@ def _numbers(row):
 
 
 def read_bvh(path, skeleton):
-    """Read a BVH in centimetres, Y up, named as in `JOINT_NAMES` -> joints (t j 3), the skeleton's units and rate.
+    """Read a BVH in centimetres, Y up, names of `JOINT_NAMES` -> joints (t j 3), skeleton's units and rate.
 
     Any hierarchy and channel order; other joints are left out, prefixes such as "mixamorig:" ignored, frames
     interpolated. Raises InputError naming the file and what is wrong with it.
@@ -453,7 +470,8 @@ def read_bvh(path, skeleton):
         raise InputError(f"{path}: not a readable BVH file ({type(error).__name__}: {error})") from error
     if missing := [name for name in JOINT_NAMES[skeleton.name] if name not in places]:
         raise InputError(f"{path}: no joint called {', '.join(missing)}; rename the joints in the file")
-    joints = np.stack([places[name] for name in JOINT_NAMES[skeleton.name]], 1) * skeleton.units_per_metre / 100
+    joints = np.stack([places[name] for name in JOINT_NAMES[skeleton.name]], 1)
+    joints = joints / 100 * skeleton.units_per_metre
     then = np.arange(len(joints)) * seconds
     now = np.arange(int(round(then[-1] * skeleton.fps, 3)) + 1) / skeleton.fps
     columns = [np.interp(now, then, column) for column in joints.reshape(len(joints), -1).T]
@@ -461,13 +479,13 @@ def read_bvh(path, skeleton):
 
 
 def _forward_kinematics(words, data):
-    """Words of a BVH's two halves -> name -> positions (t 3) in the file's units, and the seconds of a frame."""
+    """Words of a BVH's two halves -> {name: positions (t 3)} in its units, seconds of a frame."""
     frames, seconds = int(data[1]), float(data[4])
     values = np.array(data[5:], dtype=float).reshape(frames, -1)
     if frames < 1 or seconds <= 0 or not np.isfinite(values).all():
         raise ValueError("needs frames, a frame time above 0 and finite numbers")
     places, column, name = {}, 0, None
-    stack = [(np.zeros((frames, 3)), np.broadcast_to(np.eye(3), (frames, 3, 3)))]   # position and rotation, from the root in
+    stack = [(np.zeros((frames, 3)), np.broadcast_to(np.eye(3), (frames, 3, 3)))]     # position, rotation
     for i, word in enumerate(words):
         if word in ("ROOT", "JOINT", "End"):
             name = words[i + 1].split(":")[-1]
@@ -478,7 +496,7 @@ def _forward_kinematics(words, data):
         elif word == "CHANNELS":
             turn = stack[-1][1]
             for channel in words[i + 2:i + 2 + int(words[i + 1])]:
-                if channel.endswith("position"):                # other joints keep their offset from the parent
+                if channel.endswith("position"):  # other joints keep their offset from the parent
                     if len(stack) == 2:
                         places[name][:, "XYZ".index(channel[0])] = values[:, column]
                 else:

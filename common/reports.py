@@ -9,7 +9,7 @@ import math
 import numpy as np
 import torch
 
-from common import evaluators, features, runs, synthetic
+from common import datasets, evaluators, features, runs, synthetic
 
 COLUMNS = ("reward", "judge", "oracle", "oracle_all", "r_precision_top1", "r_precision_top3", "fid", "mm_dist", "diversity",
            "multimodality", "foot_skate", "jerk")
@@ -26,7 +26,7 @@ def questions(clips, repeat):
 
 def real_motion(clips):
     """Raw features of the clips themselves (b t d), padded with zeros: the ground-truth row."""
-    return evaluators.collate_clips(clips)[0]
+    return datasets.collate(clips).motion
 
 
 def oracle_verdicts(motion, lengths, attributes, skeleton):
@@ -57,8 +57,8 @@ def measure(motion, lengths, captions, attributes, *, clips, skeleton, reward_mo
     each |= {name: np.array([p[name] for p in physics]) for name in physics[0]}
     if seed is None:
         return each, {}
-    real, real_lengths, _ = evaluators.collate_clips(clips)
-    whole = evaluators.benchmark(judge, (*moved, captions), (real.to(device), real_lengths.to(device)), generator=runs.generator(seed, 0, "benchmark"),
+    real = datasets.collate(clips)
+    whole = evaluators.benchmark(judge, (*moved, captions), (real.motion.to(device), real.lengths.to(device)), generator=runs.generator(seed, 0, "benchmark"),
                                  pairs=min(300, len(clips) // 2))
     return each, {name: value for name, value in whole.items() if name not in each}
 

@@ -223,11 +223,11 @@ def require_same(path, stored, current, free=()):
                  for name in sorted(set(stored) | set(current))
                  if name not in free and stored.get(name) != current.get(name)]
     if differing:
-        raise InputError(f"{path}: made with other arguments, {', '.join(differing)}; repeat them or start anew")
+        raise InputError(f"{path}: of other arguments ({', '.join(differing)}); use those, or start anew")
 
 
 def cached(folder, key, build, name, use_cache=True):
-    """The dict that `build()` returns, or its stored copy if `folder` has one for the same `key` (plain data).
+    """The dict that `build()` returns, or its stored copy if `folder` has one for this `key` (plain data).
 
     The file is `<folder>/<name>-<hash of key>.pt`. A damaged one is announced and rebuilt; use_cache=False
     always rebuilds.
@@ -361,7 +361,7 @@ class CsvLog:
 class StopSignal:
     """`with StopSignal() as stop:` -- signals set `stop.requested`; the loop saves, then calls `check`.
 
-    SIGINT and SIGTERM are caught. A second SIGINT acts at once, as Python does by default: the checkpoint on disk stays whole.
+    SIGINT and SIGTERM are caught. A second SIGINT acts at once, as is Python's default; files stay whole.
     """
 
     requested = 0
@@ -445,7 +445,7 @@ def versions():
 
 
 def pick_device(name="auto"):
-    """auto | cpu | cuda | cuda:N -> torch.device; auto takes a GPU if there is one. Absent GPU: InputError."""
+    """auto | cpu | cuda | cuda:N -> torch.device; auto takes a GPU if there is any; InputError if absent."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
@@ -457,7 +457,7 @@ def pick_device(name="auto"):
 
 
 def pick_threads(requested=None):
-    """Set and return the number of CPU threads: as requested, else OMP_NUM_THREADS, else the fastest in a probe.
+    """Set and return the number of CPU threads: requested, else OMP_NUM_THREADS, else the fastest in a probe.
 
     Small networks often run faster on one thread. Results repeat bit for bit at a fixed number only.
     """

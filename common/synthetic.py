@@ -1,37 +1,40 @@
-"""Embedded motion-text data: captions, the movements they ask for, and an oracle that checks the one against the other.
+"""Embedded motion-text data, in two domains and both joint formats.
 
 Everything is generated, nothing is downloaded. A clip is drawn in three steps:
 
-    attributes {"travel": "forward", "wave": "left"}  ->  plan (root path, foot steps, arm angles)  ->  joints of a skeleton
-                                                      ->  captions in the wording of a domain
+    attributes {"travel": "forward", "wave": "left"}  ->  plan (root path, foot steps, arm angles)  ->  joints
+                                                      ->  captions in the wording of the domain (wording.py)
 
-and the oracle goes back from joints to attributes. Two domains: "humanml3d" (the source) and "kit" (the target) differ in their mix of
-actions, in wording and in style of movement; each of the three gaps can be switched off. Feet are planned first and the legs follow, so
-a standing foot does not slide, and positions come out of forward kinematics, so bone lengths do not change.
+and the oracle (oracle.py) goes back from joints to attributes. The domains "humanml3d" (source) and "kit"
+(target) differ in their mix of actions, in wording and in style of movement; each of the three gaps can be
+switched off. The feet are planned first and the legs follow, so a standing foot does not slide; positions
+come out of forward kinematics, so bones keep their lengths.
 
-Inside this module lengths are in leg lengths L (thigh + shank), times in seconds; angles of the tables are in degrees.
-Facing +Z, left is +X and up is +Y; turning left makes the yaw grow.
+Lengths are in leg lengths L (thigh + shank), times in seconds, angles of tables in degrees. Facing +Z, left
+is +X; turning left makes the yaw grow. `t` (n) are the times of the frames.
 """
 
-import re
 from dataclasses import dataclass
 
 import numpy as np
 
-from common.oracle import caption_attributes, oracle        # noqa: F401 - the data and their check are used together
+from common import wording
+from common.oracle import caption_attributes, oracle        # noqa: F401 - the data come with their check
+from common.wording import SOURCE, TARGET
 
-VERSION = 1                                     # part of every seed: raise it when the data change
-SUBJECTS, TRAIN_SUBJECTS, VAL_SUBJECTS = 60, 48, 3
-SOURCE, TARGET = 0, 1
+VERSION = 2  # part of every seed: raise it when the data change (also in wording.py)
 DOMAINS = {"humanml3d": SOURCE, "kit": TARGET}
-ROWS_FPS = 20.0                                 # durations are multiples of 4 frames at this rate
-GRAVITY = 9.81 / 0.83                           # L / s^2 for legs of .83 m
+GAPS = ("actions", "wording", "style")
+SIZES = (2400, 2000)                        # clips of the source and the target
+SUBJECTS, TRAIN_SUBJECTS, VAL_SUBJECTS = 60, 48, 3
+ROWS_FPS = 20.0                             # durations are multiples of 4 frames at this rate
+GRAVITY = 9.81 / .83                        # L / s^2 of somebody with legs of .83 m
 
 
-# ---- 1. Actions -------------------------------------------------------------------------------------------------------
-# action -> (what it always is, what can be chosen). A drawn None leaves the attribute out.
+# ---- 1. What happens in a clip -----------------------------------------------------------------------------
 
 SIDES, HANDS = ("left", "right"), ("left", "right", "both")
+# action: (attributes it always has, attributes to choose); a drawn None leaves the attribute out
 ACTIONS = {
     "walk": ({"gait": "walk", "travel": "forward"}, {"speed": (None, "slow", "fast")}),
     "walk_back": ({"gait": "walk", "travel": "backward"}, {}),
@@ -39,7 +42,7 @@ ACTIONS = {
     "walk_diagonal": ({"gait": "walk", "travel": "forward"}, {"drift": SIDES}),
     "run": ({"gait": "run", "travel": "forward"}, {}),
     "jog_back": ({"gait": "run", "travel": "backward"}, {}),
-    "walk_turn": ({"gait": "walk", "travel": "forward"}, {"turn": SIDES, "angle": (90, 180)}),
+    "walk_turn": ({"gait": "walk"}, {"turn": SIDES, "angle": (90, 180)}),
     "turn_in_place": ({"travel": "none"}, {"turn": SIDES, "angle": (90, 180)}),
     "march": ({"march": True, "travel": "none"}, {}),
     "jump": ({"jump": True}, {"count": (1, 2, 3)}),
@@ -54,56 +57,55 @@ ACTIONS = {
     "stretch": ({"stretch": True}, {}),
     "punch": ({}, {"punch": SIDES, "count": (1, 2, 3)}),
 }
-GESTURES = ("raise", "wave", "clap", "stretch", "punch")                        # arms only: can go with a locomotion
-PERIOD = {"jump": .98, "hop": .66, "squat": 1.1, "bow": 1.3, "kick": .9, "stomp": .7, "raise": 1.35, "punch": .72}
-LOCOMOTION = ("walk", "walk_back", "sidestep", "walk_diagonal", "run", "jog_back", "walk_turn", "turn_in_place", "march")
+LOCOMOTION = tuple(ACTIONS)[:9]
+GESTURES = ("raise", "wave", "clap", "stretch", "punch")        # arms only, with any locomotion
+PERIOD = {"jump": .98, "hop": .66, "squat": 1.1, "bow": 1.3, "kick": .9, "stomp": .7, "raise": 1.35,
+          "punch": .72}                     # seconds of one repetition
 SHARES = {"single": .45, "pair": .35, "sequence": .20}
-
-# Weights of (source, target). Target-only actions stay in the source at one or two clips in a hundred: what a base model
-# has never seen it never samples, and reinforcement learning can only strengthen what is sampled.
+# Weights in (source, target). The target's own actions stay in the source, at one to four clips in a hundred:
+# a base model never samples what it has never seen, and RL can only strengthen what is sampled.
 WEIGHTS = {
-    "walk": (9, 7), "walk_back": (7, 5), "sidestep": (7, 2), "walk_diagonal": (2, 6), "run": (7, 5), "jog_back": (2, 5),
-    "walk_turn": (9, 7), "turn_in_place": (8, 6), "march": (5, 3), "jump": (8, 4), "hop": (2, 5), "squat": (7, 4),
-    "bow": (2, 6), "kick": (8, 5), "stomp": (2, 5), "raise": (10, 8), "wave": (10, 9), "clap": (7, 2), "stretch": (5, 2),
-    "punch": (2, 8)}
+    "walk": (9, 7), "walk_back": (7, 5), "sidestep": (7, 2), "walk_diagonal": (2, 6), "run": (7, 5),
+    "jog_back": (2, 5), "walk_turn": (9, 7), "turn_in_place": (8, 6), "march": (5, 3), "jump": (8, 4),
+    "hop": (2, 5), "squat": (7, 4), "bow": (2, 6), "kick": (8, 5), "stomp": (2, 5), "raise": (10, 8),
+    "wave": (10, 9), "clap": (7, 2), "stretch": (5, 2), "punch": (2, 8)}
+BORROWED = .04      # share of source captions in the target's words, so that no target word is one never read
+VAGUE = .5          # share of the captions after the first that leave out a detail
 # Combinations that only the test split may contain.
-UNSEEN = ({"kick": "left", "count": 2}, {"turn": "right", "wave": "both"}, {"travel": "backward", "raise": "left"},
-          {"gait": "run", "clap": True}, {"jump": True, "count": 3})
+UNSEEN = ({"kick": "left", "count": 2}, {"turn": "right", "wave": "both"}, {"jump": True, "count": 3},
+          {"travel": "backward", "raise": "left"}, {"gait": "run", "clap": True})
 
 
-def _draw_action(rng, action, counts=3):
-    fixed, choices = ACTIONS[action]
-    drawn = {}
-    for key, values in choices.items():
-        value = values[rng.integers(len(values))]
-        if key != "count" or counts > 0:
-            drawn[key] = min(value, counts) if key == "count" else value
-    return {k: v for k, v in {**fixed, **drawn}.items() if v is not None}
-
-
-def _choose(rng, names, mix):
+def _draw(rng, names, mix, max_count=3):
+    """An action of `names` and its attributes; a max_count of 0 leaves the count out."""
     weights = np.array([WEIGHTS[name][mix] for name in names], float)
-    return names[rng.choice(len(names), p=weights / weights.sum())]
+    action = names[rng.choice(len(names), p=weights / weights.sum())]
+    fixed, choices = ACTIONS[action]
+    drawn = {key: values[rng.integers(len(values))] for key, values in choices.items()}
+    if "count" in drawn:
+        drawn["count"] = min(drawn["count"], max_count) or None
+    return action, {key: value for key, value in {**fixed, **drawn}.items() if value is not None}
 
 
 def _draw_parts(rng, mix):
-    """One or two parts of a clip; a part is a list of (action, attributes): locomotion first, then the gesture on top of it."""
-    kind = list(SHARES)[rng.choice(3, p=list(SHARES.values()))]
+    """One or two parts of a clip. A part is a list of movements (action, attributes): what the legs do and, in
+    a pair, the gesture of the arms on top of it."""
+    kind = tuple(SHARES)[rng.choice(3, p=list(SHARES.values()))]
     if kind == "pair":
-        body, arms = _choose(rng, LOCOMOTION, mix), _choose(rng, GESTURES, mix)
-        return [[(body, _draw_action(rng, body)), (arms, _draw_action(rng, arms, counts=0))]]
-    everything = tuple(ACTIONS)
-    first = _choose(rng, everything, mix)
+        return [[_draw(rng, LOCOMOTION, mix), _draw(rng, GESTURES, mix, 0)]]
     if kind == "single":
-        return [[(first, _draw_action(rng, first))]]
-    # Two parts share four seconds: one or two repetitions, a quarter turn, no curves; and two different movements.
-    short = tuple(a for a in everything if a not in ("walk_turn", "march"))
-    first = _choose(rng, short, mix)
-    second = _choose(rng, tuple(a for a in short if a != first), mix)
-    parts = [[(a, _draw_action(rng, a, counts=1 + (PERIOD.get(a, 2) < .8)))] for a in (first, second)]
-    for (action, attributes), in parts:
+        return [[_draw(rng, tuple(ACTIONS), mix)]]
+    # two parts share four seconds: few repetitions, quarter turns, nothing slow; and two different movements
+    short = tuple(action for action in ACTIONS if action not in ("walk_turn", "march"))
+    parts = []
+    for _ in range(2):
+        left = tuple(action for action in short if not parts or action != parts[0][0][0])
+        action, attributes = _draw(rng, left, mix)
+        if "count" in attributes:
+            attributes["count"] = min(attributes["count"], 2 if PERIOD[action] < .8 else 1)
         if "angle" in attributes:
             attributes["angle"] = 90
+        parts.append([(action, attributes)])
     return parts
 
 
@@ -111,176 +113,19 @@ def _merged(part):
     return {key: value for _, attributes in part for key, value in attributes.items()}
 
 
-# ---- 2. Wording -------------------------------------------------------------------------------------------------------
-# Phrases are separated by ';' and the last one is kept for the test split ("unseen wording"). [verb] is conjugated, {slot} is
-# filled from SLOTS or left empty when the caption drops that detail. word/POS sets a part of speech that WORDS would get wrong.
-
-PHRASES = {         # action: (source dialect, target dialect)
-    "walk": ("[walk] {travel} {speed}; [walk] {speed} {travel}; [step] {travel} {speed}",
-             "[go] {travel} {speed}; [walk] {travel} {speed}; [move] {travel} {speed}"),
-    "walk_back": ("[walk] {travel}; [step] {travel}; [move] {travel}", "[go] {travel}; [walk] {travel}; [step] {travel}"),
-    "sidestep": ("[step] {travel}; [walk] sideways {travel}; [move] sideways {travel}",
-                 "[step] sideways {travel}; [go] sideways {travel}; [move] {travel} sideways"),
-    "walk_diagonal": ("[walk] diagonally {travel} {drift}; [walk] {travel} diagonally {drift}; [step] diagonally {travel} {drift}",
-                      "[walk] diagonally {travel} {drift}; [go] diagonally {travel} {drift}; [move] diagonally {travel} {drift}"),
-    "run": ("[run] {travel}; [jog] {travel}; [run] straight {travel}", "[run] {travel}; [jog] {travel}; [sprint] {travel}"),
-    "jog_back": ("[jog] {travel}; [run] {travel}; [jog] straight {travel}",
-                 "[jog] {travel}; [run] {travel}; [sprint] {travel}"),
-    "walk_turn": ("[walk] {travel} and [turn] {turn} {angle}; [walk] and [turn] {angle} {turn}; [step] {travel} and [turn] {turn} {angle}",
-                  "[walk] a curve {turn} {angle}; [go] {angle} {turn} in a curve; [walk] {angle} {turn} in a curve"),
-    "turn_in_place": ("[turn] {turn} {angle} {spot}; [turn] {angle} {turn} {spot}; [spin] {turn} {angle} {spot}",
-                      "[turn] {angle} {turn} {spot}; [rotate] {angle} {turn} {spot}; [rotate] {turn} {angle} {spot}"),
-    "march": ("[march] {spot}; [march] with high knees {spot}; [walk] with high knees {spot}",
-              "[march] {spot}; [step] with high knees {spot}; [march] with high knees {spot}"),
-    "jump": ("[jump] {count}; [jump] up {count}; [jump] in the air {count}", "[jump] {count}; [perform] {njump}; [do] {njump}"),
-    "hop": ("[hop] {count} {foot}; [hop] {foot} {count}; [jump] {foot} {count}",
-            "[hop] {count} {foot}; [hop] {foot} {count}; [jump] {foot} {count}"),
-    "squat": ("[squat] {count}; [squat] down {count}; [do] {nsquat}", "[perform] {nsquat}; [squat] {count}; [do] {nsquat}"),
-    "bow": ("[bow] {count}; [bow] down {count}; [perform] {nbow}", "[bow] {count}; [perform] {nbow}; [do] {nbow}"),
-    "kick": ("[kick] {leg} {count}; [kick] {count} {leg}; [do] {nkick} {leg}",
-             "[kick] {count} {leg}; [perform] {nkick} {leg}; [kick] {leg} {count}"),
-    "stomp": ("[stomp] {leg} {count}; [stomp] {count} {leg}; [do] {nstomp} {leg}",
-              "[stomp] {count} {leg}; [stomp] {leg} {count}; [perform] {nstomp} {leg}"),
-    "raise": ("[raise] {hands} {count}; [lift] {hands} {count}; [hold] {hands} up {count}",
-              "[lift] {hands} {count}; [raise] {hands} up {count}; [hold] up {hands} {count}"),
-    "wave": ("[wave] {hands}; [wave] with {hands}; [greet] with {hands}", "[wave] with {hands}; [greet] with {hands}; [wave] {hands}"),
-    "clap": ("[clap]; [clap] both hands; [clap] with both hands", "[clap] both hands; [clap]; [clap] with both hands"),
-    "stretch": ("[stretch] both arms out; [hold] both arms out; [stretch] out both arms",
-                "[stretch] both arms sideways; [hold] both arms out sideways; [stretch] out both arms sideways"),
-    "punch": ("[punch] with {hands} {count}; [punch] {count} with {hands}; [do] {npunch} with {hands}",
-              "[punch] with {hands} {count}; [perform] {npunch} with {hands}; [punch] {count} with {hands}"),
-}
-_NOUNS = ("jump", "squat", "bow", "kick", "stomp", "punch")
-SLOTS = {           # slot: (attribute, source words, target words); nothing is said about a value that is not listed
-    "travel": ("travel", {"forward": "forward", "backward": "backwards", "left": "to the left", "right": "to the right"},
-               {"forward": "straight ahead", "backward": "in reverse", "left": "to the left side", "right": "to the right side"}),
-    "spot": ("travel", {"none": "in place"}, {"none": "on the spot"}),
-    "speed": ("speed", {"slow": "slowly", "fast": "quickly"}, {"slow": "at low speed", "fast": "at high speed"}),
-    "drift": ("drift", {"left": "to the left", "right": "to the right"}, {"left": "to the left side", "right": "to the right side"}),
-    "turn": ("turn", {"left": "left/ADV", "right": "right/ADV"},
-             {"left": "counterclockwise", "right": "clockwise"}),
-    "angle": ("angle", {90: "ninety degrees", 180: "all the way around"}, {90: "by 90 degrees", 180: "by 180 degrees"}),
-    "count": ("count", {1: "once", 2: "twice", 3: "three times"}, {1: "one time", 2: "two times", 3: "three times"}),
-    "foot": ("hop", {"left": "on the left leg", "right": "on the right leg", "any": "on one leg"},
-             {"left": "on the left foot", "right": "on the right foot", "any": "on one foot"}),
-    "leg": ("kick stomp", {"left": "with the left leg", "right": "with the right leg", "any": ""},
-            {"left": "with the left foot", "right": "with the right foot", "any": ""}),
-    "hands": ("raise wave punch", {"left": "the left hand", "right": "the right hand", "both": "both hands", "any": "a hand"},
-              {"left": "his left arm", "right": "his right arm", "both": "both arms", "any": "one arm"}),
-    **{"n" + noun: ("count", *[{k: f"{word} {noun}{'' if k == 1 else 'es' if noun == 'punch' else 's'}/NOUN"
-                                 for k, word in zip((1, 2, 3), ("one", "two", "three"))}] * 2) for noun in _NOUNS},
-}
-SUBJECT_WORDS = (("a person", "a person", "someone", "a man", "the person"), ("A human", "A human", "A human", "A person"))
-PAIRS = (("{0} while {1-ing}", "{0} and {1} at the same time"), ("{1} while {0-ing}", "{0} and {1} meanwhile"))
-SEQUENCES = (("{0} and then {1}", "{0} before {1-ing}"), ("{0}, then {1}", "first {0}, then {1}"))
-VERBS = ("walk step go move run jog sprint turn spin rotate march jump hop squat bow kick stomp raise lift hold wave greet clap stretch "
-         "punch perform do").split()
-WORDS = {word: pos for pos, words in {
-    "DET": "a the both", "PRON": "someone his", "NOUN": "person man human curve place spot speed degrees time times leg foot hand hands "
-    "arm arms knees air side reverse", "ADP": "to in on at by with while before", "AUX": "is", "CCONJ": "and", "NUM": "ninety 90 180 one "
-    "two three", "ADJ": "left right low high", "ADV": "forward backwards straight ahead sideways diagonally slowly quickly all way "
-    "around once twice up down out then first meanwhile same clockwise counterclockwise"}.items() for word in words.split()}
-WORDS |= {"way": "NOUN", "same": "ADJ"}
-LEMMAS = {"degrees": "degree", "times": "time", "hands": "hand", "arms": "arm", "knees": "knee", "punches": "punch"}
-LEMMAS |= {noun + "s": noun for noun in _NOUNS}
-
-
-def conjugate(verb, form):
-    """English verb form of a lemma: "present" (walks), "ing" (walking)."""
-    if form == "present":
-        return verb + ("es" if verb.endswith(("ch", "sh", "o")) else "s")
-    if verb in ("run", "jog", "step", "spin", "hop", "squat", "clap"):
-        return verb + verb[-1] + "ing"
-    return (verb[:-1] if verb.endswith("e") else verb) + "ing"
-
-
-def _phrase(template, attributes, dialect, form):
-    """[(word, lemma, POS)] of a phrase; form "present", "ing" or "progressive" (is walking)."""
-    def slot(match):
-        keys, *tables = SLOTS[match[1]]
-        values = [attributes[key] for key in keys.split() if key in attributes]
-        return tables[dialect].get(values[0], "") if values else ""
-    out = []
-    for word in re.sub(r"\{(\w+)\}", slot, template).split():
-        if word.startswith("["):
-            verb = word.strip("[]")
-            if form == "progressive" and not out:
-                out.append(("is", "is", "AUX"))
-            out.append((conjugate(verb, "present" if form == "present" else "ing"), verb, "VERB"))
-        else:
-            out.append(_word(word))
-    return out
-
-
-def _word(word):
-    word, _, pos = word.partition("/")
-    plain = word.strip(",").lower()
-    return word, LEMMAS.get(plain, plain), pos or WORDS[plain]
-
-
-def _caption(rng, parts, dialect, reserved):
-    """One caption of the parts: (text, tokens)."""
-    progressive = dialect == SOURCE and rng.random() < .5
-    phrases = []
-    for part in parts:
-        for action, attributes in part:
-            *choices, unseen = [p.strip() for p in PHRASES[action][dialect].split(";")]
-            if "count" not in attributes:               # "three jumps" has no form without its number
-                choices, unseen = [p for p in choices if "{n" not in p], unseen if "{n" not in unseen else choices[0]
-            phrases.append((unseen if reserved else choices[rng.integers(len(choices))], attributes))
-    frames = ("{0}",) if len(phrases) == 1 else (PAIRS if len(parts) == 1 else SEQUENCES)[dialect]
-    frame = frames[rng.integers(len(frames))]
-    subject = SUBJECT_WORDS[dialect][rng.integers(len(SUBJECT_WORDS[dialect]))]
-    words = [_word(w) for w in subject.split()]
-    seen_verb = False
-    for piece in frame.split():
-        match = re.fullmatch(r"\{(\d)(-ing)?\}(,?)", piece)
-        if match is None:
-            words.append(_word(piece))
-            continue
-        template, attributes = phrases[int(match[1])]
-        form = "ing" if match[2] or (progressive and seen_verb) else "progressive" if progressive else "present"
-        words += _phrase(template, attributes, dialect, form)
-        words[-1] = (words[-1][0] + match[3], *words[-1][1:])
-        seen_verb = True
-    stop = "." if dialect == TARGET or rng.random() < .5 else ""
-    return " ".join(w for w, _, _ in words) + stop, [f"{lemma}/{pos}" for _, lemma, pos in words]
-
-
-DETAILS = ("speed", "angle", "count", "drift", "turn", "raise", "wave", "punch", "kick", "stomp", "hop", "travel")
-
-
-def _vague(rng, parts):
-    """The parts with one or two details dropped; of a side only its being "any" remains. None if there is nothing to drop."""
-    places = [(p, a, key) for p, part in enumerate(parts) for a, (action, attributes) in enumerate(part) for key in attributes
-              if key in DETAILS and (key != "travel" or action in ("walk", "run", "turn_in_place", "walk_turn", "march"))]
-    if not places:
-        return None
-    parts = [[(action, dict(attributes)) for action, attributes in part] for part in parts]
-    for i in rng.permutation(len(places))[:1 + (rng.random() < .3)]:
-        p, a, key = places[i]
-        attributes = parts[p][a][1]
-        attributes.pop(key)
-        if key not in ("speed", "angle", "count", "drift", "travel"):
-            attributes[key] = "any"
-    return parts
-
-
 def _asked(parts):
     return _merged(parts[0]) if len(parts) == 1 else {"first": _merged(parts[0]), "then": _merged(parts[1])}
 
 
-# ---- 3. From parts to joints --------------------------------------------------------------------------------------------
+def _is_unseen(parts):
+    return any(rule.items() <= _merged(part).items() for part in parts for rule in UNSEEN)
 
-SPEED = {"slow": .8, None: 1.35, "fast": 1.9, "run": 2.9, "jog_back": 2.6, "sidestep": .9}                # L / s
-ARMS = {    # degrees: upper arm (elevation from hanging, azimuth from ahead to outwards), then forearm
-    "rest": (8, 75, 16, 25), "run": (12, 40, 85, -15), "raise": (158, 55, 167, 45), "wave": (82, 78, 155, 85),
-    "stretch": (88, 86, 90, 86), "guard": (5, 70, 115, -15), "punch": (86, 4, 88, -6), "clap": (48, 20, 82, 0)}
 
+# ---- 2. When it happens ------------------------------------------------------------------------------------
 
 @dataclass
 class Style:
-    """How somebody moves: the subject's constants plus the style of the domain."""
+    """How somebody moves: constants of the subject and the style of the domain."""
     tempo: float
     amplitude: float
     lean: float
@@ -293,10 +138,58 @@ class Style:
 def _style(seed, domain, subject, mix):
     rng = np.random.default_rng([VERSION, seed, domain, 10 ** 6 + subject])
     tempo, amplitude = 1 + .04 * np.clip(rng.standard_normal(2), -1.8, 1.8)
-    lean, stance, sway = rng.normal(.03, .015), np.clip(rng.normal(.105, .008), .085, .125), rng.uniform(.010, .025)
+    lean, sway = rng.normal(.03, .015), rng.uniform(.010, .025)
+    stance = np.clip(rng.normal(.105, .008), .085, .125)
     if mix == TARGET:
         return Style(.9 * tempo, amplitude, lean, stance + .05, sway / 2, 10.0, .2)
     return Style(tempo, amplitude, lean, stance, sway, 0.0, .1)
+
+
+def _seconds(rng, part, style, short):
+    action, attributes = part[0]
+    if action in PERIOD:
+        return attributes.get("count", 1) * PERIOD[action] / style.tempo + .1
+    if action in ("walk_turn", "turn_in_place"):
+        seconds = (1.5 if attributes["angle"] == 90 else 2.1) + (.75 if action == "walk_turn" else 0)
+        return seconds + (0 if short else rng.uniform(0, .5))
+    if short:
+        return 1.75 if action in ("wave", "clap") else 1.6
+    return rng.uniform(2.0, 3.3)
+
+
+def _schedule(rng, parts, style):
+    """Frames of the clip at 20 fps (4k) and [(start, end, part)]. A single part fills its clip; between two
+    there is a moment of standing."""
+    short = len(parts) > 1
+    seconds = [_seconds(rng, part, style, short) for part in parts]
+    rest = 2 * style.pause + (.15 if short else 0)
+    frames = int(np.clip(4 * np.ceil((sum(seconds) + rest) * ROWS_FPS / 4), 64 if short else 40, 80))
+    spare = frames / ROWS_FPS - sum(seconds) - rest
+    if spare < 0 or not short:                  # a single part takes the rest; slow sequences hurry
+        seconds = [s + spare / len(parts) for s in seconds]
+    start, timed = style.pause, []
+    for part, s in zip(parts, seconds):
+        timed.append((start, start + s, part))
+        start += s + .15
+    return frames, timed
+
+
+# ---- 3. How the body does it -------------------------------------------------------------------------------
+
+SPEED = {"slow": .8, None: 1.35, "fast": 1.9, "run": 2.9, "jog_back": 2.6, "sidestep": .9, "walk_turn": 1.28,
+         "walk_back": 1.15}                         # L / s
+ARMS = {    # upper arm: elevation from hanging, azimuth from ahead to outwards; then the same of the forearm
+    "rest": (8, 75, 16, 25), "run": (12, 40, 85, -15), "balance": (60, 15, 75, 0), "clap": (48, 20, 82, 0),
+    "raise": (158, 55, 167, 45), "wave": (82, 78, 155, 85), "stretch": (88, 86, 90, 86),
+    "guard": (5, 70, 115, -15), "punch": (86, 4, 88, -6)}
+TRUNK = {   # bone: direction in the body (left, up, ahead) and its share of the trunk's bend
+    "t2m": {1: (.55, -.83, 0, .1), 2: (-.55, -.83, 0, .1), 3: (0, 1, .05, .5), 6: (0, 1, -.1, .8),
+            9: (0, 1, 0, 1), 12: (0, 1, .08, 1), 13: (.55, .83, -.1, 1), 14: (-.55, .83, -.1, 1),
+            15: (0, .93, .36, .8), 16: (.96, .2, -.15, 1), 17: (-.96, .2, -.15, 1)},
+    "kit": {1: (0, 1, .04, .5), 2: (0, 1, .04, .9), 3: (0, 1, .06, 1), 4: (0, .95, .3, .8),
+            5: (-.97, -.15, -.1, 1), 8: (.97, -.15, -.1, 1), 11: (-.96, -.28, 0, .1), 16: (.96, -.28, 0, .1)}}
+ANKLE = {"t2m": .09, "kit": .04}                            # height of a standing ankle, L
+TOE_DOWN = {"t2m": (.50,), "kit": (.10, .75)}  # pitch of the toe bone (and the foot bone), radians
 
 
 def _smoothstep(u):
@@ -305,7 +198,7 @@ def _smoothstep(u):
 
 
 def _window(t, start, end, ramp=.3):
-    """1 inside (start, end), rising and falling smoothly over `ramp`."""
+    """1 between start and end, with smooth ramps inside."""
     return _smoothstep((t - start) / ramp) * _smoothstep((end - t) / ramp)
 
 
@@ -315,190 +208,181 @@ def _bumps(t, start, period, count):
     return np.where((u > 0) & (u < count), np.sin(np.pi * u) ** 2, 0.0)
 
 
-def _seconds(rng, part, style, short):
-    action, attributes = part[0]
-    if action in PERIOD:
-        return attributes.get("count", 1) * PERIOD[action] / style.tempo + .1
-    if action in ("walk_turn", "turn_in_place"):
-        curve = action == "walk_turn"
-        return (1.5 + .8 * curve if attributes["angle"] == 90 else 2.1 + .7 * curve) + (0 if short else rng.uniform(0, .5))
-    return 1.6 if short else rng.uniform(2.0, 3.3)
-
-
-def _plan(rng, parts, style):
-    """Seconds of the clip and [(start, end, part)]; single parts fill the clip, sequences stand a moment in between."""
-    short = len(parts) > 1
-    seconds = [_seconds(rng, part, style, short) for part in parts]
-    rest = 2 * style.pause + (.15 if short else 0)
-    rows = int(np.clip(4 * np.ceil((sum(seconds) + rest) * ROWS_FPS / 4), 64 if short else 40, 80))
-    spare = rows / ROWS_FPS - sum(seconds) - rest
-    if spare < 0:                                       # only slow sequences: both parts get shorter
-        seconds = [s + spare / 2 for s in seconds]
-    elif not short:
-        seconds = [seconds[0] + spare]
-    start, timed = style.pause, []
-    for part, s in zip(parts, seconds):
-        timed.append((start, start + s, part))
-        start += s + .15
-    return rows, timed
-
-
-def _ballistic(time, height):
-    """Crouch, push, flight, landing: pelvis offset and how far the feet are off the ground; time 0 = top of the flight."""
-    time = np.abs(time)                                 # landing mirrors the take-off
+def _flight(time, height):
+    """Crouch, push, flight, landing: offset of the pelvis, height of the feet; 0 is the top."""
+    time = np.abs(time)                         # the landing mirrors the take-off
     half, push, crouch = np.sqrt(2 * height / GRAVITY), .14, .17
-    take_off = GRAVITY * half
-    air = np.maximum(0, height - .5 * GRAVITY * time ** 2)
-    u = np.clip((half + push - time) / push, 0, 1)      # 0 deepest crouch, 1 take-off at its speed
-    pushing = -crouch + (3 * crouch - take_off * push) * u ** 2 + (take_off * push - 2 * crouch) * u ** 3
+    take_off = GRAVITY * half * push            # the push is a cubic that ends at the take-off speed
+    u = np.clip((half + push - time) / push, 0, 1)
+    pushing = -crouch + (3 * crouch - take_off) * u ** 2 + (take_off - 2 * crouch) * u ** 3
     bending = -crouch * (1 - _smoothstep((time - half - push) / .22))
-    return np.where(time < half, 0, np.where(time < half + push, pushing, bending)), air
+    drop = np.where(time < half, 0, np.where(time < half + push, pushing, bending))
+    return drop, np.maximum(0, height - .5 * GRAVITY * time ** 2)
 
 
-def _body_plan(rng, timed, style, t):
-    """Everything below the arms at the times t (n): root path, feet, bends. Returns a dict of arrays."""
-    fine = np.arange(0, t[-1] + .02, .01)
-    ahead, aside, yaw = np.zeros((3, len(fine)))
-    n, zeros = len(t), np.zeros(len(t))
-    plan = {"drop": zeros.copy(), "air": zeros.copy(), "pitch": zeros.copy(), "shift": zeros.copy(), "back": zeros.copy(),
-            "running": zeros.copy()}
-    foot_up, foot_ahead = np.zeros((2, 2, n))           # left, right
-    steps = []                                          # (start, end, foot, "mid-stance time" or "in place", lift)
-    for start, end, part in timed:
-        action, attributes = part[0]
-        side = next((attributes[k] for k in ("turn", "drift", "hop", "kick", "stomp") if k in attributes), attributes.get("travel"))
-        sign, foot = (1, 0) if side == "left" else (-1, 1)
-        reps, period = attributes.get("count", 1), PERIOD.get(action, 1) / style.tempo
-        begin = start + max(0, (end - start - reps * period) / 2)         # repetitions sit in the middle of their part
-        bumps = _bumps(t, begin, period, reps)
-        if action in LOCOMOTION:
-            run = attributes.get("gait") == "run"
-            pace = 0.0 if attributes.get("travel") == "none" else SPEED.get(action, SPEED[attributes.get("speed")])
-            pace *= style.tempo * {"walk_turn": .95, "walk_back": .85}.get(action, 1)
-            window = pace * _window(fine, start, end)
-            if action == "sidestep":
-                aside += sign * window
-            elif action == "walk_diagonal":
-                ahead, aside = ahead + .84 * window, aside + sign * .54 * window
-            else:
-                ahead += window * (-1 if attributes.get("travel") == "backward" else 1)
-            if "turn" in attributes:
-                margin = .18 * (end - start)
-                yaw += sign * np.deg2rad(attributes["angle"]) * _smoothstep((fine - start - margin) / (end - start - 2 * margin))
-            cadence = style.tempo * (2.9 if run else 1.05 + .65 * pace / style.tempo if pace else 2.0)
-            lift = .26 if run else .40 if action == "march" else .09
-            count = max(3, round(cadence * (end - start - .1)))
-            times = np.linspace(start + .05, end - .05, count + 1)
-            foot = int(rng.integers(2)) if side not in SIDES else foot
-            for k in range(count):
-                overlap = (.5 if run else .06) * (times[1] - times[0])
-                steps.append((times[k] - overlap * (k > 0), times[k + 1] + overlap * (k < count - 1), (foot + k) % 2,
-                              times[k + 1] + .5 * (times[1] - times[0]) if k < count - 2 else end, lift))
-            plan["pitch"] += np.deg2rad(11 if run else 4) * _window(t, start, end) * np.sign(ahead.sum() + .1) * (pace > 0)
-            plan["drop"] -= (.05 if run else 0) * _window(t, start, end)
-            plan["running"] += run * _window(t, start, end)
-        elif action == "squat":
-            plan["drop"] -= .46 * style.amplitude * bumps
-            plan["pitch"] += np.deg2rad(28) * bumps
-            plan["back"] += .10 * bumps
+class _Body:
+    """The plan of everything but the arms: root, feet and bends at the times t; filled part by part."""
+
+    def __init__(self, rng, timed, style, t):
+        self.rng, self.style, self.t = rng, style, t
+        self.fine = np.arange(0, t[-1] + .02, .01)      # the root path is integrated on a finer grid
+        self.ahead, self.aside, self.turned = np.zeros((3, len(self.fine)))     # velocities of the body; yaw
+        self.drop, self.air, self.pitch, self.shift, self.back, self.running = np.zeros((6, len(t)))
+        self.foot_up, self.foot_ahead = np.zeros((2, 2, len(t)))                # left, right
+        self.steps = []         # (start, end, foot, time whose root position the foot aims at, lift)
+        for start, end, part in timed:
+            action, attributes = part[0]
+            if action in LOCOMOTION:
+                self.locomotion(action, attributes, start, end)
+            elif action not in GESTURES:
+                self.repetitions(action, attributes, start, end)
+        self.integrate()
+
+    def locomotion(self, action, attributes, start, end):
+        """Velocity of the root, turning, and alternating steps."""
+        tempo, run = self.style.tempo, attributes.get("gait") == "run"
+        moves = attributes.get("travel") != "none"
+        pace = tempo * SPEED.get(action, SPEED[attributes.get("speed")]) if moves else 0.0
+        side = next((attributes[k] for k in ("turn", "drift", "travel") if attributes.get(k) in SIDES), None)
+        sign = -1 if side == "right" else 1
+        ahead, aside = {"walk_diagonal": (.84, .54 * sign), "sidestep": (0, sign)}.get(action, (1, 0))
+        way = -1 if attributes.get("travel") == "backward" else 1
+        window = pace * _window(self.fine, start, end)
+        self.ahead += way * ahead * window
+        self.aside += aside * window
+        if "turn" in attributes:
+            margin = .18 * (end - start)
+            u = (self.fine - start - margin) / (end - start - 2 * margin)
+            self.turned += sign * np.deg2rad(attributes["angle"]) * _smoothstep(u)
+        cadence = 2.9 * tempo if run else 1.05 * tempo + .65 * pace if moves else 2.0 * tempo
+        lift = .26 if run else .40 if action == "march" else .09
+        count = max(3, round(cadence * (end - start - .1)))
+        times = np.linspace(start + .05, end - .05, count + 1)
+        step = times[1] - times[0]
+        overlap = (.5 if run else .06) * step               # swings of a run overlap: that is its flight
+        foot = int(self.rng.integers(2)) if side is None else int(side == "right")
+        for k in range(count):
+            # a foot aims at where the root is in the middle of its stance; the last two steps close the feet
+            aim = times[k + 1] + .5 * step if k < count - 2 else end
+            swing = times[k] - overlap * (k > 0), times[k + 1] + overlap * (k < count - 1)
+            self.steps.append((*swing, (foot + k) % 2, aim, lift))
+        hold = _window(self.t, start, end)
+        self.pitch += np.deg2rad(11 if run else 4) * way * hold * moves
+        self.drop -= .05 * run * hold
+        self.running += run * hold
+
+    def repetitions(self, action, attributes, start, end):
+        """Movements on the spot that are counted; they sit in the middle of their part."""
+        t, size = self.t, self.style.amplitude
+        count, period = attributes.get("count", 1), PERIOD[action] / self.style.tempo
+        begin = start + max(0, (end - start - count * period) / 2)
+        bumps, hold = _bumps(t, begin, period, count), _window(t, start, end, .2)
+        foot = int(attributes.get(action) == "right")
+        sign = (1, -1)[foot]
+        if action == "squat":
+            self.drop -= .46 * size * bumps
+            self.pitch += np.deg2rad(28) * bumps
+            self.back += .10 * bumps
         elif action == "bow":
-            plan["pitch"] += np.deg2rad(rng.uniform(62, 80)) * bumps ** .7
-            plan["back"] += .13 * bumps ** .7
-        elif action == "jump":
-            for k in range(reps):
-                drop, air = _ballistic(t - begin - (k + .5) * period, .30 * style.amplitude)
-                plan["drop"], plan["air"] = plan["drop"] + drop, plan["air"] + air
-            plan["pitch"] += np.deg2rad(18) * _window(t, start, end)
-        elif action == "hop":                            # side is the foot that jumps
-            hold = _window(t, start, end, .22)
-            foot_up[1 - foot] += .30 * hold
-            foot_ahead[1 - foot] -= .12 * hold
-            plan["shift"] += sign * .09 * hold
-            for k in range(reps):
-                drop, air = _ballistic(t - begin - (k + .5) * period, .15)
-                plan["drop"], plan["air"] = plan["drop"] + .6 * drop, plan["air"] + air
+            self.pitch += np.deg2rad(self.rng.uniform(62, 80)) * bumps ** .7
+            self.back += .13 * bumps ** .7
         elif action == "kick":
-            foot_up[foot] += .50 * style.amplitude * bumps
-            foot_ahead[foot] += .70 * bumps ** 1.5
-            plan["shift"] -= sign * .08 * _window(t, start, end, .2)
-            plan["pitch"] -= np.deg2rad(9) * bumps
+            self.foot_up[foot] += .50 * size * bumps
+            self.foot_ahead[foot] += .70 * bumps ** 1.5
+            self.shift -= sign * .08 * hold                 # the weight goes over the standing foot
+            self.pitch -= np.deg2rad(9) * bumps
         elif action == "stomp":
-            foot_up[foot] += .36 * style.amplitude * bumps
-            foot_ahead[foot] += .12 * bumps
-            plan["shift"] -= sign * .06 * _window(t, start, end, .2)
-    # the root: integrate the velocity in the body frame, then read it off at the frames and at the steps
-    velocity = np.stack([ahead * np.sin(yaw) + aside * np.cos(yaw), ahead * np.cos(yaw) - aside * np.sin(yaw)])   # x, z
-    path = np.concatenate([np.zeros((2, 1)), np.cumsum((velocity[:, 1:] + velocity[:, :-1]) / 2, 1) * .01], 1)
+            self.foot_up[foot] += .36 * size * bumps
+            self.foot_ahead[foot] += .12 * bumps
+            self.shift -= sign * .06 * hold
+        else:                                               # jump; hop: `foot` is the one that jumps
+            height, depth = (.30 * size, 1) if action == "jump" else (.15, .6)
+            for k in range(count):
+                drop, air = _flight(t - begin - (k + .5) * period, height)
+                self.drop, self.air = self.drop + depth * drop, self.air + air
+            if action == "jump":
+                self.pitch += np.deg2rad(18) * hold
+            else:
+                self.foot_up[1 - foot] += .30 * hold
+                self.foot_ahead[1 - foot] -= .12 * hold
+                self.shift += sign * .09 * hold
 
-    def root(time):
-        x, z, angle = (np.interp(time, fine, row) for row in (*path, yaw))
-        return x, z, angle
+    def integrate(self):
+        """Root path x, z, yaw (n); feet (foot n 4): x, height over the ground, z and yaw of both ankles."""
+        sin, cos = np.sin(self.turned), np.cos(self.turned)
+        velocity = np.stack([self.ahead * sin + self.aside * cos, self.ahead * cos - self.aside * sin])
+        path = np.cumsum((velocity[:, 1:] + velocity[:, :-1]) / 2, axis=1) * (self.fine[1] - self.fine[0])
+        path = np.concatenate([np.zeros((2, 1)), path], axis=1)
 
-    plan["x"], plan["z"], plan["yaw"] = root(t)
-    feet = np.zeros((2, n, 4))                          # x, height over the ground, z, yaw of both ankles
-    place = np.zeros((2, 4))
-    for f, sign in enumerate((1, -1)):
-        place[f, 0] = sign * style.stance
-        feet[f] += place[f]
-        feet[f, :, 1] += foot_up[f]
-        feet[f, :, 0] += foot_ahead[f] * np.sin(plan["yaw"])
-        feet[f, :, 2] += foot_ahead[f] * np.cos(plan["yaw"])
-    for start, end, f, aim, lift in steps:
-        x, z, angle = root(aim)
-        wide = (1, -1)[f] * style.stance
-        target = np.array([x + wide * np.cos(angle), 0, z - wide * np.sin(angle), angle])
-        u = (t - start) / (end - start)
-        feet[f] += _smoothstep(u)[:, None] * (target - place[f])
-        feet[f, :, 1] += lift * np.sin(np.pi * np.clip(u, 0, 1)) ** 2
-        place[f] = target
-    plan["feet"] = feet
-    return plan
+        def root(time):
+            return (np.interp(time, self.fine, row) for row in (*path, self.turned))
+
+        self.x, self.z, self.yaw = root(self.t)
+        self.feet, place = np.zeros((2, len(self.t), 4)), np.zeros((2, 4))
+        for foot, wide in enumerate((self.style.stance, -self.style.stance)):
+            place[foot, 0] = wide
+            self.feet[foot] = place[foot]
+            self.feet[foot, :, 1] += self.foot_up[foot]
+            self.feet[foot, :, 0] += self.foot_ahead[foot] * np.sin(self.yaw)
+            self.feet[foot, :, 2] += self.foot_ahead[foot] * np.cos(self.yaw)
+        for start, end, foot, aim, lift in self.steps:
+            x, z, yaw = root(aim)
+            wide = (1, -1)[foot] * self.style.stance
+            target = np.array([x + wide * np.cos(yaw), 0, z - wide * np.sin(yaw), yaw])
+            u = np.clip((self.t - start) / (end - start), 0, 1)
+            self.feet[foot] += _smoothstep(u)[:, None] * (target - place[foot])
+            self.feet[foot, :, 1] += lift * np.sin(np.pi * u) ** 2
+            place[foot] = target
 
 
-def _arm_plan(rng, timed, style, plan, t, half_width, upper, fore):
-    """Arm angles in degrees, (2 n 4). half_width, upper, fore: shoulder half width and arm lengths in L, for hands that meet."""
-    rest = np.array(ARMS["rest"]) + [style.arms_out, 0, style.arms_out, 0]
-    angles = np.repeat(rest[None, None].astype(float), len(t), 1).repeat(2, 0)
-    free = np.ones((2, len(t)))                         # how much an arm still swings along with the steps
+def _arm_angles(rng, timed, style, body, half_width, upper, fore):
+    """Angles of both arms in degrees (arm n 4), and how much they still swing along with the steps (arm n).
 
-    def blend(arm, weight, target):
-        angles[arm] += weight[:, None] * (np.broadcast_to(target, (len(t), 4)) - angles[arm])
-        free[arm] *= 1 - weight
+    half_width, upper, fore: of the shoulders and the arm bones, L, for hands that have to meet.
+    """
+    t = body.t
+    rest = np.array(ARMS["rest"], float) + [style.arms_out, 0, style.arms_out, 0]
+    angles = np.tile(rest, (2, len(t), 1))
+    free = np.ones((2, len(t)))
 
-    for arm in (0, 1):
-        blend(arm, plan["running"], ARMS["run"])
-    free[:] = np.maximum(free, plan["running"])         # bent arms of a run swing as well
+    def blend(arms, weight, target):
+        for arm in arms:
+            angles[arm] += weight[:, None] * (np.broadcast_to(target, (len(t), 4)) - angles[arm])
+            free[arm] *= 1 - weight
+
+    blend((0, 1), body.running, ARMS["run"])
+    free[:] = np.maximum(free, body.running)                # the bent arms of a run swing as well
     phase = rng.uniform(0, 1)
     for start, end, part in timed:
         action, attributes = part[-1]
+        if action == "squat":
+            blend((0, 1), .8 * np.clip(-body.drop / .4, 0, 1), ARMS["balance"])
+        if action == "jump":
+            blend((0, 1), .5 * np.clip(body.air / .3, 0, 1), ARMS["balance"])
         if action not in GESTURES:
-            if action in ("squat", "jump"):             # arms come forward for balance
-                weight = .8 * np.clip(-plan["drop"] / .4, 0, 1) if action == "squat" else .5 * np.clip(plan["air"] / .3, 0, 1)
-                for arm in (0, 1):
-                    blend(arm, weight, (60, 15, 75, 0))
             continue
-        side = attributes.get(action, "both")
-        reps, length = attributes.get("count", 1), end - start
-        for arm in [k for k, name in enumerate(SIDES) if side in (name, "both", True)]:
-            weight, target = _window(t, start, end, min(.4, .3 * length)), np.array(ARMS.get(action), float)
-            if action == "raise":
-                reach = [_window(t, start + k * length / reps, start + (k + 1) * length / reps, .45 / style.tempo) for k in range(reps)]
-                weight = sum(reach)
-            elif action == "wave":
-                target = target + 34 * style.amplitude * np.sin(2 * np.pi * (1.75 * style.tempo * (t - start) + phase))[:, None] * [0, 0, 1, 0]
-            elif action == "clap":
-                # the forearms' azimuth at which the hands (almost) touch, and 45 degrees out from there
-                a, b, c, _ = np.deg2rad(target)
-                meet = np.rad2deg(np.arcsin(np.clip((.05 - half_width - upper * np.sin(a) * np.sin(b)) / (fore * np.sin(c)), -1, 1)))
-                open_ = .5 + .5 * np.cos(2 * np.pi * (1.6 * style.tempo * (t - start) + phase))
-                target = target[None] + open_[:, None] * [0, 12, 0, 45] + [0, 0, 0, meet]
-            elif action == "punch":
-                period = PERIOD["punch"] / style.tempo
-                begin = start + max(0, (length - reps * period) / 2)
-                out = _bumps(t, begin, period, reps) ** .7
-                weight = _window(t, min(start, begin - .05), max(end, begin + reps * period + .05), .25)
-                target = np.array(ARMS["guard"]) + out[:, None] * (target - ARMS["guard"])
-            blend(arm, weight, target)
+        side, count, length = attributes.get(action), attributes.get("count", 1), end - start
+        arms = [arm for arm, name in enumerate(SIDES) if side in (name, "both", True)]
+        weight, target = _window(t, start, end, .38 if length > 1.8 else .28), np.array(ARMS[action], float)
+        if action == "raise":
+            each = length / count
+            begins = [start + k * each for k in range(count)]
+            weight = sum(_window(t, begin, begin + each, .45 / style.tempo) for begin in begins)
+        elif action == "wave":
+            swing = 34 * style.amplitude * np.sin(2 * np.pi * (2.0 * style.tempo * (t - start) + phase))
+            target = target + swing[:, None] * [0, 0, 1, 0]
+        elif action == "clap":
+            # the azimuth of the forearms at which the hands meet, and 45 degrees out from there
+            a, b, c, _ = np.deg2rad(target)
+            meet = np.clip((.05 - half_width - upper * np.sin(a) * np.sin(b)) / (fore * np.sin(c)), -1, 1)
+            opened = .5 + .5 * np.cos(2 * np.pi * (1.8 * style.tempo * (t - start) + phase))
+            target = target + opened[:, None] * [0, 12, 0, 45] + [0, 0, 0, np.rad2deg(np.arcsin(meet))]
+        elif action == "punch":
+            period = PERIOD["punch"] / style.tempo
+            begin = start + max(0, (length - count * period) / 2)
+            weight = _window(t, min(start, begin - .05), max(end, begin + count * period + .05), .25)
+            target = ARMS["guard"] + _bumps(t, begin, period, count)[:, None] ** .7 * (target - ARMS["guard"])
+        blend(arms, weight, target)
     return angles, free
 
 
@@ -506,86 +390,87 @@ def _unit(v):
     return v / np.linalg.norm(v, axis=-1, keepdims=True)
 
 
-def _rotation(yaw, pitch, roll):
-    """Frames (n 3 3) whose columns are left, up and ahead of a body turned by yaw, bent forward by pitch, to its right by roll."""
-    cy, sy, cp, sp, cr, sr = (f(a) for a in (yaw, pitch, roll) for f in (np.cos, np.sin))
-    zero = np.zeros_like(cy)
-    turn = np.stack([cy, zero, sy, zero, zero + 1, zero, -sy, zero, cy], -1).reshape(-1, 3, 3)
-    bend = np.stack([zero + 1, zero, zero, zero, cp, -sp, zero, sp, cp], -1).reshape(-1, 3, 3)
-    lean = np.stack([cr, -sr, zero, sr, cr, zero, zero, zero, zero + 1], -1).reshape(-1, 3, 3)
+def _frames(yaw, pitch, roll):
+    """Rotations (n 3 3) of a body turned by yaw, bent forward by pitch and to its right by roll, radians."""
+    cy, sy, cp, sp, cr, sr = (f(angle) for angle in (yaw, pitch, roll) for f in (np.cos, np.sin))
+    o, i = np.zeros_like(cy), np.ones_like(cy)
+    turn, bend, lean = (np.stack(rows, -1).reshape(-1, 3, 3) for rows in (
+        (cy, o, sy, o, i, o, -sy, o, cy), (i, o, o, o, cp, -sp, o, sp, cp), (cr, -sr, o, sr, cr, o, o, o, i)))
     return turn @ bend @ lean
 
 
-# Directions of trunk bones in the body (left, up, ahead) and their share of the trunk's bend.
-TRUNK = {
-    "t2m": {1: (.55, -.83, 0, .1), 2: (-.55, -.83, 0, .1), 3: (0, 1, .05, .5), 6: (0, 1, -.1, .8), 9: (0, 1, 0, 1), 12: (0, 1, .08, 1),
-            15: (0, .93, .36, .8), 13: (.55, .83, -.1, 1), 14: (-.55, .83, -.1, 1), 16: (.96, .2, -.15, 1), 17: (-.96, .2, -.15, 1)},
-    "kit": {1: (0, 1, .04, .5), 2: (0, 1, .04, .9), 3: (0, 1, .06, 1), 4: (0, .95, .3, .8), 5: (-.97, -.15, -.1, 1),
-            8: (.97, -.15, -.1, 1), 11: (-.96, -.28, 0, .1), 16: (.96, -.28, 0, .1)}}
+def _pelvis_height(body, hips, ground):
+    """Standing height plus the planned drop, but never out of a foot's reach: a stretched leg would pull its
+    foot off the ground."""
+    height = .968 - hips[0][:, 1] + body.drop
+    for foot, hip in zip(body.feet, hips):
+        flat = ((ground + hip[:, [0, 2]] - foot[:, [0, 2]]) ** 2).sum(-1)
+        height = np.minimum(height, foot[:, 1] + np.sqrt(np.maximum(.992 ** 2 - flat, .3)) - hip[:, 1])
+    n, reach = len(height), max(1, round(.08 * (len(height) - 1) / body.t[-1]))
+    shifts = range(2 * reach + 1)               # moving minimum, then mean, of +-.08 s
+    padded = np.pad(height, 2 * reach, mode="edge")
+    lowest = np.min([padded[k:k + n + 2 * reach] for k in shifts], axis=0)
+    return np.mean([lowest[k:k + n] for k in shifts], axis=0)
 
 
 def _joints(rng, timed, style, skeleton, t):
-    """Joint positions (t j 3) of the plan, in the skeleton's units."""
-    n, index, lengths = len(t), skeleton.index, skeleton.bone_lengths / skeleton.leg
-    plan = _body_plan(rng, timed, style, t)
-    shoulder = [index["l_shoulder"]]
-    while skeleton.parents[shoulder[-1]] not in (index["neck"], 9):
-        shoulder.append(skeleton.parents[shoulder[-1]])
-    half_width = sum(lengths[j] * TRUNK[skeleton.name][j][0] for j in shoulder)
-    angles, free = _arm_plan(rng, timed, style, plan, t, half_width, lengths[index["l_elbow"]], lengths[index["l_wrist"]])
-    # a constant tilt of every bone and a slow drift keep bones off the exact rest axes, where rotations are not defined
-    tilt, drift, phase = rng.normal(0, .02, (22, 3)), rng.normal(0, .012, (22, 3)), rng.uniform(0, 2 * np.pi, (2, 22, 3))
-    wobble = tilt + drift * np.sin(phase[0] + (1.5 + phase[1] / 4) * t[:, None, None])                       # n j 3
-    bones = np.zeros((n, len(lengths), 3))
-    yaw, pitch = plan["yaw"], plan["pitch"] + style.lean
-    roll = style.sway * np.sin(1.3 * t + phase[0, 0, 0])
-    for j, (*direction, share) in TRUNK[skeleton.name].items():
-        bones[:, j] = _rotation(yaw, share * pitch, share * roll) @ np.array(direction)
-    left, ahead = (np.stack([np.cos(yaw), 0 * yaw, -np.sin(yaw)], -1), np.stack([np.sin(yaw), 0 * yaw, np.cos(yaw)], -1))
-    feet = plan["feet"]
-    stride = ((feet[1] - feet[0])[:, [0, 2]] * ahead[:, [0, 2]]).sum(-1)      # right foot in front: the left arm swings forward
-    frame = _rotation(yaw, .4 * pitch, roll)                                  # arms hang in a deep bow
+    """Joint positions (t j 3) of the schedule, in the skeleton's units."""
+    index, lengths, trunk = skeleton.index, skeleton.bone_lengths / skeleton.leg, TRUNK[skeleton.name]
+    body = _Body(rng, timed, style, t)
+    joint, half_width = index["l_shoulder"], 0.0
+    while trunk[joint][0] > 0:
+        half_width, joint = half_width + lengths[joint] * trunk[joint][0], skeleton.parents[joint]
+    arm_bones = lengths[index["l_elbow"]], lengths[index["l_wrist"]]
+    angles, free = _arm_angles(rng, timed, style, body, half_width, *arm_bones)
+  # A constant tilt of every bone and a slow drift: they make bodies differ, and they keep bones off the exact
+    # rest axes, at which the rotations of the features are not defined.
+    tilt, drift = rng.normal(0, .02, (22, 3)), rng.normal(0, .012, (22, 3))
+    phase = rng.uniform(0, 2 * np.pi, (2, 22, 3))
+    wobble = tilt + drift * np.sin(phase[0] + (1.5 + phase[1] / 4) * t[:, None, None])
+    bones = wobble[:, :len(lengths)].copy()                 # n j 3, directions
+    yaw, pitch, roll = body.yaw, body.pitch + style.lean, style.sway * np.sin(1.3 * t + phase[0, 0, 0])
+    for j, (*direction, share) in trunk.items():
+        bones[:, j] += _frames(yaw, share * pitch, share * roll) @ np.array(direction)
+    zero = 0 * yaw
+    left = np.stack([np.cos(yaw), zero, -np.sin(yaw)], -1)
+    ahead = np.stack([np.sin(yaw), zero, np.cos(yaw)], -1)
+    # with the right foot ahead the left arm swings ahead; in a deep bow the arms hang
+    stride = ((body.feet[1] - body.feet[0])[:, [0, 2]] * ahead[:, [0, 2]]).sum(-1)
+    frame = _frames(yaw, .4 * pitch, roll)
     for arm, (name, out) in enumerate((("l", 1), ("r", -1))):
         swing = .55 * style.amplitude * out * stride * free[arm]
-        for bone, (elevation, azimuth) in (("elbow", np.deg2rad(angles[arm, :, :2]).T), ("wrist", np.deg2rad(angles[arm, :, 2:]).T)):
-            d = np.stack([out * np.sin(elevation) * np.sin(azimuth), -np.cos(elevation), np.sin(elevation) * np.cos(azimuth)], -1)
-            d[:, 2] += swing * (1 if bone == "elbow" else 1.2)
-            d[:, 1] += swing * .6 * plan["running"] * (bone == "wrist")
-            bones[:, index[f"{name}_{bone}"]] = np.einsum("nij,nj->ni", frame, d)
-    bones = _unit(bones + wobble[:, :len(lengths)] + 1e-9)
-    # pelvis: as high as standing, but never out of a foot's reach
-    ankle_height = .04 + .05 * (skeleton.name == "t2m")
+        for bone, part in (("elbow", angles[arm, :, :2]), ("wrist", angles[arm, :, 2:])):
+            elevation, azimuth = np.deg2rad(part).T
+            flat = np.sin(elevation)
+            across, up, along = out * flat * np.sin(azimuth), -np.cos(elevation), flat * np.cos(azimuth)
+            direction = np.stack([across, up, along + swing], -1)
+            if bone == "wrist":
+                direction += swing[:, None] * np.stack([zero, .6 * body.running, zero + .2], -1)
+            bones[:, index[f"{name}_{bone}"]] += np.einsum("nij,nj->ni", frame, direction)
+    bones[:, 1:] = _unit(bones[:, 1:])
+    hips = [lengths[j] * bones[:, j] for j in (index["l_hip"], index["r_hip"])]         # from the root
+    offset = body.shift[:, None] * left - body.back[:, None] * ahead
+    ground = np.stack([body.x, body.z], -1) + offset[:, [0, 2]]
+    lift = ANKLE[skeleton.name] + body.air
+    root = np.stack([ground[:, 0], _pelvis_height(body, hips, ground) + lift, ground[:, 1]], -1)
     thigh, shank = lengths[index["l_knee"]], lengths[index["l_ankle"]]
-    hips = [lengths[index[f"{s}_hip"]] * bones[:, index[f"{s}_hip"]] for s in "lr"]                          # from the root
-    ground = np.stack([plan["x"] + plan["shift"] * left[:, 0] - plan["back"] * ahead[:, 0],
-                       plan["z"] + plan["shift"] * left[:, 2] - plan["back"] * ahead[:, 2]], -1)
-    limit = np.full(n, np.inf)
-    for foot, hip in zip(feet, hips):
-        flat = ((ground + hip[:, [0, 2]] - foot[:, [0, 2]]) ** 2).sum(-1)
-        limit = np.minimum(limit, foot[:, 1] + np.sqrt(np.maximum(.992 ** 2 - flat, .3)) - hip[:, 1])
-    height = np.minimum(.968 - hips[0][:, 1] + plan["drop"], limit)
-    reach = max(1, round(.08 * (n - 1) / t[-1]))
-    padded = np.pad(height, 2 * reach, mode="edge")
-    lowest = np.min([padded[k:k + n + 2 * reach] for k in range(2 * reach + 1)], 0)
-    height = np.mean([lowest[k:k + n] for k in range(2 * reach + 1)], 0) + ankle_height + plan["air"]
-    root = np.stack([ground[:, 0], height, ground[:, 1]], -1)
-    # legs: two-bone solution, knees point ahead and a little outwards; toes drop while a foot is in the air
-    for (name, out), foot, hip in zip((("l", 1), ("r", -1)), feet, hips):
-        ankle = foot[:, :3] + np.stack([0 * t, ankle_height + plan["air"], 0 * t], -1)
-        line = ankle - root - hip
+    for name, out, foot, hip in zip("lr", (1, -1), body.feet, hips):
+        # two bones: the knee lies in the plane of the leg and a pole that points ahead and a little outwards
+        line = foot[:, :3] + np.stack([zero, lift, zero], -1) - root - hip
         distance = np.minimum(np.linalg.norm(line, axis=-1, keepdims=True), .9995 * (thigh + shank))
-        line = _unit(line)
-        pole = ahead + .12 * out * left + [0, .25, 0]
+        line, pole = _unit(line), ahead + .12 * out * left + [0, .25, 0]
         pole = _unit(pole - (pole * line).sum(-1, keepdims=True) * line)
         along = (thigh ** 2 - shank ** 2 + distance ** 2) / (2 * distance)
         knee = along * line + np.sqrt(np.maximum(thigh ** 2 - along ** 2, 0)) * pole
         bones[:, index[f"{name}_knee"]] = _unit(knee)
         bones[:, index[f"{name}_ankle"]] = _unit(distance * line - knee)
-        angle, down = foot[:, 3] + out * .12 + tilt[0, 0], np.arcsin(np.clip(1.2 * foot[:, 1] + 1.2 * plan["air"], 0, .6))
-        toe = index[f"{name}_toe"]
-        for j, base in ((toe, .50 if skeleton.name == "t2m" else .10), (toe - 1, .75))[:1 + (skeleton.name == "kit")]:
-            bones[:, j] = np.stack([np.sin(angle) * np.cos(base + down), -np.sin(base + down), np.cos(angle) * np.cos(base + down)], -1)
-    joints = np.zeros((n, len(lengths), 3))
+        turn = foot[:, 3] + .12 * out + tilt[0, 0]
+        hang = np.arcsin(np.clip(1.2 * (foot[:, 1] + body.air), 0, .6))     # the toes of a lifted foot
+        for k, base in enumerate(TOE_DOWN[skeleton.name]):
+            flat, down = np.cos(base + hang), -np.sin(base + hang)
+            toe = np.stack([np.sin(turn) * flat, down, np.cos(turn) * flat], -1)
+            bones[:, index[f"{name}_toe"] - k] = toe
+    joints = np.zeros_like(bones)
     joints[:, 0] = root
     for j in range(1, len(lengths)):
         joints[:, j] = joints[:, skeleton.parents[j]] + lengths[j] * bones[:, j]
@@ -593,12 +478,13 @@ def _joints(rng, timed, style, skeleton, t):
     return (joints * skeleton.leg).astype(np.float32)
 
 
-# ---- 4. The data set ----------------------------------------------------------------------------------------------------
+# ---- 4. The data set ---------------------------------------------------------------------------------------
 
 @dataclass
 class SyntheticClip:
-    """One clip: joints (t j 3) in the skeleton's units; captions, tokens ('lemma/POS') and attributes go together, the first
-    caption names every attribute. tags: "unseen_wording", "unseen_combination" (test split only)."""
+    """joints (t j 3) in the skeleton's units, t = 4k + 1; captions, tokens ('lemma/POS') and attributes run
+    in parallel, and the first caption names every attribute. tags: "unseen_wording", "unseen_combination"
+    (test split only)."""
     name: str
     joints: np.ndarray
     captions: list
@@ -610,50 +496,49 @@ class SyntheticClip:
     actions: tuple
 
 
-def _is_unseen(parts):
-    return any(all(_merged(part).get(k) == v for k, v in rule.items()) for part in parts for rule in UNSEEN)
-
-
-def make_clip(domain, index, skeleton, *, seed=0, gaps=("actions", "wording", "style")):
-    """Clip number `index` of a domain; it does not depend on any other clip. See build."""
+def make_clip(domain, index, skeleton, *, seed=0, gaps=GAPS):
+    """Clip number `index` of a domain (see build): the same bytes whatever else is made, in any order."""
     number = DOMAINS[domain]
-    mix, dialect, style = (number if gap in gaps else SOURCE for gap in ("actions", "wording", "style"))
+    mix, dialect, manner = (number if gap in gaps else SOURCE for gap in GAPS)
     rng = np.random.default_rng([VERSION, seed, number, index])
     subject = index % SUBJECTS
-    split = "train" if subject < TRAIN_SUBJECTS else "val" if subject < TRAIN_SUBJECTS + VAL_SUBJECTS else "test"
+    split = ("train", "val", "test")[(subject >= TRAIN_SUBJECTS) + (subject >= TRAIN_SUBJECTS + VAL_SUBJECTS)]
     parts = _draw_parts(rng, mix)
     while split != "test" and _is_unseen(parts):
         parts = _draw_parts(rng, mix)
     reserved = split == "test" and rng.random() < .2
-    captions, tokens, attributes = [], [], []
-    wanted = int(rng.integers(2, 5))
-    for k in range(12):
-        told = (_vague(rng, parts) if k and rng.random() < .55 else None) or parts
-        # a few source captions borrow the target's words, so that no word of the target is a word never read
-        borrowed = dialect == SOURCE and number == SOURCE and rng.random() < .04
-        caption, words = _caption(rng, told, TARGET if borrowed else dialect, reserved)
-        if caption not in captions and len(captions) < wanted:
-            captions, tokens, attributes = captions + [caption], tokens + [words], attributes + [_asked(told)]
-    manner = _style(seed, number, subject, style)
-    rows, timed = _plan(rng, parts, manner)
-    frames = rows if skeleton.fps == ROWS_FPS else 4 * round(rows / ROWS_FPS * skeleton.fps / 4)
-    joints = _joints(rng, timed, manner, skeleton, np.arange(frames + 1) / skeleton.fps)
+    told, wanted = [], int(rng.integers(2, 5))              # (caption, tokens, attributes)
+    for attempt in range(12):                               # fewer where there are no more ways to say it
+        said = (wording.vague(rng, parts) if attempt and rng.random() < VAGUE else None) or parts
+        borrowed = number == SOURCE and rng.random() < BORROWED
+        caption, tokens = wording.caption(rng, said, TARGET if borrowed else dialect, reserved)
+        if len(told) < wanted and caption not in [text for text, _, _ in told]:
+            told.append((caption, tokens, _asked(said)))
+    style = _style(seed, number, subject, manner)
+    frames, timed = _schedule(rng, parts, style)
+    if skeleton.fps != ROWS_FPS:
+        frames = 4 * round(frames / ROWS_FPS * skeleton.fps / 4)
+    joints = _joints(rng, timed, style, skeleton, np.arange(frames + 1) / skeleton.fps)
+    captions, tokens, attributes = (list(column) for column in zip(*told))
     tags = ("unseen_wording",) * reserved + ("unseen_combination",) * _is_unseen(parts)
-    return SyntheticClip(f"{domain}-{index:05d}", joints, captions, tokens, attributes, f"{domain}-{subject:02d}", split, tags,
-                         tuple(action for part in parts for action, _ in part))
+    return SyntheticClip(f"{domain}-{index:05d}", joints, captions, tokens, attributes,
+                         f"{domain}-{subject:02d}", split, tags, tuple(a for part in parts for a, _ in part))
 
 
-def build(domain, skeleton, *, seed=0, clips=None, gaps=("actions", "wording", "style"), leave_out=()):
+def build(domain, skeleton, *, seed=0, clips=None, gaps=GAPS, leave_out=()):
     """The embedded data of a domain: list of SyntheticClip.
 
-    domain      "humanml3d" (source) or "kit" (target); the skeleton is chosen independently: `T2M` (20 fps) or `KIT` (12.5 fps)
-    clips       how many (default 2400 source, 2000 target); a clip's bytes do not depend on it
-    gaps        which differences the target keeps: "actions" (mix), "wording" (dialect), "style" (slower, wider, arms out)
-    leave_out   actions whose clips are left out, in every split: clips, parts of sequences and captions alike
-    Raises ValueError for unknown names.
+    domain      "humanml3d" (source) or "kit" (target), in either skeleton: T2M at 20 fps or KIT at 12.5 fps
+    clips       how many are drawn (default 2400 source, 2000 target)
+    gaps        what stays different in the target: "actions" (their mix), "wording", "style" (slower, wider,
+                arms held out)
+    leave_out   actions that must not occur, in no split and no part of a sequence: their clips are dropped
+    Raises ValueError for a name it does not know.
     """
-    if domain not in DOMAINS or set(leave_out) - set(ACTIONS) or set(gaps) - {"actions", "wording", "style"}:
-        raise ValueError(f"unknown domain, action or gap: {domain!r}, leave_out {leave_out!r}, gaps {gaps!r}")
-    clips = clips or (2400, 2000)[DOMAINS[domain]]
-    made = (make_clip(domain, index, skeleton, seed=seed, gaps=gaps) for index in range(clips))
+    unknown = ({domain} - set(DOMAINS)) | (set(gaps) - set(GAPS)) | (set(leave_out) - set(ACTIONS))
+    if unknown:
+        raise ValueError(f"unknown {', '.join(sorted(unknown))}; there are the domains {', '.join(DOMAINS)}, "
+                         f"the gaps {', '.join(GAPS)} and, for leave_out, the actions {', '.join(ACTIONS)}")
+    count = SIZES[DOMAINS[domain]] if clips is None else clips
+    made = (make_clip(domain, index, skeleton, seed=seed, gaps=gaps) for index in range(count))
     return [clip for clip in made if not set(clip.actions) & set(leave_out)]

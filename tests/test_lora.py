@@ -42,7 +42,7 @@ def random_(module, seed=0):
 def adapted(rank=3, alpha=6, filled=True):
     """(base, the same with adapters); filled: B drawn at random, so that the adapters matter."""
     base = random_(Net()).eval().requires_grad_(False)  # autograd can change the kernel that torch picks
-    model = copy.deepcopy(base)
+    model = copy.deepcopy(base).requires_grad_(True)  # freezing is the job of inject
     names = lora.inject(model, "query|value|conv", rank, alpha, generator(1))
     assert names == ["inner.query", "inner.value", "conv"]
     if filled:

@@ -1,0 +1,337 @@
+"""Folders, text lines, damage, statistics, words, batches and the embedded data's cache."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common import datasets as D
+from common import features as F
+from common import synthetic
+from common.runs import InputError
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+mini = pytest.mark.skipif(not DATA.is_dir(), reason="the mini data sets are not here")
+LINE = "a person walks.#a/DET person/NOUN walk/VERB#0.0#0.0"
+
+
+def clip(name="x", frames=40, captions=("a person walks", "someone walks", "walking"), width=263, seed=0):
+    values = np.random.default_rng([seed, frames]).normal(size=(frames, width)).astype(np.float32)
+    return D.Clip(name, values, list(captions), [["walk/VERB"]] * len(captions), [{}] * len(captions))
+
+
+def make_folder(root, ids=10, width=251):
+    """A sound data set folder with `ids` clips a split (kit width)."""
+    for name in ("new_joint_vecs", "texts"):
+        (root / name).mkdir(parents=True)
+    for k, split in enumerate(D.SPLITS):
+        names = [f"{k}{i:04d}" for i in range(ids)]
+        (root / f"{split}.txt").write_text("\n".join(names) + "\n")
+        for i, name in enumerate(names):
+            values = np.random.default_rng([k, i]).normal(size=(40, width)).astype(np.float32)
+            np.save(root / "new_joint_vecs" / f"{name}.npy", values)
+            (root / "texts" / f"{name}.txt").write_text(LINE + "\n")
+    np.save(root / "Mean.npy", np.zeros(width, np.float32))
+    np.save(root / "Std.npy", np.ones(width, np.float32))
+    return root
+
+
+# ---- text lines --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("line, expected", [
+    (LINE, ("a person walks.", ["a/DET", "person/NOUN", "walk/VERB"], 0, 0)),
+    (LINE + "\r\n", ("a person walks.", ["a/DET", "person/NOUN", "walk/VERB"], 0, 0)),
+    ("he says \"hi, you\"#he/PRON#nan#NaN", ("he says \"hi, you\"", ["he/PRON"], 0, 0)),
+    ("  walks#walk/VERB#0.5#2.75", ("walks", ["walk/VERB"], .5, 2.75)),
+    ("walks#walk/VERB#0.0", None), ("walks", None), ("", None), ("###", None), ("#walk/VERB#0.0#0.0", None),
+    ("walks#walk/VERB#a#0.0", None), ("walks#walk/VERB#3.0#2.0", None), ("walks#walk/VERB#0.0#inf", None),
+    ("walks#walk/VERB#-1.0#2.0", None), ("walks#walk/VERB#1.0#0.0", None),
+])
+def test_parse_text_line(line, expected):
+    assert D.parse_text_line(line) == expected
+
+
+def test_read_texts_counts_unusable_lines(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + LINE.encode() +
+                     b"\r\n\r\nbroken\r\ngr\xc3\xbc\xc3\x9fe#x/X#0#0\n\xff#x/X#0#0")
+    lines, bad = D.read_texts(path)
+    assert [line.caption for line in lines] == ["a person walks.", "gr\u00fc\u00dfe", "\ufffd"] and bad == 1
+
+
+# ---- folders -----------------------------------------------------------------------------------------------
+
+@mini
+def test_mini_sizes_by_the_official_rules(capsys):
+    source = D.load_folder(DATA / "mini_humanml3d")
+    assert [len(source.splits[split]) for split in D.SPLITS] == [267, 40, 77]
+    assert source.skeleton is F.T2M and source.skipped == {} and not source.embedded
+    assert source.label == "folder mini_humanml3d (HumanML3D layout)"
+    segment = next(c for c in source.splits["train"] if c.name.startswith("000011@"))
+    whole = next(c for c in source.splits["train"] if c.name == "000011")
+    assert segment.name == "000011@0-44" and segment.captions == ["a person walks forward."]
+    assert np.array_equal(segment.features, whole.features[:44]) and len(whole.captions) == 3
+    target = D.load_folder(DATA / "mini_kit")
+    assert [len(target.splits[split]) for split in D.SPLITS] == [282, 36, 76] and target.skeleton is F.KIT
+
+
+@mini
+def test_to_t2m_gives_usable_clips_of_the_other_space():
+    target = D.load_folder(DATA / "mini_kit")
+    target.splits = {split: clips[:15] for split, clips in target.splits.items()}
+    converted = D.to_t2m(target)
+    assert converted.skeleton is F.T2M and converted.fingerprint != target.fingerprint
+    for old, new in zip(target.splits["train"], converted.splits["train"]):
+        assert (old.name, old.captions, old.attributes) == (new.name, new.captions, new.attributes)
+        frames = int((len(old.features) - 1) * 1.6) // 4 * 4            # n joints at 20 fps make n - 1 rows
+        assert new.features.shape == (frames, 263) and np.isfinite(new.features).all()
+        step = np.diff(F.features_to_joints(new.features, F.T2M)[:, 0, [0, 2]], axis=0)
+        assert .8 < np.median(new.features[:, 3]) < 1.1                  # metres
+        assert np.linalg.norm(step, axis=-1).max() * 20 < 6              # metres a second
+
+
+BREAKAGES = {
+    "missing_motion": lambda motion, text: motion.unlink(),
+    "missing_text": lambda motion, text: text.unlink(),
+    "bad_shape": lambda motion, text: np.save(motion, np.zeros((40, 250), np.float32)),
+    "non_finite": lambda motion, text: np.save(motion, np.full((40, 251), np.nan, np.float32)),
+    "too_short": lambda motion, text: np.save(motion, np.zeros((23, 251), np.float32)),
+    "too_long": lambda motion, text: np.save(motion, np.zeros((200, 251), np.float32)),
+    "no_caption": lambda motion, text: text.write_text("a caption file without the sign\n"),
+    "bad_text_line": lambda motion, text: text.write_text(LINE + "\nbroken#line\n"),
+}
+
+
+def break_clip(root, name, reason):
+    BREAKAGES[reason](root / "new_joint_vecs" / f"{name}.npy", root / "texts" / f"{name}.txt")
+
+
+def test_eight_kinds_of_broken_files_are_counted(tmp_path, capsys, monkeypatch):
+    root = make_folder(tmp_path / "kit")
+    for i, reason in enumerate(BREAKAGES):
+        break_clip(root, f"0{i:04d}", reason)
+    with pytest.raises(InputError, match="more than 1 %.*missing_motion 1 \\(00000\\)"):
+        D.load_folder(root)
+    monkeypatch.setattr(D, "MAX_LOSS", 1.0)
+    data = D.load_folder(root)
+    expected = {reason: [f"0{i:04d}"] for i, reason in enumerate(BREAKAGES)}
+    expected["bad_text_line"] = ["00006", "00007"]                      # the file without '#' is both
+    assert data.skipped == expected
+    assert [c.name for c in data.splits["train"]] == ["00007", "00008", "00009"]
+    assert "too_long 1 (00005)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY\x01\x00", b"not an array"])
+def test_unreadable_motion_files_are_bad_shapes(tmp_path, content, monkeypatch):
+    root = make_folder(tmp_path / "kit")
+    (root / "new_joint_vecs" / "00003.npy").write_bytes(content)
+    monkeypatch.setattr(D, "MAX_LOSS", .1)
+    assert D.load_folder(root).skipped == {"bad_shape": ["00003"]}
+
+
+def test_pickled_motion_is_refused_and_not_executed(tmp_path, monkeypatch):
+    root, marker = make_folder(tmp_path / "kit"), tmp_path / "marker"
+
+    class Payload:
+        def __reduce__(self):
+            return Path.touch, (marker,)
+
+    np.save(root / "new_joint_vecs" / "00003.npy", np.array([Payload()], dtype=object), allow_pickle=True)
+    monkeypatch.setattr(D, "MAX_LOSS", .1)
+    assert D.load_folder(root).skipped == {"bad_shape": ["00003"]} and not marker.exists()
+
+
+def test_one_percent_is_the_limit(tmp_path):
+    root = make_folder(tmp_path / "kit", ids=100)
+    break_clip(root, "00000", "non_finite")
+    assert D.load_folder(root).skipped == {"non_finite": ["00000"]}
+    break_clip(root, "00001", "missing_text")
+    with pytest.raises(InputError, match="2 of 100 clips of train"):
+        D.load_folder(root)
+
+
+def test_incomplete_folders_list_what_is_missing(tmp_path):
+    with pytest.raises(InputError, match="no such folder"):
+        D.load_folder(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="train.txt, val.txt, test.txt, Mean.npy, Std.npy, new_joint_vecs"):
+        D.load_folder(tmp_path / "empty")
+    root = make_folder(tmp_path / "kit")
+    (root / "val.txt").write_text("")
+    with pytest.raises(InputError, match="val.txt leaves no clip"):
+        D.load_folder(root)
+    (root / "val.txt").write_text("../../secret\n")
+    with pytest.raises(InputError, match="not an id"):
+        D.load_folder(root)
+    np.save(root / "Mean.npy", np.zeros(250))
+    with pytest.raises(InputError, match="expected .263,"):
+        D.load_folder(root)
+
+
+def test_check_command(tmp_path, capsys):
+    root = make_folder(tmp_path / "kit")
+    D.main(["check", str(root)])
+    assert "sound" in capsys.readouterr().out
+    break_clip(root, "00004", "non_finite")
+    with pytest.raises(InputError, match="train: non_finite 1"):
+        D.main(["check", str(root)])
+    (root / "test.txt").write_text("M00005\n")  # the mirror image of a training clip
+    with pytest.raises(InputError, match="in train and in test"):
+        D.main(["check", str(root)])
+    np.save(root / "Std.npy", np.full(251, 25.0))
+    with pytest.raises(InputError, match="Std.npy"):
+        D.main(["check", str(root)])
+
+
+@mini
+@pytest.mark.parametrize("name", ["mini_humanml3d", "mini_kit"])
+def test_check_accepts_the_mini_sets(name):
+    assert D.check_folder(DATA / name) == []
+
+
+# ---- names, paths and the embedded data --------------------------------------------------------------------
+
+def test_a_path_never_falls_back_and_a_name_does(tmp_path, capsys, monkeypatch):
+    with pytest.raises(InputError, match="no such folder"):
+        D.load_dataset(str(tmp_path / "KIT"), cache_dir=tmp_path)
+    with pytest.raises(InputError, match="--data-root"):
+        D.load_dataset("kit", data_root=tmp_path, cache_dir=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    data = D.load_dataset("kit", cache_dir=tmp_path / "cache", clips=60)
+    assert data.embedded and data.label == "embedded kit" and "EMBEDDED" in capsys.readouterr().out
+    (tmp_path / "data" / "KIT-ML").mkdir(parents=True)  # there, but damaged: an error, not embedded data
+    with pytest.raises(InputError, match="missing"):
+        D.load_dataset("kit", cache_dir=tmp_path / "cache", clips=60)
+
+
+def test_embedded_data_cached_rebuilt_and_native(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    load = lambda **extra: D.load_dataset("kit", cache_dir=tmp_path / "cache", clips=60, **extra)
+    first = load()
+    stored, = (tmp_path / "cache").glob("*.npz")
+    for part in first.splits.values():
+        assert part and all(len(c.features) % 4 == 0 and 4 <= len(c.features) <= 196 for c in part)
+        assert all(len(c.captions) == len(c.tokens) == len(c.attributes) for c in part)
+    with monkeypatch.context() as patch:
+        patch.setattr(synthetic, "build", None)                          # a second load does not build
+        assert load().fingerprint == first.fingerprint
+    stored.write_bytes(stored.read_bytes()[:-2000])
+    assert load().fingerprint == first.fingerprint and "damaged" in capsys.readouterr().out
+    assert load(seed=1).fingerprint != first.fingerprint
+    native = load(space="native")
+    assert native.skeleton is F.KIT and native.splits["train"][0].features.shape[1] == 251
+    assert native.splits["train"][0].captions == first.splits["train"][0].captions
+    with pytest.raises(InputError, match="space"):
+        load(space="smpl")
+
+
+# ---- statistics --------------------------------------------------------------------------------------------
+
+def test_statistics_closed_form_block_average_and_bias():
+    clips = [clip(frames=n, seed=n) for n in (40, 52)]
+    rows = np.concatenate([c.features for c in clips]).astype(np.float64)
+    plain = D.Statistics.from_clips(clips, "scorer", block_average=False)
+    assert np.allclose(plain.mean, rows.mean(0), atol=1e-6) and np.allclose(plain.std, rows.std(0), atol=1e-6)
+    biased = D.Statistics.from_clips(clips, "scorer", feat_bias=25)
+    std = rows.std(0)
+    assert np.allclose(biased.std[4:67], std[4:67].mean()) and np.allclose(biased.std[0], std[0] / 25)
+    assert np.allclose(biased.std[259:], std[259:].mean() / 25)
+    x = torch.from_numpy(clips[0].features)
+    assert torch.allclose(biased.denormalise(biased.normalise(x)), x, atol=1e-6)
+    constant = [D.Clip("c", np.ones((40, 263), np.float32), ["x"], [[]], [{}])]
+    assert torch.equal(D.Statistics.from_clips(constant, "scorer").std, torch.full((263,), 1e-6))
+
+
+def test_the_two_roles_cannot_be_swapped():
+    generator = D.Statistics.from_clips([clip()], "generator")
+    assert generator.require("generator") is generator
+    with pytest.raises(ValueError, match="of a generator were handed to a scorer"):
+        generator.require("scorer")
+    with pytest.raises(ValueError, match="role"):
+        D.Statistics(np.zeros(3), np.ones(3), "judge")
+
+
+@mini
+def test_statistics_of_the_mini_set_equal_its_files():
+    source = D.load_folder(DATA / "mini_humanml3d")
+    every = [c for part in source.splits.values() for c in part if "@" not in c.name]
+    own = D.Statistics.from_clips(every, "generator")
+    assert np.allclose(own.mean, np.load(DATA / "mini_humanml3d" / "Mean.npy"), atol=1e-4)
+    assert np.allclose(own.std, np.load(DATA / "mini_humanml3d" / "Std.npy"), rtol=1e-4)
+
+
+# ---- words -------------------------------------------------------------------------------------------------
+
+def test_vocabulary_numbers_words():
+    vocabulary = D.Vocabulary.from_captions(["A person walks.", "he's walking, twice"])
+    assert vocabulary.words == ["a", "he's", "person", "twice", "walking", "walks"] and len(vocabulary) == 8
+    ids, mask = vocabulary.encode(["a person jumps", "WALKS!"])
+    assert ids.tolist() == [[2, 4, 1], [7, 0, 0]] and ids.dtype == torch.int64
+    assert mask.tolist() == [[True, True, True], [True, False, False]]
+    assert vocabulary.encode(["a a a a"], max_words=2)[0].tolist() == [[2, 2]]
+    assert vocabulary.encode([""])[0].tolist() == [[0]]
+
+
+def test_words_survive_anything():
+    french = D.words("Il va \u00e0 \u201cgauche\u201d \U0001f600\u2014vite_fait\n")
+    assert french == ["il", "va", "\u00e0", "gauche", "vite", "fait"]
+    assert D.words("he\u2019s") == ["he's"]
+    assert len(D.words("w " * 5000)) == 5000 and D.words("x" * 10000) == ["x" * 10000]
+
+
+def test_official_tokens_are_framed_and_padded():
+    tokens, count = D.official_tokens(["a/DET"] * 3)
+    assert count == 5 and len(tokens) == 22 and tokens[4:6] == ["eos/OTHER", "unk/OTHER"]
+    tokens, count = D.official_tokens(["a/DET"] * 30)
+    assert count == 22 and tokens[-1] == "eos/OTHER"
+
+
+# ---- batches -----------------------------------------------------------------------------------------------
+
+def test_collate_pads_with_zeros_and_picks_captions():
+    clips = [clip("a", 43), clip("b", 60)]
+    batch = D.collate(clips, [1, 5])
+    assert batch.motion.shape == (2, 60, 263) and batch.lengths.tolist() == [40, 60]
+    assert batch.mask.sum(1).tolist() == [40, 60] and batch.motion[0, 40:].abs().sum() == 0
+    assert torch.equal(batch.motion[0, :40], torch.from_numpy(clips[0].features[:40]))
+    assert batch.captions == ["someone walks", "walking"] and batch.names == ["a", "b"]
+    assert D.collate(clips, max_length=50).lengths.tolist() == [40, 48]
+    draw = lambda seed: D.collate(clips * 20, generator=torch.Generator().manual_seed(seed)).captions
+    assert draw(0) == draw(0) != draw(1) and set(draw(0)) == set(clips[0].captions)
+
+
+def test_deterministic_mode_repeats_itself():
+    clips = [clip(str(i), 40 + i) for i in range(10)]
+    first, second = (list(D.batches(clips, batch=4)) for _ in range(2))
+    assert [len(b.names) for b in first] == [4, 4, 2] and first[0].motion.shape == (4, 196, 263)
+    assert all(torch.equal(a.motion, b.motion) and a.captions == b.captions for a, b in zip(first, second))
+    assert first[0].captions == ["a person walks"] * 4 and first[1].lengths.tolist() == [44, 44, 44, 44]
+    with pytest.raises(InputError, match="mode"):
+        next(D.batches(clips, mode="random"))
+
+
+def test_official_mode_follows_the_published_rules():
+    clips = [clip(str(i), 43) for i in range(330)]
+    for c in clips:
+        c.features[:, 0] = np.arange(43)                                  # shows where a crop starts
+    passes = [list(D.batches(clips, mode="official", seed=3, epoch=e)) for e in (0, 0, 1)]
+    assert len(passes[0]) == 10                                           # the last, small batch is dropped
+    gather = lambda batches: {n: (int(b.lengths[i]), float(b.motion[i, 0, 0]), b.captions[i])
+                              for b in batches for i, n in enumerate(b.names)}
+    one, again, other = map(gather, passes)
+    assert one == again and one != other
+    lengths = [length for length, _, _ in one.values()]
+    assert set(lengths) == {36, 40} and .27 < np.mean(np.array(lengths) == 36) < .40        # a third
+    assert {start for length, start, _ in one.values() if length == 40} == {0, 1, 2, 3}
+    assert {start for length, start, _ in one.values() if length == 36} == set(range(8))
+    assert {caption for _, _, caption in one.values()} == set(clips[0].captions)
+    # what is drawn for a clip depends on seed, epoch and index only
+    small = gather(D.batches(clips, mode="official", seed=3, epoch=0, batch=5))
+    assert all(small[name] == drawn for name, drawn in one.items())
+
+
+def test_half_keeps_relatives_together():
+    clips = [clip(name) for name in ("000001", "000001@0-44", "M000001", "000002", "000003", "M000003")]
+    assert [c.name for c in D.half(clips, 0)] == ["000001", "000001@0-44", "M000001", "000003", "M000003"]
+    assert [c.name for c in D.half(clips, 1)] == ["000002"]

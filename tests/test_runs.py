@@ -1,0 +1,563 @@
+"""Faults that a run must survive or refuse: killed writers, damaged files, full disks, signals, two runs."""
+import errno
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common import runs
+from common.runs import CsvLog, InputError, NonFiniteError, RunFolder, load_checkpoint, save_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = {"iteration": 3, "lora": {"a": torch.arange(600.0), "b": torch.ones(2, 2).long()}, "note": "x"}
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def python(code, *args, **env):
+    """Run code in a fresh interpreter at the repository root."""
+    command = [sys.executable, "-c", code, *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**ENV, **env}, check=False)
+
+
+# ---- random numbers ----------------------------------------------------------------------------------------
+
+
+def test_mix_is_fixed_and_spreads():
+    assert runs.mix(1, 2) == 6804074658870690613 and runs.mix(2, 1) == 8085905411993364802
+    many = {runs.mix(*numbers) for numbers in itertools.product(range(20), repeat=3)}
+    assert len(many) == 8000 and all(0 <= value < 2**63 for value in many)
+    assert len({runs.mix(1), runs.mix(1, 0), runs.mix(0, 1), runs.mix(-1)}) == 4
+    low_bits = [runs.mix(0, n) & 1 for n in range(4000)]
+    assert abs(np.mean(low_bits) - 0.5) < 0.04
+
+
+def test_generators_depend_on_their_arguments_only():
+    first = torch.randn(4, generator=runs.generator(1, 2, "noise", 3))
+    torch.rand(5, generator=runs.generator(9, 9, "other"))
+    assert torch.equal(first, torch.randn(4, generator=runs.generator(1, 2, "noise", 3)))
+    for other in ((2, 2, "noise", 3), (1, 3, "noise", 3), (1, 2, "length", 3), (1, 2, "noise", 4)):
+        assert not torch.equal(first, torch.randn(4, generator=runs.generator(*other)))
+
+
+def test_numbers_do_not_depend_on_the_hash_seed():
+    code = ("import torch; from common import runs; "
+            "print(torch.rand(2, generator=runs.generator(3, 1, 'noise')).tolist(), "
+            "runs.fingerprint({'b': 1, 'a': [1.5, 'z']}))")
+    first, second = (python(code, PYTHONHASHSEED=seed).stdout for seed in "12")
+    assert first == second and first.strip()
+
+
+# ---- checkpoints -------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_comes_back_exactly(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    data = {"f": np.float32(0.1), "i": np.int64(7), "t": torch.arange(6.0).reshape(2, 3).T, "b": True,
+            "array": np.arange(3), "bf": torch.ones(2).bfloat16(), "empty": torch.zeros(0, 2),
+            "l": (1, "two", None)}
+    save_checkpoint(path, data)
+    back = load_checkpoint(path)
+    assert back["f"] == float(np.float32(0.1)) and type(back["i"]) is int and back["l"] == [1, "two", None]
+    assert torch.equal(back["t"], data["t"]) and torch.equal(back["array"], torch.arange(3))
+    assert back["b"] is True
+    assert back["bf"].dtype == torch.bfloat16 and back["empty"].shape == (0, 2)
+
+
+def test_a_view_does_not_drag_its_storage_along(tmp_path):
+    save_checkpoint(tmp_path / "a.pt", {"x": torch.zeros(1_000_000)[:2]})
+    assert (tmp_path / "a.pt").stat().st_size < 10_000
+
+
+def test_an_optimizer_survives_the_trip(tmp_path):
+    def step(weight, optimizer):
+        optimizer.zero_grad()
+        (weight**2).sum().backward()
+        optimizer.step()
+
+    weight = torch.ones(3, requires_grad=True)
+    optimizer = torch.optim.AdamW([weight], lr=0.1)
+    step(weight, optimizer)
+    save_checkpoint(tmp_path / "a.pt", {"weight": weight, "optimizer": optimizer.state_dict()})
+    stored = load_checkpoint(tmp_path / "a.pt")
+    again = stored["weight"].clone().requires_grad_()
+    resumed = torch.optim.AdamW([again], lr=0.1)
+    resumed.load_state_dict(stored["optimizer"])
+    for _ in range(3):
+        step(weight, optimizer)
+        step(again, resumed)
+    assert torch.equal(weight, again)
+
+
+def test_previous_checkpoint_is_kept(tmp_path):
+    for iteration in range(3):
+        save_checkpoint(tmp_path / "checkpoint.pt", {"iteration": iteration})
+    assert load_checkpoint(tmp_path / "checkpoint.pt") == {"iteration": 2}
+    assert load_checkpoint(tmp_path / "checkpoint.prev.pt") == {"iteration": 1}
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["checkpoint.prev.pt", "checkpoint.pt"]
+
+
+@pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.99])
+@pytest.mark.parametrize("keep", [True, False])
+def test_truncated_checkpoint(tmp_path, share, keep):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, DATA)
+    if keep:
+        save_checkpoint(path, DATA)
+    raw = path.read_bytes()
+    path.write_bytes(raw[: int(len(raw) * share)])
+    with pytest.raises(InputError) as caught:
+        load_checkpoint(path)
+    message = str(caught.value)
+    assert "checkpoint.pt" in message and "\n" not in message and ("checkpoint.prev.pt" in message) == keep
+
+
+def test_every_flipped_byte_of_a_tensor_is_found(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, DATA)
+    raw = path.read_bytes()
+    start = raw.index(torch.arange(600.0).numpy().tobytes())
+    for offset in range(0, 2400, 97):
+        damaged = bytearray(raw)
+        damaged[start + offset] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match="damaged"):
+            load_checkpoint(path)
+
+
+def test_flipped_bytes_anywhere_never_give_wrong_data(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, DATA)
+    raw, found = path.read_bytes(), 0
+    for offset in range(0, len(raw), 53):
+        damaged = bytearray(raw)
+        damaged[offset] ^= 0x10
+        path.write_bytes(damaged)
+        try:
+            assert runs.fingerprint(load_checkpoint(path)) == runs.fingerprint(DATA)  # a zip has unused bytes
+        except InputError:
+            found += 1
+    assert found > 20
+
+
+class Payload:
+    """Unpickling this runs a command that leaves a file behind."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_malicious_pickle_is_not_executed(tmp_path, zipped):
+    path, marker = tmp_path / "checkpoint.pt", tmp_path / "marker"
+    torch.save({"kind": "checkpoint", "data": Payload(marker)}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(InputError, match="checkpoint.pt"):
+        load_checkpoint(path)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("content", [b"hello", b"PK\x03\x04", b"\x80\x02}q\x00.", b"\x00" * 5000])
+def test_foreign_files_are_refused(tmp_path, content):
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(InputError, match="a.pt"):
+        load_checkpoint(tmp_path / "a.pt")
+    torch.save({"weight": torch.ones(2)}, tmp_path / "b.pt")
+    with pytest.raises(InputError, match="not written by this project"):
+        load_checkpoint(tmp_path / "b.pt")
+
+
+def test_wrong_kind_version_and_missing_file(tmp_path):
+    path = tmp_path / "a.pt"
+    save_checkpoint(path, DATA, kind="adapter", version=2)
+    assert load_checkpoint(path, kind="adapter", version=2)["iteration"] == 3
+    with pytest.raises(InputError, match="'adapter'.*'ddpo'"):
+        load_checkpoint(path, kind="ddpo", version=2)
+    with pytest.raises(InputError, match="version 2.*reads 3"):
+        load_checkpoint(path, kind="adapter", version=3)
+    for missing in (tmp_path / "none.pt", tmp_path):
+        with pytest.raises(InputError, match="no such file"):
+            load_checkpoint(missing)
+
+
+def test_other_arguments_are_listed():
+    stored, current = {"width": 64, "lr": 0.1, "steps": 10, "gone": 1}, {"width": 128, "lr": 0.1, "steps": 20}
+    with pytest.raises(InputError) as caught:
+        runs.require_same("c.pt", stored, current, free=("steps",))
+    message = str(caught.value)
+    assert "width was 64 and is 128" in message and "gone was 1 and is None" in message
+    assert "steps" not in message and "lr" not in message
+    runs.require_same("c.pt", {"betas": (1, 2)}, {"betas": [1, 2]})
+
+
+def test_unstorable_values_leave_the_old_file_alone(tmp_path):
+    class Stubborn:
+        def __reduce__(self):
+            raise RuntimeError("no")
+
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, DATA)
+    before = path.read_bytes()
+    for value in (Stubborn(), {1, 2}, lambda: 0, object):
+        with pytest.raises(TypeError, match=r"\['deep'\]\[1\]"):
+            save_checkpoint(path, {"deep": [0, value]})
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+KILLED = """
+import os, signal, sys, torch
+from pathlib import Path
+from common import runs
+path = Path(sys.argv[1]) / "checkpoint.pt"
+folder = runs.RunFolder(path.parent)
+(path.parent / "args.json").write_text("{}")
+runs.save_checkpoint(path, {"iteration": 1, "x": torch.ones(1000)})
+whole = Path.write_bytes
+def half(self, data):
+    whole(self, bytes(data)[: len(data) // 2])
+    os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv[2] == "writing":
+    Path.write_bytes = half
+else:  # between keeping the old file and putting the new one in its place
+    replace = os.replace
+    def kept(a, b):
+        replace(a, b) if str(b).endswith("prev.pt") else os.kill(os.getpid(), signal.SIGKILL)
+    os.replace = kept
+runs.save_checkpoint(path, {"iteration": 2, "x": torch.ones(1000)})
+"""
+
+
+@pytest.mark.parametrize("moment", ["writing", "renaming"])
+def test_killed_while_saving(tmp_path, moment):
+    child = python(KILLED, tmp_path, moment)
+    assert child.returncode == -signal.SIGKILL, child.stderr
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["iteration"] == 1
+    assert len(list(tmp_path.glob("*.tmp-*"))) == 1
+    RunFolder(tmp_path, resume=True).close()  # the dead owner's lock does not hold, its leftovers go
+    assert not list(tmp_path.glob("*.tmp-*"))
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["iteration"] == 1
+
+
+LIMITED = """
+import resource, sys, torch
+from common import runs
+def main(argv):
+    runs.save_checkpoint(argv[0], {"iteration": 1})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+    runs.save_checkpoint(argv[0], {"iteration": 2, "x": torch.ones(100_000)})
+runs.run_main(main, sys.argv[1:])
+"""
+
+
+def test_disk_full(tmp_path, monkeypatch):
+    child = python(LIMITED, tmp_path / "checkpoint.pt")
+    assert child.returncode == 4 and "--resume" in child.stderr and "Traceback" not in child.stderr
+    assert load_checkpoint(tmp_path / "checkpoint.pt") == {"iteration": 1}
+    assert [item.name for item in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+    def full(self, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(tmp_path / "checkpoint.pt", {"iteration": 2})
+    assert load_checkpoint(tmp_path / "checkpoint.pt") == {"iteration": 1}
+
+
+def test_cache(tmp_path, capsys):
+    calls = []
+
+    def build():
+        calls.append(1)
+        return {"x": torch.ones(2), "pair": (1, 2)}
+
+    def get(key, **options):
+        return runs.cached(tmp_path, key, build, "base", **options)
+
+    first, second = get({"a": 1}), get({"a": 1})
+    assert len(calls) == 1 and torch.equal(first["x"], second["x"])
+    assert first["pair"] == second["pair"] == [1, 2]  # the same types, whether built or loaded
+    get({"a": 2})
+    get({"a": 1}, use_cache=False)
+    assert len(calls) == 3 and len(list(tmp_path.iterdir())) == 2
+    for path in tmp_path.iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+    capsys.readouterr()
+    get({"a": 1})
+    assert len(calls) == 4 and capsys.readouterr().out.count("\n") == 1
+    get({"a": 1})
+    assert len(calls) == 4
+
+
+def test_fingerprint_tells_values_apart():
+    parts = [{"a": 1}, {"a": 1.0}, {"a": "1"}, {"a": True}, {"a": [1]}, {"a": None}, {"b": 1}, b"a", "a",
+             ["a"], ["ab", "c"], ["a", "bc"], np.zeros(2), np.zeros(2, np.float32), torch.zeros(1, 2),
+             torch.ones(2)]
+    assert len({runs.fingerprint(part) for part in parts}) == len(parts)
+    assert runs.fingerprint({"a": 1, "b": (2, 3)}) == runs.fingerprint({"b": [2, 3], "a": 1})
+    assert runs.fingerprint({"a": 0.5, "b": (2, 3)})[:16] == "9ae74122b31f5760"  # caches live across sessions
+
+
+def test_json(tmp_path):
+    path = tmp_path / "a.json"
+    runs.save_json(path, {"x": np.float64(1.5), "n": math.nan, "t": torch.ones(2), 3: (True, None)})
+    assert json.loads(path.read_text()) == {"x": 1.5, "n": "nan", "t": [1.0, 1.0], "3": [True, None]}
+
+
+# ---- the CSV log -------------------------------------------------------------------------------------------
+
+
+def rows(path):
+    return [line.split(",") for line in path.read_text().splitlines()[2:]]
+
+
+def test_log_resumes_without_double_or_partial_rows(tmp_path):
+    path, fields = tmp_path / "logs.csv", ["iteration", "reward", "note"]
+    log = CsvLog(path, fields, "abc")
+    for i in range(5):
+        log.write({"iteration": i, "reward": np.float32(i) / 4, "note": "a" * i})
+    whole = path.read_bytes()
+    log.close()
+    path.write_bytes(whole[:-7])  # killed while appending iteration 4
+    log = CsvLog(path, fields, "abc")
+    assert [row[0] for row in rows(path)] == ["0", "1", "2", "3"]
+    log.truncate_after(2)
+    assert [row[0] for row in rows(path)] == ["0", "1", "2"]
+    for i in (3, 4):
+        log.write({"note": "a" * i, "reward": np.float32(i) / 4, "iteration": i})
+    assert path.read_bytes() == whole
+    assert path.read_text().splitlines()[:2] == ["# abc", "iteration,reward,note"]
+
+
+def test_log_refuses_other_columns_and_other_runs(tmp_path):
+    path = tmp_path / "logs.csv"
+    log = CsvLog(path, ["iteration", "a"], "abc")
+    for row in ({"iteration": 1}, {"iteration": 1, "a": 2, "b": 3}):
+        with pytest.raises(ValueError):
+            log.write(row)
+    for fields, stamp in ((["iteration", "b"], "abc"), (["iteration", "a"], "other")):
+        with pytest.raises(InputError, match="logs.csv"):
+            CsvLog(path, fields, stamp)
+
+
+# ---- the run folder ----------------------------------------------------------------------------------------
+
+
+def test_a_folder_with_content_is_refused(tmp_path):
+    folder = RunFolder(tmp_path / "deep" / "run")
+    (folder / "args.json").write_text("{}")
+    (folder / "logs.csv").write_text("old")
+    (folder / "thesis.tex").write_text("precious")
+    folder.close()
+    with pytest.raises(InputError, match="--resume or --overwrite"):
+        RunFolder(folder.path)
+    RunFolder(folder.path, resume=True).close()
+    assert (folder / "logs.csv").read_text() == "old"
+    RunFolder(folder.path, overwrite=True).close()
+    assert not (folder / "logs.csv").exists() and (folder / "thesis.tex").read_text() == "precious"
+
+
+def test_overwrite_needs_an_earlier_run(tmp_path):
+    (tmp_path / "picture.png").write_text("mine")
+    with pytest.raises(InputError, match="no earlier run"):
+        RunFolder(tmp_path, overwrite=True)
+    assert (tmp_path / "picture.png").exists()
+    with pytest.raises(InputError, match="nothing to resume"):
+        RunFolder(tmp_path / "absent", resume=True)
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    folder = RunFolder(tmp_path)
+    code = "import sys; from common.runs import *; run_main(lambda argv: RunFolder(*argv), sys.argv[1:])"
+    child = python(code, tmp_path, "resume")
+    assert child.returncode == 2 and f"process {os.getpid()}" in child.stderr
+    with pytest.raises(InputError, match="in use"):
+        RunFolder(tmp_path, resume=True)
+    folder.close()
+    RunFolder(tmp_path, resume=True).close()
+
+
+def test_stale_lock_and_leftovers(tmp_path):
+    (tmp_path / ".lock").write_text("999999999\n")
+    (tmp_path / "a.pt.tmp-999999999").write_text("half")
+    (tmp_path / f"b.pt.tmp-{os.getpid()}").write_text("alive")
+    RunFolder(tmp_path, resume=True).close()
+    assert sorted(item.name for item in tmp_path.iterdir()) == [".lock", f"b.pt.tmp-{os.getpid()}"]
+
+
+READ_ONLY = """
+import os, sys
+from common import runs
+if os.geteuid() == 0:
+    os.seteuid(65534)
+runs.run_main(lambda argv: runs.RunFolder(argv[0]), sys.argv[1:])
+"""
+
+
+def test_folders_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="--out-dir"):
+        RunFolder(tmp_path / "file" / "run")
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    locked.chmod(0o555)
+    for target in (locked, locked / "run"):
+        child = python(READ_ONLY, target)
+        assert child.returncode == 2 and "--out-dir" in child.stderr, child.stderr
+        assert child.stderr.count("\n") == 1
+    locked.chmod(0o755)
+
+
+# ---- the process -------------------------------------------------------------------------------------------
+
+LOOP = """
+import sys, time
+from common import runs
+def main(argv):
+    with runs.StopSignal() as stop:
+        print("ready", flush=True)
+        for _ in range(600):
+            time.sleep(0.05)
+            if stop.requested and argv[0] == "save":
+                runs.save_checkpoint(argv[1], {"iteration": 1})
+                stop.check()
+            elif stop.requested:
+                print("seen", flush=True)
+runs.run_main(main, sys.argv[1:])
+"""
+
+
+def start(*args):
+    child = subprocess.Popen([sys.executable, "-c", LOOP, *map(str, args)], cwd=ROOT, text=True, env=ENV,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert child.stdout.readline() == "ready\n"
+    return child
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_one_signal_saves_and_stops(tmp_path, number, code):
+    child = start("save", tmp_path / "c.pt")
+    child.send_signal(number)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == code and "--resume" in errors and "Traceback" not in errors
+    assert load_checkpoint(tmp_path / "c.pt") == {"iteration": 1}
+
+
+def test_second_sigint_acts_at_once(tmp_path):
+    child = start("ignore", tmp_path / "c.pt")
+    child.send_signal(signal.SIGINT)
+    assert child.stdout.readline() == "seen\n"
+    child.send_signal(signal.SIGINT)
+    child.communicate(timeout=60)
+    assert child.returncode == 130
+
+
+def test_signal_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with runs.StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested == signal.SIGTERM
+        with pytest.raises(runs.Interrupted):
+            stop.check()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("error, code", [
+    (None, 0), (InputError("--x: wrong"), 2), (NonFiniteError("loss"), 3), (OSError(errno.ENOSPC, "full"), 4),
+    (OSError(errno.EDQUOT, "quota"), 4), (runs.Interrupted(signal.SIGTERM), 143), (KeyboardInterrupt(), 130)])
+def test_exit_codes(error, code, capsys):
+    def main(argv):
+        if error is not None:
+            raise error
+
+    with pytest.raises(SystemExit) as caught:
+        runs.run_main(main)
+    assert caught.value.code == code
+    assert capsys.readouterr().err.count("\n") == (1 if code not in (0, 130) else 0)
+
+
+def test_programming_errors_keep_their_traceback():
+    for error in (KeyError("x"), OSError(errno.EBADF, "x"), ValueError("x")):
+        with pytest.raises(type(error)):
+            runs.run_main(lambda argv: (_ for _ in ()).throw(error))
+
+
+def test_devices_and_threads(monkeypatch):
+    assert runs.pick_device("cpu").type == "cpu"
+    absent = f"cuda:{torch.cuda.device_count()}"
+    for name in (absent, "tpu", "cuda:x"):
+        with pytest.raises(InputError, match=f"--device {name}"):
+            runs.pick_device(name)
+    before = torch.get_num_threads()
+    try:
+        assert runs.pick_threads(1) == 1 == torch.get_num_threads()
+        with pytest.raises(InputError, match="--threads"):
+            runs.pick_threads(0)
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        assert runs.pick_threads() == 1
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        assert 1 <= runs.pick_threads() <= os.cpu_count()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_stopwatch_adds_up(monkeypatch):
+    clock = iter([0.0, 1.0, 5.0, 7.5, 8.0, 9.0])
+    monkeypatch.setattr(runs.time, "perf_counter", lambda: next(clock))
+    watch = runs.Stopwatch()
+    for name in ("a", "b", "a"):
+        with watch.stage(name):
+            pass
+    assert watch.seconds == {"a": 2.0, "b": 2.5}
+
+
+def test_versions_and_memory():
+    assert runs.versions()["torch"] == torch.__version__ and "commit" in runs.versions()
+    assert 20 < runs.peak_memory_mb() < 1e6
+
+
+# ---- several processes -------------------------------------------------------------------------------------
+
+GROUP = """
+import torch
+from common import runs
+rank, size = runs.world()
+rows = torch.arange(2.0 * (rank + 1)).reshape(-1, 2) + 10 * rank  # one row on rank 0, two on rank 1
+print(rank, size, runs.all_gather_rows(rows).tolist())
+a, b = (torch.zeros(2, requires_grad=True) for _ in range(2))
+(a * (rank + 1.0)).sum().backward()
+if rank == 1:
+    (b * 5).sum().backward()
+runs.all_reduce_grads([a, b])
+runs.barrier()
+print(a.grad.tolist(), b.grad.tolist())
+"""
+
+
+def test_two_processes_gather_rows_and_sum_gradients(tmp_path):
+    env = {**ENV, "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+           "MASTER_PORT": str(20000 + os.getpid() % 20000)}
+    command = [sys.executable, "-c", GROUP]
+    children = [subprocess.Popen(command, cwd=ROOT, env={**env, "RANK": rank}, text=True,
+                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in "01"]
+    outputs = [child.communicate(timeout=120) for child in children]
+    gathered = "[[0.0, 1.0], [10.0, 11.0], [12.0, 13.0]]"
+    for rank, (out, err) in enumerate(outputs):
+        assert out.splitlines() == [f"{rank} 2 {gathered}", "[3.0, 3.0] [5.0, 5.0]"], err
+
+
+def test_one_process_needs_no_group(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    rows = torch.ones(2, 3)
+    assert runs.world() == (0, 1) and runs.all_gather_rows(rows) is rows
+    runs.all_reduce_grads([rows])
+    runs.barrier()
