@@ -1,13 +1,13 @@
 """DDPO with importance sampling and LoRA on a text-to-motion diffusion model, from text prompts only.
 
-The idea. A diffusion model that has learnt to move from one data set is asked for motions described in the
-words of another. No motion of the new domain is shown to it: it samples, a text-motion retrieval model says how
-well each sample fits its prompt, and denoising is treated as a chain of Gaussian decisions whose probabilities
-are pushed up or down by policy gradient. Only small low-rank adapters (LoRA) are trained.
+The idea. A diffusion model that has learnt to move from one data set is asked for motions in the words of
+another. No motion of the new domain is shown to it: it samples, a text-motion retrieval model says how well
+each sample fits its prompt, and denoising is treated as a chain of Gaussian decisions whose probabilities are
+pushed up or down by policy gradient. Only small low-rank adapters (LoRA) are trained.
 
 Papers
   No MoCap Needed (Macaluso et al. 2025, arXiv 2510.06988): the method; its hyper-parameters are not public
-  DDPO (Black et al. 2023, arXiv 2305.13301): sections 4.1-4.3, denoising as an MDP, the importance-sampled loss
+  DDPO (Black et al. 2023, arXiv 2305.13301): sections 4.1-4.3, denoising as an MDP, importance sampling
   DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095): the sampler;  LoRA (Hu et al. 2021, arXiv 2106.09685)
   MDM (Tevet et al. 2022, arXiv 2209.14916): the denoiser;  TMR (Petrovich et al. 2023): the retrieval reward
 
@@ -29,14 +29,15 @@ Read in this order: section 6 (the maths), 7 (the loop), 3 (the network), then t
   python ddpo_motion.py --prompt "a person walks forward and waves" --load runs/ddpo_kit_seed0/adapter.pt
 """
 
-# ---- 1. Imports ------------------------------------------------------------------------------------------------
+# ---- 1. Imports --------------------------------------------------------------------------------------------
 
-import argparse
+import contextlib
 import dataclasses
+import inspect
 import math
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,16 +48,10 @@ from einops import rearrange, repeat
 from torch import nn
 from tqdm import tqdm
 
-from common import datasets, evaluators, features, lora, render, reports, runs, samplers, synthetic
-from common.runs import InputError, NonFiniteError, generator
+from common import datasets, evaluators, features, lora, patches, reports, runs, samplers
+from common.runs import InputError, NonFiniteError, arg, generator
 
-# ---- 2. Arguments ----------------------------------------------------------------------------------------------
-
-
-def arg(default, text, **extra):
-    """A dataclass field that carries its own help text (and argparse extras such as `choices`)."""
-    kind = {"default_factory": list} if default is None else {"default": default}
-    return field(**kind, metadata={"help": text, **extra})
+# ---- 2. Arguments ------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -102,8 +97,8 @@ class Args:
     order: int = arg(1, "order of the stochastic DPM-Solver++ step; 2 is trained exactly too", choices=(1, 2))
     guidance_scale: float = arg(1.0, "classifier-free guidance, in rollout and update (MDM: 2.5)")
     # reward
-    reward: str = arg("retrieval", "shuffled and random are controls", choices=("retrieval", "shuffled", "random"))
-    reward_data: str = arg("both", "clips the reward model saw: both domains, or the source only (strict no-MoCap)",
+    reward: str = arg("retrieval", "shuffled, random: controls", choices=("retrieval", "shuffled", "random"))
+    reward_data: str = arg("both", "whose clips the reward model saw; source: the strict reading of no MoCap",
                            choices=("source", "both"))
     reward_iterations: int = arg(900, "updates of the reward model and of the judge")
     # update
@@ -112,9 +107,11 @@ class Args:
     samples_per_prompt: int = arg(8, "samples G of each prompt; the group is the baseline")
     minibatches: int = arg(2, "optimiser steps per iteration; more drifts further from the rollout policy")
     inner_epochs: int = arg(1, "passes over the rollout")
-    micro_batch: int = arg(0, "trajectories per forward pass; 0: the whole minibatch. Lower it when memory is short")
+    micro_batch: int = arg(0, "trajectories per forward pass, 0: the whole minibatch; fewer save memory")
     lr: float = arg(2e-3, "learning rate of the adapters; it sets the drift. 5e-3 collapsed, 3e-4 is slow")
     clip_range: float = arg(0.0, "clip of the ratio; 0: 1e-4 sqrt(16384 / entries of x), see README")
+    advantage: str = arg("group", "baseline: the rollout's own group, or the DDPO code's tracker per prompt",
+                         choices=("group", "tracker"))
     adv_clip: float = arg(5.0, "advantages are clipped to +- this (DDPO code: 5)")
     kl_coef: float = arg(0.0, "weight of the exact KL to the base; 0.02 keeps the source (paper: none known)")
     skip_last: int = arg(1, "last steps left out of the loss; the zero-variance one always is")
@@ -122,33 +119,16 @@ class Args:
     max_grad_norm: float = arg(1.0, "gradient norm clip")
     lora_rank: int = arg(8, "rank of the adapters (paper: unknown)")
     lora_alpha: float = arg(8.0, "their scale is alpha / rank")
-    lora_targets: str = arg(r"\.(q|k|v|out|up|down)$", "regular expression of the linear layers that get an adapter")
+    lora_targets: str = arg(r"\.(q|k|v|out|up|down)$", "regular expression of the linear layers to adapt")
     # evaluation
     eval_every: int = arg(25, "iterations between looks at the validation prompts")
     eval_repeats: int = arg(3, "repeats of the final evaluation, for the 95 %% interval (benchmark: 20)")
     best_of: int = arg(8, "reference row: the best of this many base samples by reward")
 
 
-TINY = dict(source_clips=160, target_clips=120, width=32, layers=2, base_iterations=60, base_batch=32, patch_dims=48,
-            reward_iterations=40, iterations=3, prompts_per_iteration=4, samples_per_prompt=4, steps=5, eval_every=2,
-            eval_repeats=2, best_of=2)
-
-
-# [sync:cli]
-def parse_args(argv):
-    """Command line -> Args. Every field is a flag; --tiny only changes what was not given."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    for f in dataclasses.fields(Args):
-        flag, extra = "--" + f.name.replace("_", "-"), dict(f.metadata)
-        if f.type is bool or f.type == "bool":
-            extra["action"] = argparse.BooleanOptionalAction
-        elif extra.get("action") != "append":
-            extra["type"] = f.type
-        parser.add_argument(flag, dest=f.name, default=argparse.SUPPRESS, **extra)
-    given = vars(parser.parse_args(argv))
-    tiny = TINY if given.get("tiny") else {}
-    return Args(**{**tiny, **given})
-# [/sync:cli]
+TINY = dict(source_clips=160, target_clips=120, width=32, layers=2, base_iterations=60, base_batch=32,
+            patch_dims=48, reward_iterations=40, iterations=3, prompts_per_iteration=4, samples_per_prompt=4,
+            steps=5, eval_every=2, eval_repeats=2, best_of=2)
 
 
 def check_args(args):
@@ -156,31 +136,31 @@ def check_args(args):
     if args.samples_per_prompt < 2:
         raise InputError("--samples-per-prompt: at least 2, because a group of one has no baseline")
     if args.steps < 2 + max(args.skip_last - 1, 0) or args.skip_last < 1:
-        raise InputError("--skip-last: 1 to --steps - 1, because the last step has no variance and one must be left")
+        raise InputError("--skip-last: 1 to --steps - 1; the last step has no variance, and one must be left")
     if (args.prompts_per_iteration * args.samples_per_prompt) % args.minibatches:
         raise InputError("--minibatches: must divide --prompts-per-iteration x --samples-per-prompt")
     if args.width % args.heads:
         raise InputError("--heads: must divide --width")
     if args.schedule == "cosine" and args.spacing == "karras":
-        raise InputError("--spacing karras: useless with --schedule cosine (all nodes fall on t = 99x); use linspace")
+        raise InputError("--spacing karras: useless with --schedule cosine (t = 99x at nearly all nodes)")
     if (args.prompt or args.eval_only) and not args.load:
         raise InputError("--load: name the adapter.pt of a finished run for --prompt and --eval-only")
     if any(not p.strip() for p in args.prompt):
         raise InputError("--prompt: the caption is empty")
-    for name in ("iterations", "prompts_per_iteration", "minibatches", "inner_epochs", "base_iterations", "lora_rank",
-                 "eval_repeats", "eval_every", "best_of", "patch", "layers", "width"):
+    for name in ("iterations", "prompts_per_iteration", "minibatches", "inner_epochs", "base_iterations",
+                 "lora_rank", "eval_repeats", "eval_every", "best_of", "patch", "layers", "width"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')}: must be at least 1")
     if datasets.MAX_LENGTH % args.patch or 4 % args.patch:
         raise InputError("--patch: 1, 2 or 4 frames, because lengths are multiples of 4")
 
 
-# ---- 3. The network ----------------------------------------------------------------------------------------------
+# ---- 3. The network ----------------------------------------------------------------------------------------
 # [sync:denoiser]
 
 
 def sinusoid(positions, width):
-    """positions (...) -> (... width): the sine table of Vaswani et al., for frames, words and timesteps alike."""
+    """positions (...) -> (... width): the sine table of Vaswani et al. for tokens, words and timesteps."""
     half = width // 2
     frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, device=positions.device) / half)
     angles = positions[..., None].float() * frequencies
@@ -210,8 +190,10 @@ class Layer(nn.Module):
     def __init__(self, width, heads, cross):
         super().__init__()
         self.self_attention, self.norm_self = Attention(width, heads), nn.LayerNorm(width)
-        self.cross_attention, self.norm_cross = (Attention(width, heads), nn.LayerNorm(width)) if cross else (None, None)
-        self.up, self.down, self.norm_ff = nn.Linear(width, 4 * width), nn.Linear(4 * width, width), nn.LayerNorm(width)
+        self.cross_attention = Attention(width, heads) if cross else None
+        self.norm_cross = nn.LayerNorm(width) if cross else None
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.norm_ff = nn.LayerNorm(width)
 
     def forward(self, x, mask, text=None, text_mask=None):
         y = self.norm_self(x)
@@ -221,46 +203,27 @@ class Layer(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm_ff(x))))
 
 
-class Codec(nn.Module):
-    """Raw features <-> the diffusion's coordinates: normalise with the GENERATOR's statistics, cut into patches of
-    `patch` frames, rotate onto their principal components. Closed form and linear, so this is still diffusion in
-    feature space (Not in the paper: it halves the FLOPs of a small model; --patch 1 --patch-dims 0 undoes it)."""
-
-    def __init__(self, patch, feature_dim, dims):
-        super().__init__()
-        self.patch = patch
-        self.register_buffer("mean", torch.zeros(feature_dim))
-        self.register_buffer("std", torch.ones(feature_dim))
-        self.register_buffer("center", torch.zeros(patch * feature_dim))
-        self.register_buffer("basis", torch.zeros(patch * feature_dim, dims))  # orthonormal columns
-        self.register_buffer("scale", torch.ones(dims))
-
-    def encode(self, motion):
-        """motion (b t d), raw -> x (b n c)"""
-        patches = rearrange((motion - self.mean) / self.std, "b (n f) d -> b n (f d)", f=self.patch)
-        return (patches - self.center) @ self.basis / self.scale
-
-    def decode(self, x):
-        """x (b n c) -> motion (b t d), raw"""
-        patches = (x * self.scale) @ self.basis.T + self.center
-        return rearrange(patches, "b n (f d) -> b (n f) d", f=self.patch) * self.std + self.mean
-
-
 class MotionDiffusion(nn.Module):
-    """MDM-like denoiser that predicts the finished motion: tokens of motion attend to each other (key mask over
-    padding) and to the words of the caption. `vocabulary` turns captions into word ids."""
+    """MDM-like denoiser that predicts the finished motion: its tokens attend to each other (key mask over
+    padding) and to the words of the caption.
+
+    Its coordinates x are whitened principal components of patches of a few frames (common/patches.py). Not in
+    the paper: this spares a small model most of its cost; --patch 1 --patch-dims 0 turns it off.
+    """
 
     def __init__(self, args, vocabulary, feature_dim):
         super().__init__()
         dims = args.patch_dims or args.patch * feature_dim
         self.vocabulary, self.width, self.dims = vocabulary, args.width, dims
-        self.codec = Codec(args.patch, feature_dim, dims)
+        self.codec = patches.PatchCodec(args.patch, feature_dim, dims)
         self.words = nn.Embedding(len(vocabulary), args.width)
         self.null_text = nn.Parameter(torch.zeros(1, 1, args.width))  # stands for "no caption" in guidance
-        self.text_layers = nn.ModuleList(Layer(args.width, args.heads, cross=False) for _ in range(args.text_layers))
+        self.text_layers = nn.ModuleList(Layer(args.width, args.heads, False)
+                                         for _ in range(args.text_layers))
         self.text_norm = nn.LayerNorm(args.width)
         self.project_in = nn.Linear(dims, args.width)
-        self.time = nn.Sequential(nn.Linear(args.width, args.width), nn.SiLU(), nn.Linear(args.width, args.width))
+        self.time = nn.Sequential(nn.Linear(args.width, args.width), nn.SiLU(),
+                                  nn.Linear(args.width, args.width))
         self.layers = nn.ModuleList(Layer(args.width, args.heads, cross=True) for _ in range(args.layers))
         self.norm = nn.LayerNorm(args.width)
         self.project_out = nn.Linear(args.width, dims)
@@ -290,46 +253,22 @@ class MotionDiffusion(nn.Module):
 # [/sync:denoiser]
 
 
-# ---- 4. The base model: supervised pretraining on the source, cached ------------------------------------------------
+# ---- 4. The base model: supervised pretraining on the source, cached ---------------------------------------
 
-# Without weights the four root numbers vanish among 263 and the model never learns to turn; rotations repeat what
-# the positions say. (Not in the paper; old code does the same with "feat_bias".)
-BLOCK_WEIGHTS = {"root_rotation": 8.0, "root_velocity": 8.0, "root_height": 4.0, "rotations": 0.4, "contacts": 0.5}
-WHITENING = 0.5
+# Without weights the four root numbers vanish among 263 and the model never learns to turn; the rotations
+# repeat what the positions say. Not in the paper; older code does it with "feat_bias".
+BLOCK_WEIGHTS = {"root_rotation": 4.0, "root_velocity": 4.0, "root_height": 4.0, "rotations": 0.4,
+                 "contacts": 0.5}
 
 
 # [sync:pretraining]
-def fit_codec(codec, clips, skeleton):
-    """Statistics and principal components of the training clips' patches, in float64."""
-    statistics = datasets.Statistics.from_clips(clips, role="generator")
-    std = torch.as_tensor(statistics.std, dtype=torch.float32).clone()
-    for name, columns in features.blocks(skeleton).items():
-        std[columns] = std[columns] / BLOCK_WEIGHTS.get(name, 1.0)
-    codec.mean.copy_(torch.as_tensor(statistics.mean))
-    codec.std.copy_(std)
-    patches = [rearrange((torch.from_numpy(clip.features) - codec.mean) / codec.std, "(n f) d -> n (f d)", f=codec.patch)
-               for clip in clips]
-    patches = torch.cat(patches).double()
-    center = patches.mean(0)
-    covariance = (patches - center).T @ (patches - center) / len(patches)
-    eigenvalues, vectors = torch.linalg.eigh(covariance)  # ascending
-    kept = codec.basis.shape[1]
-    codec.center.copy_(center)
-    codec.basis.copy_(vectors[:, -kept:].flip(1))
-    # Between plain principal components (the loss forgets the small ones, which hold the hands) and whitened ones (it
-    # spends itself on noise); variance 1 on average, as the schedule expects.
-    scale = eigenvalues[-kept:].flip(0).clamp(min=1e-12) ** (WHITENING / 2)
-    variance = eigenvalues[-kept:].flip(0) / scale.square()
-    codec.scale.copy_(scale * variance.mean().sqrt())
-    return float(eigenvalues[-kept:].sum() / eigenvalues.sum())
-
-
 def train_base(model, clips, args, device):
-    """Predict x_start from x_t at a random timestep (MDM eq. 2), captions dropped now and then for guidance."""
+    """Predict x_start from x_t at a random timestep (MDM eq. 2), some captions dropped for guidance."""
     alphas_cumprod = torch.cumprod(1.0 - samplers.make_betas(args.schedule), 0).float().to(device)
-    encoded = [model.codec.encode(torch.from_numpy(clip.features)[None].to(device))[0] for clip in clips]  # n c each
+    encoded = [model.codec.encode(torch.from_numpy(c.features)[None].to(device))[0] for c in clips]
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.base_lr, weight_decay=1e-2)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.base_lr, args.base_iterations, pct_start=0.05)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.base_lr, args.base_iterations,
+                                                    pct_start=0.05)
     losses, bar = [], tqdm(range(args.base_iterations), desc="base", mininterval=1.0)
     for iteration in bar:
         g = generator(args.base_seed, iteration, "base")
@@ -345,10 +284,11 @@ def train_base(model, clips, args, device):
         alpha_bar = alphas_cumprod[timesteps][:, None, None]
         x_t = alpha_bar.sqrt() * x_start + (1 - alpha_bar).sqrt() * noise
         text, text_mask = model.drop_text(*model.encode_text(captions), dropped)
-        error = (model(x_t * mask[..., None], timesteps, mask, text, text_mask) - x_start).square() * mask[..., None]
+        pred_x_start = model(x_t * mask[..., None], timesteps, mask, text, text_mask)
+        error = (pred_x_start - x_start).square() * mask[..., None]
         loss = error.sum() / (mask.sum() * x_start.shape[-1])
         if not torch.isfinite(loss):
-            raise NonFiniteError(f"base pretraining: loss is {loss.item()} at iteration {iteration}; lower --base-lr")
+            raise NonFiniteError(f"base: loss is {loss.item()} at iteration {iteration}; lower --base-lr")
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -357,21 +297,10 @@ def train_base(model, clips, args, device):
         losses.append(loss.item())
         bar.set_postfix(loss=f"{np.mean(losses[-100:]):.4f}", refresh=False)
     return losses
-
-
-def initialise(model, g):
-    """Draw every weight from the generator `g`: PyTorch's own initialisation uses the global stream."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            bound = 1.0 / math.sqrt(module.in_features)
-            module.weight.data.uniform_(-bound, bound, generator=g)
-            module.bias.data.zero_()
-        elif isinstance(module, nn.Embedding):
-            module.weight.data.normal_(0.0, 1.0, generator=g)
 # [/sync:pretraining]
 
 
-# ---- 5. Rewards ----------------------------------------------------------------------------------------------------
+# ---- 5. Rewards --------------------------------------------------------------------------------------------
 
 
 def retrieval_reward(scorer, motion, lengths, captions):
@@ -381,13 +310,13 @@ def retrieval_reward(scorer, motion, lengths, captions):
 
 
 def wrong_prompts(prompts, seed):
-    """--reward shuffled: one fixed wrong caption for every prompt (a cyclic shift of a random order), so that the
-    control has a signal to follow, only not the right one."""
+    """--reward shuffled: one fixed wrong caption for every prompt (a cyclic shift of a random order), so that
+    the control has a signal to follow, only not the right one."""
     order = torch.randperm(len(prompts), generator=generator(seed, 0, "wrong_prompts")).tolist()
     return {prompts[a]: prompts[b] for a, b in zip(order, order[1:] + order[:1])}
 
 
-# ---- 6. The algorithm: pure functions, no I/O, no globals -------------------------------------------------------------
+# ---- 6. The algorithm: pure functions, no I/O, no globals --------------------------------------------------
 
 
 class Transition(NamedTuple):
@@ -399,15 +328,15 @@ class Transition(NamedTuple):
 
 
 def transitions(grid, order):
-    """Stochastic DPM-Solver++ of order 1 or 2 (SDE-DPM-Solver++, Lu et al. 2022, section 4 / appendix) on the grid's
-    nodes, computed in float64 because 1 - exp(-2h) cancels. Order 1 is also DDIM with eta = 1 and DDPM."""
+    """SDE-DPM-Solver++ of order 1 or 2 (DPM-Solver++, Lu et al. 2022) between the nodes of the grid; float64,
+    because 1 - exp(-2h) cancels. Order 1 is the same as DDPM, and as DDIM with eta = 1."""
     alpha, sigma, lam = grid.alpha.double(), grid.sigma.double(), grid.lam.double()
-    h = lam[1:] - lam[:-1]                             # +inf at the last step of a grid that ends without noise
-    x_coef = sigma[1:] / sigma[:-1] * torch.exp(-h)    # SDE-DPM-Solver++1: (sigma_j / sigma_i) e^-h x_i
-    m_coef = alpha[1:] * -torch.expm1(-2 * h)          # + alpha_j (1 - e^-2h) m_i
+    h = lam[1:] - lam[:-1]                              # +inf at the last step, which ends without noise
+    x_coef = sigma[1:] / sigma[:-1] * torch.exp(-h)     # SDE-DPM-Solver++1: (sigma_j / sigma_i) e^-h x_i
+    m_coef = alpha[1:] * -torch.expm1(-2 * h)           # + alpha_j (1 - e^-2h) m_i
     std = sigma[1:] * torch.sqrt(-torch.expm1(-2 * h))  # + sigma_j sqrt(1 - e^-2h) z
     k = torch.zeros_like(h)
-    if order == 2:                                     # SDE-DPM-Solver++2M: D = m_i + h_i / (2 h_{i-1}) (m_i - m_{i-1})
+    if order == 2:                                      # SDE-DPM-Solver++2M: D = m_i + k (m_i - m_{i-1})
         k[1:] = h[1:] / (2 * h[:-1])
         k[~torch.isfinite(h)] = 0.0
     return Transition(*(y.float() for y in (x_coef, m_coef, k, std)))
@@ -422,9 +351,9 @@ def step_mean(transition, i, x_t, m, m_last):
 
 
 def masked_mean_logp(x, mean, std, mask):
-    """Gaussian log-density of x, averaged over the entries of valid tokens (DDPO code; the sum over thousands of
-    entries over- and underflows). x, mean (... n c); std broadcastable; mask (... n). The action is data, so the
-    gradient flows through the mean alone. -> (...)"""
+    """Gaussian log-density of x, averaged over the entries of valid tokens as in the DDPO code: the ratio of
+    sums over thousands of entries over- and underflows. x, mean (... n c); std broadcastable; mask (... n)
+    -> (...). The action is data: the gradient flows through the mean alone."""
     logp = -(x.detach() - mean).square() / (2 * std**2) - torch.log(std) - 0.5 * math.log(2 * math.pi)
     return (logp * mask[..., None]).sum((-1, -2)) / (mask.sum(-1) * x.shape[-1])
 
@@ -437,30 +366,30 @@ def masked_mean_kl(mean, mean_ref, std, mask):
 
 def group_advantages(rewards, adv_clip):
     """rewards (p g) -> advantages (p g): each prompt's own mean as baseline, one std for the whole batch.
-    Not in the paper: DDPO tracks statistics per prompt over iterations (PromptTracker); with thousands of captions no
-    prompt comes back often enough, and a group's own std explodes when its samples agree."""
+    Not in the paper: the DDPO code tracks statistics per prompt over iterations (PromptTracker); with
+    thousands of captions none comes back often enough, and one group's own std explodes when samples agree."""
     centred = rewards - rewards.mean(1, keepdim=True)
     return (centred / (centred.square().mean().sqrt() + 1e-4)).clamp(-adv_clip, adv_clip)
 
 
 def clipped_loss(ratio, advantages, clip_range):
-    """PPO's pessimistic surrogate per step (DDPO section 4.3, the importance-sampled estimator; PPO eq. 7)."""
+    """The pessimistic surrogate of each step (DDPO section 4.3), clipped as in PPO eq. 7."""
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
     return torch.maximum(unclipped, clipped)
 
 
 def snr_step_weights(grid, trained):
-    """1 / sqrt(SNR_{i+1} - SNR_i), mean 1, for the first `trained` steps. A shift d of the denoiser's prediction costs
-    KL = (SNR_{i+1} - SNR_i) |d|^2 / 2, so unweighted late steps dominate. Not in the paper."""
+    """1 / sqrt(SNR_{i+1} - SNR_i), mean 1, for the first `trained` steps. Not in the paper: a shift d of the
+    prediction costs KL = (SNR_{i+1} - SNR_i) |d|^2 / 2, so without weights the late steps dominate."""
     snr = torch.exp(2 * grid.lam.double())[: trained + 1]
     weights = (snr[1:] - snr[:-1]).rsqrt()
     return (weights / weights.mean()).float()
 
 
 class PromptTracker:
-    """Reward statistics per prompt over iterations, as in the DDPO code: the last `buffer_size` rewards of each prompt;
-    prompts with fewer than `min_count` use the statistics of the batch. An alternative to group_advantages."""
+    """Advantages of the DDPO code: mean and std of the last `buffer_size` rewards of each prompt, those of
+    the batch for prompts with fewer than `min_count`. For --advantage tracker."""
 
     def __init__(self, buffer_size, min_count):
         self.buffer_size, self.min_count, self.rewards = buffer_size, min_count, {}
@@ -469,7 +398,7 @@ class PromptTracker:
         """prompts (b), rewards (b) float64 -> advantages (b) float64"""
         prompts, rewards = list(prompts), np.asarray(rewards, dtype=np.float64)
         for prompt in dict.fromkeys(prompts):
-            new = [r for p, r in zip(prompts, rewards) if p == prompt]
+            new = [float(r) for p, r in zip(prompts, rewards) if p == prompt]
             self.rewards[prompt] = (self.rewards.get(prompt, []) + new)[-self.buffer_size:]
         advantages = np.empty_like(rewards)
         for n, prompt in enumerate(prompts):
@@ -493,9 +422,8 @@ def predict(model, x_t, timesteps, mask, text, text_mask, guidance_scale):
 
 @torch.no_grad()
 def rollout(model, grid, transition, captions, mask, noise, guidance_scale):
-    """Sample one trajectory per caption. mask (b n), noise (b N+1 n c): the start and one draw for every step.
-    -> states (b N+1 n c): x_0 (noise) .. x_N (the finished motion). The last step of a grid that ends at zero noise has
-    std 0, so its draw does not count."""
+    """Sample one trajectory per caption (DDPO section 4.2). mask (b n), noise (b N+1 n c): the start and a
+    draw for each step; the last does not count (std 0). -> states (b N+1 n c): x_0 .. x_N, the motion."""
     text, text_mask = model.encode_text(captions)
     x, m_last = noise[:, 0] * mask[..., None], None
     states = [x]
@@ -526,7 +454,7 @@ def step_logps(model, grid, transition, states, captions, mask, trained, guidanc
     return masked_mean_logp(x_prev, mean, std, repeat(mask, "b n -> b s n", s=trained)), mean, std
 
 
-# ---- 7. The run -------------------------------------------------------------------------------------------------------
+# ---- 7. The run --------------------------------------------------------------------------------------------
 
 
 class Setup(NamedTuple):
@@ -546,31 +474,11 @@ def load_data(args):
     """Source and target in one feature space (263-d, 22 joints, 20 fps)."""
     other = {"kit": "humanml3d", "humanml3d": "kit"}
     if not args.source and args.dataset not in other:
-        raise InputError("--source: name the source domain (kit, humanml3d or a folder) beside a --dataset folder")
+        raise InputError("--source: name the source (kit, humanml3d or a folder) beside a --dataset folder")
+    wanted = ((args.source or other[args.dataset], args.source_clips), (args.dataset, args.target_clips))
     return [datasets.load_dataset(name, data_root=args.data_root, cache_dir=args.cache_dir, space="t2m",
                                   seed=args.base_seed, clips=clips, use_cache=args.cache)
-            for name, clips in ((args.source or other[args.dataset], args.source_clips), (args.dataset, args.target_clips))]
-
-
-def train_scorers(args, source, target, device):
-    """The reward model, and the judge that nothing is ever optimised for: other family, seed and half of the clips.
-    -> reward model, judge, what each saw and how well it finds the motion of a caption among 32 (target, val)"""
-    models, notes = [], {}
-    for half, (name, family, saw) in enumerate((("reward", "transformer", args.reward_data), ("judge", "bigru", "both"))):
-        clips = [clip for part in ([source] if saw == "source" else [source, target])
-                 for clip in datasets.half(part.splits["train"], half)]
-
-        def build():
-            model, _ = evaluators.fit_retrieval(family, clips, seed=args.base_seed + half, iterations=args.reward_iterations)
-            return {"model": model.export(), "retrieval": evaluators.retrieval_score(model, target.splits["val"])}
-
-        key = [source.fingerprint, target.fingerprint, family, saw, args.base_seed, args.reward_iterations]
-        stored = runs.cached(args.cache_dir, key, build, name, args.cache)
-        models.append(evaluators.freeze(evaluators.RetrievalModel.load(stored["model"]).to(device)))
-        notes[name] = {"family": family, "saw": f"{len(clips)} train clips of {saw} (half {half})",
-                       "target_val_retrieval": stored["retrieval"]}
-        print(f"  {name}: {family}, saw {notes[name]['saw']}; R@1 {stored['retrieval']['R1']:.2f} on target val")
-    return *models, notes
+            for name, clips in wanted]
 
 
 def build_base(args, source, device):
@@ -578,47 +486,58 @@ def build_base(args, source, device):
     clips = source.splits["train"]
     vocabulary = datasets.Vocabulary.from_captions([c for clip in clips for c in clip.captions])
     model = MotionDiffusion(args, vocabulary, source.skeleton.feature_dim)
-    initialise(model, generator(args.base_seed, 0, "initialise"))
+    runs.initialise(model, generator(args.base_seed, 0, "initialise"))
 
     def build():
-        kept = fit_codec(model.codec, clips, source.skeleton)
+        statistics = datasets.Statistics.from_clips(clips, role="generator")
+        weights = torch.ones(source.skeleton.feature_dim)
+        for name, columns in features.blocks(source.skeleton).items():
+            weights[columns] = BLOCK_WEIGHTS.get(name, 1.0)
+        kept = model.codec.fit(clips, statistics, weights)
         losses = train_base(model.to(device), clips, args, device)
         return {"model": model.state_dict(), "variance_kept": kept, "loss": float(np.mean(losses[-100:]))}
 
-    key = [source.fingerprint, BLOCK_WEIGHTS, WHITENING, {name: getattr(args, name) for name in BASE_ARGS}]
+    shaping = (Attention, Layer, MotionDiffusion, train_base, patches)
+    code = [inspect.getsource(part) for part in shaping]  # who edits the network gets a new base
+    key = [source.fingerprint, code, BLOCK_WEIGHTS, {name: getattr(args, name) for name in BASE_ARGS}]
     stored = runs.cached(args.cache_dir, key, build, "base", args.cache)
     model.load_state_dict(stored["model"])
     model.requires_grad_(False)
-    print(f"  base: loss {stored['loss']:.4f}, the patches keep {stored['variance_kept']:.1%} of the weighted variance")
+    print(f"  base: loss {stored['loss']:.4f}; patches keep {stored['variance_kept']:.1%} of the variance")
     return model.to(device).eval(), {"loss": stored["loss"], "variance_kept": stored["variance_kept"]}
 
 
 def draw_noise(args, setup, iteration, purpose, indices):
     """(b N+1 n c): each sample has a stream of its own, whatever its batch, device or process."""
     shape = (args.steps + 1, setup.tokens, setup.model.dims)
-    return torch.stack([torch.randn(shape, generator=generator(args.seed, iteration, purpose, k)) for k in indices])
+    return torch.stack([torch.randn(shape, generator=generator(args.seed, iteration, purpose, k))
+                        for k in indices])
 
 
 def sample(args, setup, captions, lengths, iteration, purpose, indices):
     """Roll out one trajectory per caption, lengths (b) in frames -> states (b N+1 n c), mask (b n)."""
     mask = torch.arange(setup.tokens)[None] < (lengths // setup.model.codec.patch)[:, None]
-    mask, noise = mask.to(setup.device), draw_noise(args, setup, iteration, purpose, indices).to(setup.device)
-    return rollout(setup.model, setup.grid, setup.transition, captions, mask, noise, args.guidance_scale), mask
+    mask = mask.to(setup.device)
+    noise = draw_noise(args, setup, iteration, purpose, indices).to(setup.device)
+    states = rollout(setup.model, setup.grid, setup.transition, captions, mask, noise, args.guidance_scale)
+    return states, mask
 
 
 def collect(args, setup, prompts, length_pool, iteration, rank, processes):
     """Stage 1, roll out: P prompts x G samples. Each process takes whole groups, its share of the prompts."""
     g = generator(args.seed, iteration, "prompts")
-    chosen = torch.randperm(len(prompts), generator=g).repeat(math.ceil(args.prompts_per_iteration / len(prompts)))
-    chosen = chosen[: args.prompts_per_iteration].tolist()
-    # One length per group, so that the baseline compares like with like; from the source, so that no target motion counts.
+    rounds = math.ceil(args.prompts_per_iteration / len(prompts))
+    chosen = torch.randperm(len(prompts), generator=g).repeat(rounds)[: args.prompts_per_iteration].tolist()
+    # One length per group: the baseline compares like with like. From the source: no target motion counts.
     lengths = length_pool[torch.randint(len(length_pool), (len(chosen),), generator=g)]
-    index = [p * args.samples_per_prompt + s for p in range(len(chosen)) if p * processes // len(chosen) == rank
-             for s in range(args.samples_per_prompt)]
+    own = [p for p in range(len(chosen)) if p * processes // len(chosen) == rank]
+    index = [p * args.samples_per_prompt + s for p in own for s in range(args.samples_per_prompt)]
     group = [k // args.samples_per_prompt for k in index]
     captions, lengths = [prompts[chosen[p]] for p in group], lengths[group]
     states, mask = sample(args, setup, captions, lengths, iteration, "rollout", index)
-    return {"states": states, "mask": mask, "captions": captions, "lengths": lengths, "index": index}
+    asked = [prompts[k] for k in chosen for _ in range(args.samples_per_prompt)]  # of all processes
+    return {"states": states, "mask": mask, "captions": captions, "lengths": lengths, "index": index,
+            "asked": asked}
 
 
 def score(args, setup, batch, wrong, iteration):
@@ -632,12 +551,12 @@ def score(args, setup, batch, wrong, iteration):
         rewards = retrieval_reward(setup.reward_model, motion, batch["lengths"].to(setup.device), asked).cpu()
     for reward, caption in zip(rewards.tolist(), captions):
         if not math.isfinite(reward):
-            raise NonFiniteError(f"iteration {iteration}: the {args.reward} reward is {reward} for the prompt {caption!r}")
+            raise NonFiniteError(f"iteration {iteration}: {args.reward} reward {reward} for {caption!r}")
     return rewards
 
 
 def plan_minibatches(args, index, iteration):
-    """[(samples in the minibatch over all processes, its rows here in chunks of --micro-batch)], in a fixed random order."""
+    """[(size of the minibatch over all processes, its rows here in chunks of --micro-batch)], shuffled."""
     row, plan = {k: n for n, k in enumerate(index)}, []
     for epoch in range(args.inner_epochs):
         order = torch.randperm(args.prompts_per_iteration * args.samples_per_prompt,
@@ -650,19 +569,21 @@ def plan_minibatches(args, index, iteration):
 
 
 def update(args, setup, batch, advantages, optimizer, iteration, stop):
-    """Stage 3, update: re-score the stored steps, clipped loss, one optimiser step per minibatch -> values to log."""
+    """Stage 3, update: re-score the stored steps, clipped loss, a step per minibatch -> values to log."""
     trained = args.steps - args.skip_last
     entries = batch["mask"].sum().item() * setup.model.dims / len(batch["captions"])
-    clip_range = args.clip_range or 1e-4 * math.sqrt(16384 / entries)  # the DDPO code's 1e-4, scaled to our size
-    weights = (snr_step_weights(setup.grid, trained) if args.snr_weights else torch.ones(trained)).to(setup.device)
+    clip_range = args.clip_range or 1e-4 * math.sqrt(16384 / entries)  # the DDPO code's 1e-4, at our size
+    weights = snr_step_weights(setup.grid, trained) if args.snr_weights else torch.ones(trained)
+    weights = weights.to(setup.device)
     parameters = list(lora.lora_parameters(setup.model))
     plan = plan_minibatches(args, batch["index"], iteration)
 
     def rescore(rows):
-        return step_logps(setup.model, setup.grid, setup.transition, batch["states"][rows],
-                          [batch["captions"][r] for r in rows], batch["mask"][rows], trained, args.guidance_scale)
+        captions = [batch["captions"][r] for r in rows]
+        return step_logps(setup.model, setup.grid, setup.transition, batch["states"][rows], captions,
+                          batch["mask"][rows], trained, args.guidance_scale)
 
-    with torch.no_grad():  # recomputed in the very same chunks, not stored at rollout: the first ratio is 1 to the last bit
+    with torch.no_grad():  # recomputed in the very same chunks: the first ratio is 1 to the last bit
         old = [[rescore(rows)[0] for rows in chunks] for _, chunks in plan]
         with lora.disabled(setup.model):
             base = [[rescore(rows)[1] for rows in chunks] for _, chunks in plan] if args.kl_coef else None
@@ -674,14 +595,16 @@ def update(args, setup, batch, advantages, optimizer, iteration, stop):
             logp, means, std = rescore(rows)
             logratio = logp - old[n][c]
             ratio = logratio.exp()  # b s
-            loss = (weights * clipped_loss(ratio, advantages[rows][:, None], clip_range)).sum() / (count * trained)
+            loss = weights * clipped_loss(ratio, advantages[rows][:, None], clip_range)
+            loss = loss.sum() / (count * trained)
             if args.kl_coef:
-                kl = masked_mean_kl(means, base[n][c], std, batch["mask"][rows][:, None]).sum() / (count * trained)
+                kl = masked_mean_kl(means, base[n][c], std, batch["mask"][rows][:, None])
+                kl = kl.sum() / (count * trained)
                 loss, log["kl_base"] = loss + args.kl_coef * kl, log["kl_base"] + kl.item() / len(plan)
             ratios.append(ratio.detach())
             if not torch.isfinite(loss):
-                raise NonFiniteError(f"iteration {iteration}: loss {loss.item()}, ratio {ratio.min():.3g} to {ratio.max():.3g}; "
-                                     "lower --lr")
+                raise NonFiniteError(f"iteration {iteration}: loss {loss.item()}, ratio {ratio.min():.3g} to "
+                                     f"{ratio.max():.3g}; lower --lr")
             loss.backward()
             share = 1 / (count * trained * len(plan))
             log["loss"] += loss.item() / len(plan)
@@ -698,33 +621,35 @@ def update(args, setup, batch, advantages, optimizer, iteration, stop):
                   "ratio_max": max(r.max().item() for r in ratios)}
 
 
-LOG_FIELDS = ("iteration", "reward", "group_std", "frac_zero_std", "loss", "approx_kl", "clipfrac", "kl_base", "grad_norm",
-              "first_ratio_error", "ratio_min", "ratio_max", "val_reward", "val_judge", "val_oracle", "val_foot_skate", "val_jerk")
+LOG_FIELDS = ("iteration", "reward", "group_std", "frac_zero_std", "loss", "approx_kl", "clipfrac", "kl_base",
+              "grad_norm", "first_ratio_error", "ratio_min", "ratio_max",
+              "val_reward", "val_judge", "val_oracle", "val_foot_skate", "val_jerk")
 
 
-def train(args, setup, folder, watch):
+def train(args, setup, scorers, folder, watch):
     """The loop. Only the adapters change; checkpoint.pt after every iteration makes it resumable."""
     rank, processes = runs.world(setup.device)
-    prompts = sorted({c for clip in setup.target.splits["train"] for c in clip.captions})  # text: no motion of the target
+    prompts = sorted({c for clip in setup.target.splits["train"] for c in clip.captions})  # text, no motion
     length_pool = torch.tensor([len(clip.features) for clip in setup.source.splits["train"]])
     wrong = wrong_prompts(prompts, args.seed)
     parameters = list(lora.lora_parameters(setup.model))
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     start, path, shaping = 0, folder / "checkpoint.pt", shaping_args(args)
+    tracker = PromptTracker(buffer_size=32, min_count=16)  # DDPO code
     if args.resume and path.exists():
         state = runs.load_checkpoint(path, kind="ddpo-run")
         runs.require_same(path, state["args"], shaping)
         lora.load_lora(setup.model, state["lora"])
         optimizer.load_state_dict(state["optimizer"])
-        start = state["iteration"] + 1
+        start, tracker.rewards = state["iteration"] + 1, state["tracker"]
     if rank == 0:
         log = runs.CsvLog(folder / "logs.csv", LOG_FIELDS, runs.fingerprint(shaping)[:16])
         log.truncate_after(start - 1)
-    total = args.prompts_per_iteration * args.samples_per_prompt
-    print(f"  {len(prompts)} prompts; {args.prompts_per_iteration} prompts x {args.samples_per_prompt} samples = {total} motions an "
-          f"iteration, {args.minibatches * args.inner_epochs} updates each, {args.steps - args.skip_last} of {args.steps} steps "
-          f"trained, {lora.count(parameters)} of {lora.count(setup.model.parameters())} weights")
-    bar = tqdm(range(start, args.iterations), initial=start, total=args.iterations, desc="ddpo", disable=rank > 0)
+    p, g = args.prompts_per_iteration, args.samples_per_prompt
+    print(f"  {len(prompts)} prompts; {p} prompts x {g} samples = {p * g} motions an iteration, "
+          f"{args.minibatches * args.inner_epochs} updates each, on {args.steps - args.skip_last} of "
+          f"{args.steps} steps, {lora.count(parameters)} of {lora.count(setup.model.parameters())} weights")
+    bar = tqdm(range(start, args.iterations), "ddpo", args.iterations, initial=start, disable=rank > 0)
     shown = {}
     with runs.StopSignal() as stop:
         for iteration in bar:
@@ -734,132 +659,75 @@ def train(args, setup, folder, watch):
             with watch.stage("reward"):
                 rewards = runs.all_gather_rows(score(args, setup, batch, wrong, iteration))
                 groups = rearrange(rewards, "(p g) -> p g", g=args.samples_per_prompt)
-                advantages = rearrange(group_advantages(groups, args.adv_clip), "p g -> (p g)")[batch["index"]]
+                if args.advantage == "group":
+                    advantages = group_advantages(groups, args.adv_clip).flatten()[batch["index"]]
+                else:
+                    advantages = torch.from_numpy(tracker.update(batch["asked"], rewards.numpy())).float()
+                    advantages = advantages.clamp(-args.adv_clip, args.adv_clip)[batch["index"]]
             with watch.stage("update"):
                 values = update(args, setup, batch, advantages.to(setup.device), optimizer, iteration, stop)
-            row = {"iteration": iteration, "reward": rewards.mean().item(), "group_std": groups.std(1).mean().item(),
-                   "frac_zero_std": (groups.std(1) < 1e-8).float().mean().item(), **values}
+            row = dict.fromkeys(LOG_FIELDS) | values | {
+                "iteration": iteration, "reward": rewards.mean().item(),
+                "group_std": groups.std(1).mean().item(),
+                "frac_zero_std": (groups.std(1) < 1e-8).float().mean().item()}
             if (iteration + 1) % args.eval_every == 0:
                 with watch.stage("validation"):
-                    val = evaluate(args, setup, "target", "val", "model", 1, benchmark=False)
+                    val = reports.evaluate(setup.target.splits["val"], scorers, policy_sampler(args, setup),
+                                           purpose="validation", benchmark=False)
                 row |= {name: val[name[4:]][0] for name in LOG_FIELDS if name.startswith("val_")}
-            shown |= {name: f"{row[name]:.3f}" for name in ("reward", "val_judge", "val_oracle") if name in row}
+            known = [name for name in ("reward", "val_judge", "val_oracle") if row[name] is not None]
+            shown |= {name: f"{row[name]:.3f}" for name in known}
             bar.set_postfix(shown, refresh=False)
             if rank == 0:
                 log.write(row)
-                runs.save_checkpoint(path, kind="ddpo-run", data={"args": shaping, "iteration": iteration,
-                                     "lora": lora.lora_state(setup.model), "optimizer": optimizer.state_dict()})
+                runs.save_checkpoint(path, kind="ddpo-run", data={
+                    "args": shaping, "iteration": iteration, "lora": lora.lora_state(setup.model),
+                    "optimizer": optimizer.state_dict(), "tracker": tracker.rewards})
             stop.check()
     runs.barrier()
 
 
-# ---- 8. Evaluation and pictures -----------------------------------------------------------------------------------------
+# ---- 8. Evaluation and pictures ----------------------------------------------------------------------------
 
 
-def motions(args, setup, captions, lengths, repeat, purpose):
-    """Raw features (b t d) on the CPU. Sample k always starts from the same noise, so base and tuned compare in pairs."""
-    parts = []
-    for a in range(0, len(captions), 128):
-        rows = range(a, min(a + 128, len(captions)))
-        states, _ = sample(args, setup, captions[a : rows.stop], lengths[a : rows.stop], repeat, purpose, rows)
-        parts.append(setup.model.codec.decode(states[:, -1]).cpu())
-    return torch.cat(parts)
+def policy_sampler(args, setup, adapted=True):
+    """The denoiser as a sampler for common/reports.py, with or without its adapters. Sample k of a call
+    always starts from the same noise: base and tuned are compared in pairs."""
+    def sampler(captions, lengths, purpose, repeat):
+        parts = []
+        with contextlib.nullcontext() if adapted else lora.disabled(setup.model):
+            for a in range(0, len(captions), 128):
+                rows = range(a, min(a + 128, len(captions)))
+                b = rows.stop
+                states, _ = sample(args, setup, captions[a:b], lengths[a:b], repeat, purpose, rows)
+                parts.append(setup.model.codec.decode(states[:, -1]).cpu())
+        return torch.cat(parts)
+    return sampler
 
 
-def evaluate(args, setup, domain, split, row, repeats, benchmark=True):
-    """One row of the table. row: "gt" the real clips, "model" the denoiser as it stands, "best_of" the best of --best-of
-    samples by reward."""
-    clips, results = getattr(setup, domain).splits[split], []
-    for r in range(repeats):
-        captions, attributes, lengths = reports.questions(clips, r)
-        if row == "gt":
-            motion = reports.real_motion(clips)
-        elif row == "model":
-            motion = motions(args, setup, captions, lengths, r, f"{domain} {split}")
-        else:
-            tries = torch.stack([motions(args, setup, captions, lengths, r, f"{domain} {split} try {n}")
-                                 for n in range(args.best_of)])
-            fit = torch.stack([setup.reward_model.similarity(m.to(setup.device), lengths.to(setup.device), captions)
-                               for m in tries])
-            motion = tries[fit.argmax(0).cpu(), torch.arange(len(clips))]
-        results.append(reports.measure(motion, lengths, captions, attributes, clips=clips, skeleton=setup.source.skeleton,
-                                       reward_model=setup.reward_model, judge=setup.judge, seed=r if benchmark else None))
-    return reports.row(results)
-
-
-def final_tables(args, setup):
-    """Gain (target test), retention (source test) and the split that choices may look at (target val), before and after."""
+def final_tables(args, setup, scorers):
+    """Gain (target test), retention (source test), and the split that choices may look at (target val)."""
+    base, tuned = policy_sampler(args, setup, adapted=False), policy_sampler(args, setup)
     tables = {}
     for domain, split in (("target", "val"), ("target", "test"), ("source", "test")):
-        rows = {"gt": evaluate(args, setup, domain, split, "gt", args.eval_repeats)}
-        with lora.disabled(setup.model):
-            rows["base"] = evaluate(args, setup, domain, split, "model", args.eval_repeats)
-            if (domain, split) == ("target", "test"):
-                rows[f"best of {args.best_of}"] = evaluate(args, setup, domain, split, "best_of", 1)
-        rows["tuned"] = evaluate(args, setup, domain, split, "model", args.eval_repeats)
-        rows["gain"] = reports.paired_gain(rows["tuned"], rows["base"])
-        for row in rows.values():
-            row.pop("_prompts", None)
-        tables[f"{domain}_{split}"] = rows
-        reports.print_table(f"{domain} {split}: {len(getattr(setup, domain).splits[split])} clips, {args.eval_repeats} repeats "
-                            "(gain: paired, its interval is over prompts)", rows)
+        samplers_of = {"base": base, "tuned": tuned}
+        if (domain, split) == ("target", "test"):
+            samplers_of[f"best of {args.best_of}"] = reports.best_of(base, args.best_of, setup.reward_model)
+        clips = getattr(setup, domain).splits[split]
+        tables[f"{domain}_{split}"] = reports.compare(f"{domain} {split}", clips, scorers, samplers_of,
+                                                      purpose=f"{domain} {split}", repeats=args.eval_repeats)
     return tables
 
 
-def panels(args, setup, captions, lengths, purpose, before=True):
-    """[{title: joints (t j 3)}] for each caption: base and tuned from the same noise."""
-    skeleton, made = setup.source.skeleton, {}
-    if before:
-        with lora.disabled(setup.model):
-            made["before"] = motions(args, setup, captions, lengths, 0, purpose)
-    made["after"] = motions(args, setup, captions, lengths, 0, purpose)
-    return [{title: features.features_to_joints(motion[k, :n], skeleton).numpy() for title, motion in made.items()}
-            for k, n in enumerate(lengths.tolist())]
-
-
-def draw(args, setup, folder):
-    """Curves, storyboard and GIF of before | after | data for test prompts chosen by position, never by score."""
-    clips = setup.target.splits["test"]
-    clips = [clips[k * len(clips) // 4] for k in range(4)]
-    captions, attributes, lengths = reports.questions(clips, 0)
-    skeleton, rows = setup.source.skeleton, []
-    for clip, caption, asked, pictures in zip(clips, captions, attributes, panels(args, setup, captions, lengths, "pictures")):
-        pictures["data"] = features.features_to_joints(torch.from_numpy(clip.features), skeleton).numpy()
-        rows.append((caption, [{"joints": joints, "title": title, "note": "  ".join(
-            f"{name} {'ok' if holds else 'NO'}" for name, holds in synthetic.oracle(joints, skeleton, asked).items())}
-            for title, joints in pictures.items()]))
-    for k, (caption, parts) in enumerate(rows):
-        render.safely(render.render_gif, folder / ("before_after.gif" if k == 0 else f"before_after_{k}.gif"), parts, skeleton,
-                      caption)
-    render.safely(render.storyboard, folder / "storyboard.png", rows, skeleton)
-    render.safely(render.curves, folder / "curves.png", folder / "logs.csv", CURVES)
-
-
-CURVES = (("reward", "val_reward"), ("val_judge",), ("val_oracle",), ("approx_kl", "kl_base"), ("clipfrac",), ("val_jerk",))
-
-
-def write_prompts(args, setup, folder):
-    """--prompt: a GIF, and joints (.npy) and BVH of every motion in it."""
-    lengths = [len(clip.features) for clip in setup.source.splits["train"]]
-    frames, limit = args.length or int(np.median(lengths)) // 4 * 4, setup.tokens * args.patch
-    if frames % 4 or not 8 <= frames <= limit:
-        raise InputError(f"--length {frames}: give a multiple of 4 between 8 and {limit} frames (20 a second)")
-    skeleton = setup.source.skeleton
-    pictures = panels(args, setup, args.prompt, torch.full((len(args.prompt),), frames), "prompt", args.compare)
-    for k, (caption, parts) in enumerate(zip(args.prompt, pictures)):
-        for title, joints in parts.items():
-            render.write_npy(folder / f"prompt{k:02d}_{title}.npy", joints)
-            render.write_bvh(folder / f"prompt{k:02d}_{title}.bvh", joints, skeleton)
-        path = folder / f"prompt{k:02d}.gif"
-        render.render_gif(path, [{"joints": j, "title": t, "note": ""} for t, j in parts.items()], skeleton, caption)
-        print(f"  {path}: {caption}")
+CURVES = (("reward", "val_reward"), ("val_judge",), ("val_oracle",), ("approx_kl", "kl_base"), ("clipfrac",),
+          ("val_jerk",))
 
 
 # Arguments a checkpoint must agree on are all but those that say where things are and how the run is started.
-NEUTRAL_ARGS = ("out_dir", "cache_dir", "cache", "data_root", "device", "threads", "resume", "overwrite", "eval_only", "load",
-                "prompt", "compare", "length", "tiny", "eval_repeats", "best_of")
-BASE_ARGS = ("base_seed", "width", "layers", "heads", "text_layers", "patch", "patch_dims", "base_iterations", "base_batch",
-             "base_lr", "text_drop", "schedule")
+NEUTRAL_ARGS = ("out_dir", "cache_dir", "cache", "data_root", "device", "threads", "resume", "overwrite",
+                "eval_only", "load", "prompt", "compare", "length", "tiny", "eval_repeats", "best_of")
+BASE_ARGS = ("base_seed", "width", "layers", "heads", "text_layers", "patch", "patch_dims", "base_iterations",
+             "base_batch", "base_lr", "text_drop", "schedule")
 
 
 def shaping_args(args):
@@ -870,47 +738,57 @@ def shaping_args(args):
 def main(argv=None):
     """Prepare; then train, evaluate and draw, or do one of the two things a finished adapter is for."""
     argv = sys.argv[1:] if argv is None else argv
-    args, watch = parse_args(argv), runs.Stopwatch()
+    args, watch = runs.parse_args(Args, TINY, argv, __doc__), runs.Stopwatch()
     check_args(args)
     adapter = runs.load_checkpoint(args.load, kind="ddpo-adapter") if args.load else None
     if adapter:  # base, scorers and data are those of the run that made it
         args = dataclasses.replace(args, **adapter["args"])
-    device, mode = runs.pick_device(args.device), "_prompt" if args.prompt else "_eval" if args.eval_only else ""
+    device = runs.pick_device(args.device)
+    mode = "_prompt" if args.prompt else "_eval" if args.eval_only else ""
     threads, (rank, _) = runs.pick_threads(args.threads or None), runs.world(device)
     name = re.sub(r"[^A-Za-z0-9_-]", "_", Path(args.dataset).name)
     with watch.stage("data"):
         source, target = load_data(args)
     folder = args.out_dir or f"runs/ddpo_{name}_seed{args.seed}{mode}"
-    folder = runs.RunFolder(folder, resume=args.resume, overwrite=args.overwrite or bool(mode)) if rank == 0 else Path(folder)
+    folder = Path(folder) if rank else runs.RunFolder(folder, args.resume, args.overwrite or bool(mode))
     print(f"{device}, {threads} CPU thread(s)\n  source: {source.label}\n  target: {target.label}")
     with watch.stage("reward model and judge"):
-        reward_model, judge, notes = train_scorers(args, source, target, device)
+        reward_model, judge, notes = evaluators.reward_and_judge(
+            source, target, reward_data=args.reward_data, iterations=args.reward_iterations,
+            seed=args.base_seed, cache_dir=args.cache_dir, use_cache=args.cache, device=device)
     with watch.stage("base"):
         model, notes["base"] = build_base(args, source, device)
     lora.inject(model, args.lora_targets, args.lora_rank, args.lora_alpha, generator(args.seed, 0, "lora"))
     if adapter:
         lora.load_lora(model, adapter["lora"])
     grid = samplers.make_grid(args.schedule, args.steps, args.spacing)
-    frames = max(len(clip.features) for part in (source, target) for split in part.splits.values() for clip in split)
+    frames = max(len(c.features) for d in (source, target) for split in d.splits.values() for c in split)
     setup = Setup(source, target, reward_model, judge, model, grid, transitions(grid, args.order),
                   math.ceil(frames / args.patch), device)
+    scorers = reports.Scorers(reward_model, judge, source.skeleton)
+    before_after = {"before": policy_sampler(args, setup, False), "after": policy_sampler(args, setup)}
     if args.prompt:
-        return write_prompts(args, setup, folder)
-    about = {"command": "python ddpo_motion.py " + " ".join(argv), "seed": args.seed, "versions": runs.versions(),
-             "data": {"source": source.label, "target": target.label}, "threads": threads, "parts": notes}
+        usual = int(np.median([len(clip.features) for clip in source.splits["train"]])) // 4 * 4
+        if args.length % 4 or not 0 <= args.length <= setup.tokens * args.patch:
+            raise InputError(f"--length {args.length}: a multiple of 4, at most {setup.tokens * args.patch}")
+        chosen = before_after if args.compare else {"after": before_after["after"]}
+        return reports.export(folder, args.prompt, args.length or usual, source.skeleton, chosen)
+    about = {"command": "python ddpo_motion.py " + " ".join(argv), "seed": args.seed,
+             "versions": runs.versions(), "data": {"source": source.label, "target": target.label},
+             "threads": threads, "parts": notes}
     if not adapter:
         if rank == 0:
-            runs.save_json(folder / "args.json", {**about, "args": dataclasses.asdict(args),
-                                                  "fingerprints": {"source": source.fingerprint, "target": target.fingerprint}})
-        train(args, setup, folder, watch)
+            runs.save_json(folder / "args.json", {**about, "args": dataclasses.asdict(args), "fingerprints": {
+                "source": source.fingerprint, "target": target.fingerprint}})
+        train(args, setup, scorers, folder, watch)
         if rank:
             return None
         runs.save_checkpoint(folder / "adapter.pt", kind="ddpo-adapter", keep_previous=False,
                              data={"args": shaping_args(args), "lora": lora.lora_state(model)})
     with watch.stage("evaluation"):
-        tables = final_tables(args, setup)
+        tables = final_tables(args, setup, scorers)
     with watch.stage("pictures"):
-        draw(args, setup, folder)
+        reports.draw(folder, target.splits["test"], scorers, before_after, CURVES)
     motions_seen = args.iterations * args.prompts_per_iteration * args.samples_per_prompt
     runs.save_json(folder / "results.json", {
         **about, **tables, "seconds": watch.seconds, "peak_memory_mb": runs.peak_memory_mb(),

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from common import features as motion_features
-from common import synthetic
+from common import synthetic, wording
 from common.features import KIT, SKELETONS, T2M, features_to_joints, joints_to_features
 from common.runs import InputError, atomic_write, fingerprint, make_folder, run_main
 
@@ -299,7 +299,7 @@ def load_dataset(name_or_path, *, data_root=DEFAULT_ROOT, cache_dir=".cache", sp
 
 def _embedded(domain, skeleton, flags, cache_dir, use_cache):
     """Build the embedded data, or read its cache file: one .npz, features end to end and the rest as JSON."""
-    sources = [Path(module.__file__).read_bytes() for module in (synthetic, motion_features)]
+    sources = [Path(module.__file__).read_bytes() for module in (synthetic, wording, motion_features)]
     key = fingerprint(*sources, [VERSION, domain, skeleton.name, flags])[:16]
     make_folder(cache_dir, "--cache-dir")
     path = Path(cache_dir) / f"embedded-{domain}-{skeleton.name}-{key}.npz"
@@ -333,6 +333,9 @@ def _embedded(domain, skeleton, flags, cache_dir, use_cache):
         entry["tags"] = tuple(entry["tags"])
         splits[split].append(Clip(features=values[start:start + frames], **entry))
         start += frames
+    empty = [split for split, clips in splits.items() if not clips]
+    if empty:
+        raise InputError(f"embedded {domain} data: {flags['clips']} clips leave no {empty[0]} clip; use more")
     return _dataset(f"embedded {domain}", skeleton, splits, {}, embedded=True)
 
 

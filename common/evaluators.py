@@ -13,8 +13,10 @@ Letters: b batch, t frames, n tokens, d features, c embedding, h heads, p prompt
 A motion enters a model RAW (metres or KIT units). Each model owns the statistics it normalises with, so the
 generator's mean and std cannot be mixed up with the scorer's.
 """
+import inspect
 import json
 import math
+import sys
 import warnings
 from collections import Counter
 
@@ -25,8 +27,10 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 from tqdm import tqdm
 
-from common.datasets import Statistics, Vocabulary, collate
-from common.runs import InputError, NonFiniteError
+from common import patches
+from common.datasets import Statistics, Vocabulary, collate, half
+from common.patches import PatchCodec
+from common.runs import InputError, NonFiniteError, cached
 
 # ---- 1. Metrics --------------------------------------------------------------------------------------------
 
@@ -436,9 +440,9 @@ class RetrievalModel(nn.Module):
     """Text and motion in one space; the cosine of the two mean latents is the score.
 
     family "transformer": a small TMR (encoders of section 3) and the reward; "bigru": conv + BiGRU, the
-    judge. Both read patches of `patch` frames through a fixed orthonormal basis (fitted by train_retrieval:
-    the principal components of the training patches; random before), because 4 x 263 numbers a token would
-    cost most of the time. Not in the papers: the basis, and a learned word table in place of DistilBERT.
+    judge. Both read patches of `patch` frames in whitened principal components (PatchCodec, fitted by
+    train_retrieval; a random basis before), because 4 x 263 numbers a token would cost most of the time. Not in
+    the papers: the components, and a learned word table in place of DistilBERT.
     """
 
     def __init__(self, family, vocabulary, statistics, *, width=64, layers=2, heads=4, patch=4, components=64,
@@ -451,10 +455,9 @@ class RetrievalModel(nn.Module):
                            components=components, max_words=max_words)
         self.vocabulary, self.patch, self.max_words = vocabulary, patch, max_words
         self.transformer = family == "transformer"
-        for name, value in (("mean", statistics.mean.clone()), ("std", statistics.std.clone()),
-                            ("centre", torch.zeros(patch * len(statistics.mean))), ("scale", torch.ones(())),
-                            ("basis", torch.zeros(patch * len(statistics.mean), components))):
-            self.register_buffer(name, value)
+        self.codec = PatchCodec(patch, len(statistics.mean), components)
+        self.codec.mean.copy_(statistics.mean)
+        self.codec.std.copy_(statistics.std)
         self.words = nn.Parameter(torch.zeros(len(vocabulary), width))
         if self.transformer:
             self.motion_encoder = TMREncoder(components, width, 2 * width, layers, heads)
@@ -475,22 +478,19 @@ class RetrievalModel(nn.Module):
                 nn.init.xavier_uniform_(weight, generator=generator)
             else:
                 weight.fill_(1.0 if "norm" in name or name.endswith("output_net.1.weight") else 0.0)
-        self.basis.copy_(torch.linalg.qr(torch.randn(self.basis.shape, generator=generator))[0])
-
-    def patches(self, features, lengths):
-        """Raw features (b t d) -> normalised patches (b n patch*d); rows past a clip's length are zero."""
-        if features.shape[-1] != len(self.mean):
-            raise ValueError(f"features of width {features.shape[-1]}, this model reads {len(self.mean)}")
-        if lengths.min() < self.patch or lengths.max() > features.shape[1]:
-            raise ValueError(f"lengths {lengths.tolist()} are not {self.patch} to {features.shape[1]} frames")
-        motion = masked((features - self.mean) / self.std, lengths // self.patch * self.patch)
-        motion = F.pad(motion, (0, 0, 0, -features.shape[1] % self.patch))
-        return rearrange(motion, "b (n s) d -> b n (s d)", s=self.patch)
+        basis = torch.randn(self.codec.basis.shape, generator=generator)
+        self.codec.basis.copy_(torch.linalg.qr(basis)[0])
 
     def tokenise(self, features, lengths):
         """Raw features (b t d), lengths (b) in frames -> tokens (b n k) in the fixed basis, counts (b)."""
-        tokens = (self.patches(features, lengths) - self.centre) @ self.basis / self.scale
-        return tokens, lengths // self.patch
+        if features.shape[-1] != len(self.codec.mean):
+            raise ValueError(f"features of width {features.shape[-1]}, this model reads {len(self.codec.mean)}")
+        if lengths.min() < self.patch or lengths.max() > features.shape[1]:
+            raise ValueError(f"lengths {lengths.tolist()} are not {self.patch} to {features.shape[1]} frames")
+        counts = lengths // self.patch
+        real = length_mask(counts * self.patch, features.shape[1])[..., None]
+        motion = torch.where(real, features, self.codec.mean)       # whatever the padding holds
+        return self.codec.encode(F.pad(motion, (0, 0, 0, -features.shape[1] % self.patch))), counts
 
     def encode_motion(self, tokens, counts):
         """Tokens (b n k), counts (b) -> mean latents (b c)."""
@@ -533,33 +533,13 @@ class RetrievalModel(nn.Module):
     def load(cls, exported):
         """Model from what export() returned; strict."""
         state = exported["state"]
-        statistics = Statistics(state["mean"], state["std"], role="scorer")
+        statistics = Statistics(state["codec.mean"], state["codec.std"], role="scorer")
         model = cls(vocabulary=Vocabulary(exported["words"]), statistics=statistics, **exported["config"])
         model.load_state_dict(state)
         return model
 
 
 # ---- 5. Training and scoring them --------------------------------------------------------------------------
-
-@torch.no_grad()
-def fit_basis(model, clips, seed=0, patches=20000):
-    """Set the model's basis to the leading principal components of (at most `patches`) training patches."""
-    generator = torch.Generator().manual_seed(seed)
-    rows, budget = [], patches
-    for index in torch.randperm(len(clips), generator=generator).tolist():
-        features = torch.from_numpy(clips[index].features)[None].to(model.mean.device)
-        length = torch.tensor([features.shape[1]], device=features.device)
-        rows.append(model.patches(features, length)[0, :features.shape[1] // model.patch])
-        budget -= len(rows[-1])
-        if budget <= 0:
-            break
-    rows = torch.cat(rows)
-    model.centre.copy_(rows.mean(0))
-    values, vectors = torch.linalg.eigh(torch.cov(rows.T.double()))
-    model.basis.copy_(vectors.flip(1)[:, :model.basis.shape[1]])
-    # Tokens get mean square 1, which gives the input noise of training a meaning.
-    model.scale.copy_(values.flip(0)[:model.basis.shape[1]].mean().clamp(min=1e-12).sqrt())
-
 
 def signature(attributes):
     """A caption's attributes as one string, to be compared; None where nothing can be checked."""
@@ -588,7 +568,7 @@ def inverse_document_frequency(ids, size):
     return torch.tensor([math.log((1 + len(ids)) / (1 + counts[word])) + 1 for word in range(size)])
 
 
-def train_retrieval(model, clips, *, iterations=900, batch=96, lr=2e-3, seed=0, noise=0.3, word_drop=0.1,
+def train_retrieval(model, clips, *, whitening=0.5, iterations=900, batch=96, lr=2e-3, seed=0, noise=0.3, word_drop=0.1,
                     temperature=0.1, weight_decay=1e-2, progress=True, label="retrieval model"):
     """Train on (motion, random caption) pairs with InfoNCE; one generator makes every draw: a seed is a run.
 
@@ -599,8 +579,8 @@ def train_retrieval(model, clips, *, iterations=900, batch=96, lr=2e-3, seed=0, 
     """
     if len(clips) < 2:
         raise InputError(f"{label}: needs at least two training clips, got {len(clips)}")
-    generator, device = torch.Generator().manual_seed(seed), model.mean.device
-    fit_basis(model, clips, seed)
+    generator, device = torch.Generator().manual_seed(seed), model.words.device
+    model.codec.fit(clips, Statistics(model.codec.mean, model.codec.std, role="scorer"), whitening=whitening)
     # The basis is fixed, so every clip is tokenised once, not once an iteration.
     tokens = []
     for clip in clips:
@@ -696,6 +676,33 @@ def retrieval_score(model, clips, *, pool=32, seed=0):
     exact, same = torch.cat(exact).mean(0).tolist(), torch.cat(same).mean(0).tolist()
     return ({f"R{k}": value for k, value in enumerate(exact, 1)}
             | {f"R{k}_same": value for k, value in enumerate(same, 1)} | {"pool": pool, "chance": 1 / pool})
+
+
+def reward_and_judge(source, target, *, reward_data, iterations, seed, cache_dir, use_cache, device):
+    """The scorer that is optimised, and the judge that never is: other family, other seed, other half of the clips.
+
+    reward_data: "both" domains or the "source" alone is what the reward model learns from; the judge learns from
+    both. They share no clip. Cached. -> reward model, judge, {"reward" and "judge": what it saw, and how well it
+    finds the motion of a caption among 32 of the target's val split}.
+    """
+    models, notes = [], {}
+    wanted = (("reward", "transformer", reward_data), ("judge", "bigru", "both"))
+    for number, (name, family, saw) in enumerate(wanted):
+        domains = [source] if saw == "source" else [source, target]
+        clips = [clip for domain in domains for clip in half(domain.splits["train"], number)]
+
+        def build():
+            model, _ = fit_retrieval(family, clips, seed=seed + number, iterations=iterations)
+            return {"model": model.export(), "retrieval": retrieval_score(model, target.splits["val"])}
+
+        code = [inspect.getsource(sys.modules[__name__]), inspect.getsource(patches)]
+        key = [source.fingerprint, target.fingerprint, family, saw, seed, iterations, code]
+        stored = cached(cache_dir, key, build, name, use_cache)
+        models.append(freeze(RetrievalModel.load(stored["model"]).to(device)))
+        notes[name] = {"family": family, "saw": f"{len(clips)} train clips of {saw} (half {number})",
+                       "target_val_retrieval": stored["retrieval"]}
+        print(f"  {name}: {family}, saw {notes[name]['saw']}; R@1 on target val {stored['retrieval']['R1']:.2f}")
+    return *models, notes
 
 
 # ---- 6. The benchmark --------------------------------------------------------------------------------------

@@ -82,6 +82,10 @@ def inject(model, pattern, rank, alpha, generator=None):
 
     Works in place, returns the wrapped names. InputError if nothing matches: a typo would train nothing.
     """
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"LoRA pattern {pattern!r} is no regular expression: {error}") from error
     model.requires_grad_(False)
     kinds = {nn.Linear: LoRALinear, nn.Conv1d: LoRAConv1d}
     inside = tuple(f"{name}." for name in adapters(model))

@@ -1,8 +1,8 @@
 """The oracle: which of the attributes that a caption asks for a motion has, judged from joints alone.
 
 It is never a reward and never selects a model. That is its use: a reward that rises while the oracle falls
-is a reward that is being gamed. Attributes are plain values, e.g. {"gait": "walk", "turn": "left", "angle": 90},
-or for a sequence {"first": {"kick": "left", "count": 2}, "then": {"bow": True}}:
+is a reward that is being gamed. Attributes are plain values, e.g. {"gait": "walk", "turn": "left"}, or for a
+sequence {"first": {"kick": "left", "count": 2}, "then": {"bow": True}}:
 
     travel                  forward backward left right none
     gait                    walk run
@@ -140,8 +140,8 @@ class _Seen:
     def punches(self):
         """Frames of the punches of each arm: the hand shoots forward at the height of the chest."""
         reach = _along(self.wrist - self.shoulder, self.ahead) / self.arm
-        level = np.abs(self.wrist[..., 1] - self.shoulder[..., 1]) < .35
-        return [[i for i in _maxima(reach[arm], .35) if reach[arm, i] > .75 and level[arm, i]]
+        level = np.abs(self.wrist[..., 1] - self.shoulder[..., 1]) < .25
+        return [[i for i in _maxima(reach[arm], .35) if reach[arm, i] > .80 and level[arm, i]]
                 for arm in (0, 1)]
 
     def claps(self):
@@ -161,10 +161,12 @@ class _Seen:
                 for up, other in (self.lift, self.lift[::-1])]
 
     def kicks(self):
-        return [[i for i in found if self.forward[f, i] > .28] for f, found in enumerate(self.lifts(.25, .20))]
+        high = self.lifts(.25, .20)
+        return [[i for i in found if self.forward[f, i] > .28] for f, found in enumerate(high)]
 
     def stomps(self):
-        return [[i for i in found if self.forward[f, i] < .30] for f, found in enumerate(self.lifts(.18, .15))]
+        high = self.lifts(.18, .15)
+        return [[i for i in found if self.forward[f, i] < .30] for f, found in enumerate(high)]
 
     def flights(self, feet, height, clear):
         """Frames in which `feet` leave the ground and the root falls freely: a parabola that bends down."""
@@ -217,7 +219,8 @@ class _Seen:
     def check(self, key, value, asked):
         """Whether attribute key = value holds; `asked` are the attributes beside it."""
         def limbs(active):
-            return active == {"left": [0], "right": [1], "both": [0, 1]}[value] if value != "any" else bool(active)
+            exactly = {"left": [0], "right": [1], "both": [0, 1]}
+            return bool(active) if value == "any" else active == exactly[value]
 
         if key == "travel":
             return self.travel() == value and (value == "none" or self.steps() >= 2)
@@ -226,7 +229,7 @@ class _Seen:
             return self.runs() if value == "run" else walks and not self.runs()
         if key == "speed":
             pace = np.quantile(self.speed, .8)
-            return pace < 1.02 if value == "slow" else pace > 1.5
+            return .3 < pace < 1.02 if value == "slow" else pace > 1.5
         if key == "drift":
             return self.drift() == value
         if key == "turn":
@@ -256,10 +259,10 @@ class _Seen:
 def oracle(joints, skeleton, attributes, fps=None):
     """Which of the asked-for attributes a motion has, from joints alone: dict attribute -> bool.
 
-    joints (t j 3), generated or captured, in the skeleton's units at fps (default: the skeleton's). A sequence
-    {"first": {...}, "then": {...}} answers with keys "first.turn", ...; the cut between the parts that satisfies
-    most is taken. A motion that is not finite or shorter than .8 s has nothing. Raises ValueError for an
-    attribute it does not know.
+    joints (t j 3), generated or captured, in the skeleton's units at fps (default: the skeleton's). A
+    sequence {"first": {...}, "then": {...}} answers with keys "first.turn", ...; the cut between its parts
+    that satisfies most is taken. A motion that is not finite or shorter than .8 s has nothing. Raises
+    ValueError for an attribute it does not know.
     """
     fps = fps or skeleton.fps
     sequence = "first" in attributes
@@ -294,7 +297,8 @@ _TURN = r"\b(?:turn|rotat|spin|curve)\w*(?: (?!and\b|with\b|while\b)\w+){0,4}? "
 # (attribute, value, pattern); a value of None is read from the groups. The first match of an attribute wins.
 _PATTERNS = (
     ("travel", "backward", rf"{_GO}(?: \w+)? (?:backwards?|in reverse)\b"),
-    ("travel", "forward", rf"{_GO}(?: straight)?(?: \w+ly)? (?:forwards?|straight ahead|in a straight line)\b"),
+    ("travel", "forward", rf"{_GO}(?: straight)?(?: \w+ly)? (?:forwards?|straight ahead)\b"),
+    ("travel", "forward", rf"{_GO} in a straight line\b"),
     ("travel", None, r"\bsideways to the (left|right)\b|\bto the (left|right) side sideways\b"),
     ("travel", "none", r"\b(?:in place|on the spot)\b"),
     ("gait", "run", r"\b(?:runs?|running|jogs?|jogging|sprint(?:s|ing)?|dash(?:es|ing)?)\b"),
@@ -320,8 +324,8 @@ _PATTERNS = (
     ("march", True, r"\bmarch(?:es|ing)?\b.*\b(?:in place|on the spot)\b|\bhigh knees\b"))
 _COUNTS = {"once": 1, "one time": 1, "twice": 2, "two times": 2, "three times": 3}
 # after these words the patterns would promise too much: other actors, objects, ground that is not flat
-_DOUBT = re.compile(r"\b(arrow|ladder|stairs?|terrain|ground|hill|obstacle|climb\w*|circles?|zig-?zag|not|without|"
-                    r"head|back and forth|sitting|lying|pushed|sword)\b")
+_DOUBT = re.compile(r"\b(arrow|ladder|stairs?|terrain|ground|hill|obstacle|climb\w*|circles?|zig-?zag|not|"
+                    r"without|head|back and forth|sitting|lying|pushed|sword)\b")
 
 
 def _clause(text):
@@ -349,9 +353,9 @@ def caption_attributes(caption, flat_floor=False):
     """What the oracle can check in a free caption or prompt: dict of attributes, {} if nothing.
 
     flat_floor: also read jumps and hops; their checks mean nothing on ladders and uneven ground (.39 right on
-    captured clips). Conservative English keyword rules that keep silent where they are not sure. Clauses joined by
-    "then" or "before" make one dict where they do not conflict (each then holds anywhere in the clip), else
-    {"first": ..., "then": ...}.
+    captured clips). Conservative English keyword rules that keep silent where they are not sure. Clauses
+    joined by "then" or "before" make one dict where they do not conflict (each may then hold anywhere in the
+    clip), else {"first": ..., "then": ...}.
     """
     text = " ".join(caption.lower().replace(",", " ").replace(".", " ").split())
     if _DOUBT.search(text):

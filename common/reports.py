@@ -1,87 +1,127 @@
-"""The tables of a run: every metric of a set of motions, rows with intervals, paired gains.
+"""What a finished run shows: tables with intervals and paired gains, curves, storyboards, GIFs, exports.
 
-`oracle` is the share of the asked-for attributes that hold in a motion, `oracle_all` the share of motions in which all of
-them hold; both come from joints alone (common/synthetic.py) and no model has ever been trained on them.
+A policy is known here only as a sampler: `sampler(captions, lengths, purpose, repeat) -> raw features (b t d)` on
+the CPU, the same motions for the same arguments. So diffusion and token models share this file.
+
+`reward` is what was optimised, `judge` the mean cosine of the scorer that never was. `oracle` is the share of the
+asked-for attributes that hold in a motion, `oracle_all` the share of motions in which all of them hold; both are
+read off the joints (common/oracle.py), and no model has learnt from them.
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from common import datasets, evaluators, features, runs, synthetic
+from common import datasets, evaluators, features, oracle, render, runs
 
-COLUMNS = ("reward", "judge", "oracle", "oracle_all", "r_precision_top1", "r_precision_top3", "fid", "mm_dist", "diversity",
-           "multimodality", "foot_skate", "jerk")
+COLUMNS = ("reward", "judge", "oracle", "oracle_all", "r_precision_top1", "r_precision_top3", "fid", "mm_dist",
+           "diversity", "multimodality", "foot_skate", "jerk")
 PAIRED = ("reward", "judge", "oracle", "oracle_all", "foot_skate", "jerk")
 
 
+class Scorers(NamedTuple):
+    """Who measures: the optimised model, the independent one, and the skeleton of the features."""
+    reward_model: evaluators.RetrievalModel
+    judge: evaluators.RetrievalModel
+    skeleton: features.Skeleton
+
+
+# ---- 1. Measuring ----------------------------------------------------------------------------------------------
+
+
 def questions(clips, repeat):
-    """What repeat number `repeat` asks for: captions, attributes (both b) and lengths (b) in frames. Caption r of a clip
-    with n captions is number r mod n; lengths are those of the clips, as in the published benchmarks."""
+    """What repeat number `repeat` asks for: captions, attributes (both b) and lengths (b) in frames.
+
+    Caption r of a clip with n captions is number r mod n; lengths are those of the clips, as in the benchmarks.
+    """
     captions = [clip.captions[repeat % len(clip.captions)] for clip in clips]
     attributes = [clip.attributes[repeat % len(clip.captions)] for clip in clips]
     return captions, attributes, torch.tensor([len(clip.features) for clip in clips])
 
 
-def real_motion(clips):
-    """Raw features of the clips themselves (b t d), padded with zeros: the ground-truth row."""
-    return datasets.collate(clips).motion
-
-
-def oracle_verdicts(motion, lengths, attributes, skeleton):
-    """Raw features (b t d) -> for each motion a dict attribute -> bool, empty where nothing can be checked."""
-    joints = features.features_to_joints(motion, skeleton)
-    return [synthetic.oracle(j[:n].numpy(), skeleton, asked) if asked else {}
-            for j, n, asked in zip(joints, lengths.tolist(), attributes)]
+def to_joints(motion, lengths, skeleton):
+    """Raw features (b t d), lengths (b) -> list of joints (t j 3) in metres, without padding."""
+    return [j[:n].numpy() for j, n in zip(features.features_to_joints(motion, skeleton), lengths.tolist())]
 
 
 @torch.no_grad()
-def measure(motion, lengths, captions, attributes, *, clips, skeleton, reward_model, judge, seed=None):
-    """All metrics of motions (b t d), raw, on the CPU -> (per motion {name: (b)}, of the set {name: float}).
+def measure(motion, lengths, captions, attributes, scorers, clips=None, seed=0):
+    """All metrics of motions (b t d), raw -> (per motion {name: (b)}, of the whole set {name: float}).
 
-    clips: the real motions that FID compares with. seed: of the pools of R-precision and the pairs of diversity; None
-    leaves the benchmark metrics out.
+    clips: the real clips that FID compares with; without them the benchmark metrics are left out. seed: of the
+    pools of R-precision and the pairs of diversity.
     """
-    device = next(judge.parameters()).device
-    moved = motion.to(device), lengths.to(device)
-    each = {}
-    for name, scorer in (("reward", reward_model), ("judge", judge)):
+    device = next(scorers.judge.parameters()).device
+    moved, each = (motion.to(device), lengths.to(device)), {}
+    for name, scorer in (("reward", scorers.reward_model), ("judge", scorers.judge)):
         seen, asked = evaluators.embed(scorer, *moved, captions)
         each[name] = (seen * asked).sum(-1).double().cpu().numpy()
-    verdicts = [list(v.values()) for v in oracle_verdicts(motion, lengths, attributes, skeleton)]
-    each["oracle"] = np.array([np.mean(v) if v else np.nan for v in verdicts])
-    each["oracle_all"] = np.array([float(all(v)) if v else np.nan for v in verdicts])
-    joints = features.features_to_joints(motion, skeleton)
-    physics = [features.physical_metrics(j[:n].numpy(), skeleton) for j, n in zip(joints, lengths.tolist())]
+    joints = to_joints(motion, lengths, scorers.skeleton)
+    verdicts = [list(oracle.oracle(j, scorers.skeleton, a).values()) if a else [] for j, a in zip(joints, attributes)]
+    each["oracle"] = np.array([np.mean(v) if v else math.nan for v in verdicts])  # NaN: nothing that can be checked
+    each["oracle_all"] = np.array([float(all(v)) if v else math.nan for v in verdicts])
+    physics = [features.physical_metrics(j, scorers.skeleton) for j in joints]
     each |= {name: np.array([p[name] for p in physics]) for name in physics[0]}
-    if seed is None:
+    if clips is None:
         return each, {}
     real = datasets.collate(clips)
-    whole = evaluators.benchmark(judge, (*moved, captions), (real.motion.to(device), real.lengths.to(device)), generator=runs.generator(seed, 0, "benchmark"),
-                                 pairs=min(300, len(clips) // 2))
+    whole = evaluators.benchmark(scorers.judge, (*moved, captions), (real.motion.to(device), real.lengths.to(device)),
+                                 generator=runs.generator(seed, 0, "benchmark"), pairs=min(300, len(clips) // 2))
     return each, {name: value for name, value in whole.items() if name not in each}
 
 
-def row(repeats):
-    """List of measure() results -> {metric: [mean, half width of the 95 % interval over the repeats]}; "_prompts" keeps
-    the mean of each prompt for paired_gain."""
-    flat = [{name: mean(values) for name, values in each.items()} | whole for each, whole in repeats]
-    result = {name: [float(y) for y in evaluators.mean_interval([f[name] for f in flat])] for name in flat[0]}
-    result["_prompts"] = {name: np.array([mean(column) for column in np.stack([each[name] for each, _ in repeats], 1)])
-                          for name in PAIRED}
-    return result
-
-
 def mean(values):
-    """Mean of the values that are there; NaN (nothing to check) if none is."""
+    """Mean of the values that are there; NaN if none is."""
     there = np.asarray(values)[np.isfinite(values)]
     return float(there.mean()) if len(there) else math.nan
 
 
+def evaluate(clips, scorers, sampler=None, *, purpose="", repeats=1, benchmark=True):
+    """A row of the table: {metric: [mean, half width of the 95 % interval over the repeats]}.
+
+    sampler None measures the clips themselves, the ground truth. "_prompts" keeps each prompt's mean over the
+    repeats for paired_gain.
+    """
+    results = []
+    for repeat in range(repeats):
+        captions, attributes, lengths = questions(clips, repeat)
+        motion = sampler(captions, lengths, purpose, repeat) if sampler else datasets.collate(clips).motion
+        results.append(measure(motion, lengths, captions, attributes, scorers, clips if benchmark else None, repeat))
+    flat = [{name: mean(values) for name, values in each.items()} | whole for each, whole in results]
+    row = {name: [float(y) for y in evaluators.mean_interval([f[name] for f in flat])] for name in flat[0]}
+    row["_prompts"] = {name: np.array([mean(column) for column in np.stack([each[name] for each, _ in results], 1)])
+                       for name in PAIRED}
+    return row
+
+
+def best_of(sampler, count, reward_model):
+    """A sampler that keeps the best of `count` samples by reward: what the same reward gives without training."""
+    @torch.no_grad()
+    def best(captions, lengths, purpose, repeat):
+        device = next(reward_model.parameters()).device
+        tries = torch.stack([sampler(captions, lengths, f"{purpose} try {n}", repeat) for n in range(count)])
+        scores = torch.stack([reward_model.similarity(t.to(device), lengths.to(device), captions) for t in tries])
+        return tries[scores.argmax(0).cpu(), torch.arange(len(captions))]
+    return best
+
+
+def multimodality(clips, scorers, sampler, *, prompts=32, samples=10, seed=0):
+    """Mean distance of motions of one prompt, [mean, 0]: `samples` for each of the first `prompts` clips (the papers
+    take 100 x 30; this is one repeat, so it has no interval)."""
+    captions, _, lengths = questions(clips[:prompts], 0)
+    motion = torch.stack([sampler(captions, lengths, "multimodality", n) for n in range(samples)], 1)  # p g t d
+    device = next(scorers.judge.parameters()).device
+    value = evaluators.benchmark_multimodality(scorers.judge, motion.to(device),
+                                               lengths[:, None].expand(-1, samples).to(device),
+                                               generator=runs.generator(seed, 0, "multimodality"), times=samples // 2)
+    return [float(value), 0.0]
+
+
 def paired_gain(after, before):
-    """Mean of after - before over prompts and the half width of its 95 % interval. The prompts are the sample here, so
-    this interval, unlike that of the repeats, says how far other prompts may differ."""
+    """Mean of after - before over prompts and the half width of its 95 % interval. The prompts are the sample here,
+    so unlike that of the repeats this interval says how far other prompts may differ."""
     gain = {}
     for name, values in after["_prompts"].items():
         difference = values - before["_prompts"][name]
@@ -91,11 +131,70 @@ def paired_gain(after, before):
     return gain
 
 
+# ---- 2. Tables -----------------------------------------------------------------------------------------------
+
+
+def compare(title, clips, scorers, samplers, *, purpose, repeats, gain=("tuned", "base")):
+    """Rows gt, then one per sampler (name -> sampler), then the paired gain of the two named; printed and returned.
+
+    A sampler whose name starts with "best" is a reference and is measured once.
+    """
+    rows = {"gt": evaluate(clips, scorers, repeats=repeats)}
+    for name, sampler in samplers.items():
+        single = name.startswith("best")
+        rows[name] = evaluate(clips, scorers, sampler, purpose=purpose, repeats=1 if single else repeats)
+        if not single:
+            rows[name]["multimodality"] = multimodality(clips, scorers, sampler)
+    rows["gain"] = paired_gain(*(rows[name] for name in gain))
+    for row in rows.values():
+        row.pop("_prompts", None)
+    print_table(f"{title}: {len(clips)} clips, {repeats} repeats (gain: paired, its interval is over prompts)", rows)
+    return rows
+
+
 def print_table(title, rows):
     """Print rows {name: {metric: [mean, half width]}} under the benchmark's names."""
     print(f"\n{title}\n" + " " * 9 + "".join(f"{name.replace('r_precision_', 'r_'):>15s}" for name in COLUMNS))
     for name, metrics in rows.items():
-        cells = (f"{metrics[c][0]:.3f} +-{metrics[c][1]:.3f}" if c in metrics and math.isfinite(metrics[c][0]) else "-"
-                 for c in COLUMNS)
-        print(f"{name:9s}" + "".join(f"{cell:>15s}" for cell in cells))
+        known = [metrics[c] if c in metrics and math.isfinite(metrics[c][0]) else None for c in COLUMNS]
+        print(f"{name:9s}" + "".join(f"{f'{y[0]:.3f} +-{y[1]:.3f}' if y else '-':>15s}" for y in known))
 
+
+# ---- 3. Pictures and exports -----------------------------------------------------------------------------------
+
+
+def draw(folder, clips, scorers, samplers, curves, count=4):
+    """Curves, a storyboard and GIFs of before | after | data for clips chosen by position, never by score.
+
+    samplers: title -> sampler. curves: groups of columns of logs.csv.
+    """
+    clips = [clips[k * len(clips) // count] for k in range(min(count, len(clips)))]
+    captions, attributes, lengths = questions(clips, 0)
+    motions = {title: sampler(captions, lengths, "pictures", 0) for title, sampler in samplers.items()}
+    motions["data"] = datasets.collate(clips).motion
+    panels = [[] for _ in clips]
+    for title, motion in motions.items():
+        scores, _ = measure(motion, lengths, captions, attributes, scorers)
+        for k, joints in enumerate(to_joints(motion, lengths, scorers.skeleton)):
+            ticks = oracle.oracle(joints, scorers.skeleton, attributes[k]) if attributes[k] else {}
+            note = render.clip_note(scores["reward"][k], ticks, scores["foot_skate"][k])
+            panels[k].append({"joints": joints, "title": title, "note": note})
+    for k, (caption, parts) in enumerate(zip(captions, panels)):
+        name = f"before_after_{k}.gif" if k else "before_after.gif"
+        render.safely(render.render_gif, folder / name, parts, scorers.skeleton, caption)
+    render.safely(render.storyboard, folder / "storyboard.png", list(zip(captions, panels)), scorers.skeleton)
+    render.safely(render.curves, folder / "curves.png", folder / "logs.csv", curves)
+
+
+def export(folder, prompts, frames, skeleton, samplers):
+    """--prompt: for every caption a GIF, and joints (.npy) and BVH of each motion in it. samplers: title -> sampler."""
+    lengths = torch.full((len(prompts),), frames)
+    made = {title: to_joints(sampler(prompts, lengths, "prompt", 0), lengths, skeleton)
+            for title, sampler in samplers.items()}
+    for k, caption in enumerate(prompts):
+        for title, joints in made.items():
+            render.write_npy(folder / f"prompt{k:02d}_{title}.npy", joints[k])
+            render.write_bvh(folder / f"prompt{k:02d}_{title}.bvh", joints[k], skeleton)
+        panels = [{"joints": joints[k], "title": title} for title, joints in made.items()]
+        render.render_gif(folder / f"prompt{k:02d}.gif", panels, skeleton, caption)
+        print(f"  {folder / f'prompt{k:02d}.gif'}: {caption}")

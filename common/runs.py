@@ -4,8 +4,10 @@ What it promises: an interrupted run loses at most the iteration it was in, noth
 executed, and a wrong input is answered by one line that names the file or flag and the fix. POSIX only.
 Exit codes: 0 done, 2 the user's input, 3 non-finite numbers, 4 disk full, 130 / 143 interrupted and saved.
 """
+import argparse
 import contextlib
 import csv
+import dataclasses
 import datetime
 import errno
 import fcntl
@@ -74,6 +76,17 @@ def generator(seed, iteration, purpose, index=0, device="cpu"):
     """
     number = mix(seed, iteration, zlib.crc32(purpose.encode()), index)
     return torch.Generator(device=device).manual_seed(number)
+
+
+def initialise(model, g):
+    """Draw every weight of linear and embedding layers from the generator g: PyTorch's own way is the global stream."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            bound = 1.0 / math.sqrt(module.in_features)
+            module.weight.data.uniform_(-bound, bound, generator=g)
+            module.bias.data.zero_()
+        elif isinstance(module, torch.nn.Embedding):
+            module.weight.data.normal_(0.0, 1.0, generator=g)
 
 
 # ---- 2. Files ----------------------------------------------------------------------------------------------
@@ -384,6 +397,28 @@ class StopSignal:
     def __exit__(self, *exc):
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+def arg(default, text, **extra):
+    """A dataclass field with its help text; extra goes to argparse (choices, action). default None: an empty list."""
+    kind = {"default_factory": list} if default is None else {"default": default}
+    return dataclasses.field(**kind, metadata={"help": text, **extra})
+
+
+def parse_args(cls, tiny, argv, description):
+    """Command line -> an instance of the dataclass `cls`: every field is a flag; --tiny sets what was not given."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0], allow_abbrev=False)
+    for entry in dataclasses.fields(cls):
+        extra = dict(entry.metadata)
+        if entry.type is bool:
+            extra["action"] = argparse.BooleanOptionalAction
+        elif "action" not in extra:
+            extra["type"] = entry.type
+        default = "" if entry.default in ("", dataclasses.MISSING) else f" (default {entry.default})"
+        extra["help"] = extra["help"].replace("%", "%%") + default
+        parser.add_argument("--" + entry.name.replace("_", "-"), dest=entry.name, default=argparse.SUPPRESS, **extra)
+    given = vars(parser.parse_args(argv))
+    return cls(**{**(tiny if given.get("tiny") else {}), **given})
 
 
 def run_main(main, argv=None):

@@ -27,7 +27,7 @@ walk_diagonal
     [walk] diagonally {travel} {drift}; [walk] {travel} diagonally {drift}; [step] diagonally {travel} {drift}
     [walk] diagonally {travel} {drift}; [go] diagonally {travel} {drift}; [go] {travel} diagonally {drift}
 run
-    [run] {travel}; [jog] {travel}; [run] straight {travel}
+    [run] {travel}; [jog] {travel}; [sprint] {travel}; [run] straight {travel}
     [run] {travel}; [sprint] {travel}; [jog] {travel}
 jog_back
     [jog] {travel}; [run] {travel}; [jog] straight {travel}
@@ -51,13 +51,13 @@ squat
     [squat] {count}; [squat] down {count}; [do] {squats}
     [perform] {squats}; [squat] {count}; [do] {squats}
 bow
-    [bow] {count}; [bow] down {count}; [do] {bows}
+    [bow] {count}; [do] {bows}; [bow] down {count}
     [bow] {count}; [do] {bows}; [perform] {bows}
 kick
     [kick] {leg} {count}; [do] {kicks} {leg}; [kick] {count} {leg}
     [kick] {count} {leg}; [perform] {kicks} {leg}; [kick] {leg} {count}
 stomp
-    [stomp] {leg} {count}; [stomp] {count} {leg}; [step] down {count} {leg}
+    [stomp] {leg} {count}; [do] {stomps} {leg}; [stomp] {count} {leg}
     [stomp] {count} {leg}; [perform] {stomps} {leg}; [stomp] {leg} {count}
 raise
     [raise] {hands} {count}; [lift] {hands} {count}; [hold] {hands} up {count}

@@ -23,7 +23,7 @@ CAPTIONS = ["a person walks forward", "someone turns left slowly", "a man waves"
 def tiny_model(**changes):
     args = ddpo.Args(**{**dict(width=16, layers=2, patch_dims=8, heads=2), **changes})
     model = ddpo.MotionDiffusion(args, datasets.Vocabulary.from_captions(CAPTIONS), 263)
-    ddpo.initialise(model, generator(0, 0, "initialise"))
+    runs.initialise(model, generator(0, 0, "initialise"))
     model.codec.basis.copy_(torch.linalg.qr(torch.randn(model.codec.basis.shape, generator=generator(0, 0, "basis")))[0])
     return args, model.requires_grad_(False).eval()
 

@@ -279,17 +279,18 @@ def test_training_is_a_function_of_its_seed():
     assert not torch.equal(runs[0]["words"], runs[2]["words"])
 
 
-def test_basis_is_the_leading_principal_components():
+def test_patches_are_whitened_principal_components():
     clips = toy_clips()
     model = toy_model("transformer", clips)
-    ev.fit_basis(model, clips)
-    assert torch.allclose(model.basis.T @ model.basis, torch.eye(16), atol=1e-5)
+    kept = model.codec.fit(clips, Statistics(model.codec.mean, model.codec.std, role="scorer"))
+    assert 0 < kept <= 1
+    assert torch.allclose(model.codec.basis.T @ model.codec.basis, torch.eye(16), atol=1e-5)
     batch = collate(clips)
     tokens, counts = model.tokenise(batch.motion, batch.lengths)
-    rows = tokens[ev.length_mask(counts, tokens.shape[1])]
+    rows = tokens[ev.length_mask(counts, tokens.shape[1])].double()
     assert rows.mean(0).abs().max() < 1e-4
-    spread = rows.var(0)
-    assert (spread.diff() < 1e-3).all() and spread.mean().item() == pytest.approx(1, abs=1e-3)
+    assert torch.allclose(rows.T @ rows / len(rows), torch.eye(16, dtype=torch.float64), atol=1e-3)
+    assert (model.codec.scale.diff() <= 0).all(), "leading components first"
 
 
 @pytest.fixture(scope="module")

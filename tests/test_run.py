@@ -1,0 +1,724 @@
+"""End to end: what `python ddpo_motion.py --tiny` leaves behind, how it fails and how it goes on.
+
+One full run fills a cache that all tests share; most of the others call main() in this process.
+"""
+import contextlib
+import errno
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ddpo_motion as ddpo
+from common import datasets, evaluators, features, render, reports, runs
+
+ROOT = Path(__file__).resolve().parents[1]
+MINI_KIT = ROOT.parent / "shared" / "data" / "mini_kit"
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+SMALL = ("--tiny --threads 1 --device cpu --source-clips 120 --target-clips 80 --base-iterations 30 "
+         "--iterations 4 --reward-iterations 10 --best-of 2").split()
+TABLES = {"target_val": {"gt", "base", "tuned", "gain"}, "source_test": {"gt", "base", "tuned", "gain"},
+          "target_test": {"gt", "base", "best of 2", "tuned", "gain"}}
+METRICS = ("reward", "judge", "oracle", "fid", "r_precision_top1", "r_precision_top2", "r_precision_top3",
+           "mm_dist", "diversity", "foot_skate", "jerk")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """An uninterrupted run, started as a user starts it, and the cache that it has filled."""
+    here = tmp_path_factory.mktemp("finished")
+    flags = [*SMALL, "--cache-dir", str(here / "cache")]
+    command = [sys.executable, str(ROOT / "ddpo_motion.py"), *flags, "--out-dir", "run"]
+    child = subprocess.run(command, cwd=here, env=ENV, capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr
+    return SimpleNamespace(folder=here / "run", adapter=here / "run" / "adapter.pt", flags=flags,
+                           cache=here / "cache", out=child.stdout,
+                           results=json.loads((here / "run" / "results.json").read_text()))
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """A working folder without data/: real data in the repository play no part. Threads are put back."""
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Drawing is most of a small run."""
+    monkeypatch.setattr(reports, "draw", lambda *args: None)
+
+
+@pytest.fixture
+def no_evaluation(monkeypatch, no_pictures):
+    monkeypatch.setattr(ddpo, "final_tables", lambda *args: {})
+
+
+def call(*argv):
+    """main() in this process -> exit code, stdout, stderr; tracebacks pass."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runs.run_main(ddpo.main, [str(word) for word in argv])
+        except SystemExit as end:
+            code = end.code
+    return code, out.getvalue(), err.getvalue()
+
+
+def refused(*argv):
+    """The one line on stderr of a call that must end with exit code 2."""
+    code, _, err = call(*argv)
+    assert (code, err.count("\n")) == (2, 1) and err.startswith("error: "), (code, err)
+    return err
+
+
+def products(folder):
+    """Name -> bytes of what is in a run folder."""
+    if not folder.exists():
+        return {}
+    return {item.name: item.read_bytes() for item in folder.iterdir() if item.name != ".lock"}
+
+
+def same_weights(a, b):
+    """Adapters of two files are equal bit for bit."""
+    a, b = (runs.load_checkpoint(path, kind="ddpo-adapter")["lora"] for path in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a)
+
+
+def all_finite(weights):
+    return all(bool(torch.as_tensor(value).isfinite().all()) for value in weights.values())
+
+
+def log_rows(folder):
+    return render.read_csv(folder / "logs.csv")
+
+
+# ---- 1. What a run leaves behind ---------------------------------------------------------------------------
+
+
+def test_files_of_a_run(finished):
+    wanted = {"args.json", "logs.csv", "curves.png", "results.json", "before_after.gif", "storyboard.png",
+              "checkpoint.pt", "adapter.pt"}
+    assert wanted <= set(products(finished.folder))
+    assert not list(finished.folder.glob("*tmp*"))
+    for name, kind in (("curves.png", "PNG"), ("storyboard.png", "PNG"), ("before_after.gif", "GIF")):
+        with Image.open(finished.folder / name) as picture:
+            assert picture.format == kind and getattr(picture, "n_frames", 1) > (20 if kind == "GIF" else 0)
+    about = json.loads((finished.folder / "args.json").read_text())
+    assert about["args"]["source_clips"] == 120 and about["args"]["width"] == ddpo.TINY["width"]
+    assert set(about["versions"]) >= {"python", "torch", "numpy", "commit"}
+    assert set(about["fingerprints"]) == {"source", "target"}
+
+
+def test_log_has_a_row_an_iteration(finished):
+    log = log_rows(finished.folder)
+    assert log["iteration"].tolist() == [0, 1, 2, 3]
+    assert np.isfinite(log["val_reward"]).tolist() == [False, True, False, True]
+    assert (log["first_ratio_error"] == 0).all() and (log["grad_norm"] > 0).all()
+    checkpoint = runs.load_checkpoint(finished.folder / "checkpoint.pt", kind="ddpo-run")
+    assert checkpoint["iteration"] == 3
+    adapter = runs.load_checkpoint(finished.adapter, kind="ddpo-adapter")["lora"]
+    trained = [v for k, v in adapter.items() if k.endswith(".B")]
+    assert trained and all(value.abs().max() > 0 for value in trained), "B starts at zero: all have moved"
+    assert all(torch.equal(adapter[k], checkpoint["lora"][k]) for k in adapter if k.endswith((".A", ".B")))
+
+
+def test_results_say_where_they_come_from(finished):
+    results = finished.results
+    assert results["data"] == {"source": "embedded humanml3d", "target": "embedded kit"}
+    assert "EMBEDDED" in finished.out and "embedded kit" in finished.out
+    assert results["seed"] == 0 and results["command"].startswith("python ddpo_motion.py --tiny")
+    assert results["versions"] == runs.versions()
+    assert {"base", "rollout", "reward", "update", "evaluation"} <= set(results["seconds"])
+    assert results["counts"]["motions"] == 4 * 4 * 4
+
+
+def test_results_hold_all_tables(finished):
+    assert any(finished.results["target_test"]["tuned"][name][1] > 0 for name in METRICS)
+    for table, rows in TABLES.items():
+        assert set(finished.results[table]) == rows
+        for row in ("gt", "base", "tuned"):
+            values = finished.results[table][row]
+            assert set(values) >= set(METRICS)
+            for name, (mean, half_width) in values.items():
+                assert math.isfinite(mean) and 0 <= half_width < math.inf, (table, row, name)
+        assert finished.results[table]["gt"]["fid"][0] < 1e-3 < finished.results[table]["base"]["fid"][0]
+        gain, base, tuned = (finished.results[table][row]["reward"][0] for row in ("gain", "base", "tuned"))
+        assert gain == pytest.approx(tuned - base, abs=1e-6)
+    for title in ("target val", "target test", "source test"):
+        lines = finished.out.partition(f"\n{title}: ")[2].partition("\n\n")[0].splitlines()
+        assert {"gt", "base", "tuned"} <= {line.split()[0] for line in lines}
+
+
+def test_results_have_the_published_keys(finished):
+    """What other scripts and the README rely on."""
+    assert "denoiser_calls" in finished.results["counts"]
+    for row in ("base", "tuned"):
+        assert "multimodality" in finished.results["target_test"][row]
+
+
+def test_a_second_run_takes_everything_from_the_cache(finished, tmp_path, monkeypatch, no_pictures):
+    """And gives the same numbers as the run that built it."""
+    cached, asked = runs.cached, []
+
+    def stored(folder, key, build, name, *options):
+        asked.append(name)
+        return cached(folder, key, lambda: pytest.fail(f"{name} is built again"), name, *options)
+
+    monkeypatch.setattr(runs, "cached", stored)
+    monkeypatch.setattr(datasets, "joints_to_features", lambda *args, **options: pytest.fail("built again"))
+    code, *_ = call(*finished.flags, "--out-dir", tmp_path / "run")
+    assert code == 0 and {"reward", "judge", "base"} <= set(asked)
+    assert same_weights(tmp_path / "run" / "adapter.pt", finished.adapter)
+    assert (tmp_path / "run" / "logs.csv").read_bytes() == (finished.folder / "logs.csv").read_bytes()
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert all(results[table] == finished.results[table] for table in TABLES)
+
+
+def test_overwrite_starts_again(finished, tmp_path, no_evaluation):
+    for flags in ([], ["--overwrite", "--seed", 1]):
+        assert call(*finished.flags, "--iterations", 1, "--out-dir", tmp_path / "run", *flags)[0] == 0
+    assert len(log_rows(tmp_path / "run")["iteration"]) == 1
+    assert not same_weights(tmp_path / "run" / "adapter.pt", finished.adapter)
+
+
+@pytest.mark.parametrize("iterations", (1, 3, 20))
+def test_base_of_few_updates(finished, tmp_path, iterations):
+    flags = ["--base-iterations", str(iterations), "--cache-dir", str(tmp_path)]
+    args = ddpo.parse_args([*finished.flags, *flags])
+    with contextlib.redirect_stdout(io.StringIO()):
+        source, _ = ddpo.load_data(ddpo.parse_args(finished.flags))
+    source.splits["train"] = source.splits["train"][:8]
+    _, notes = ddpo.build_base(args, source, torch.device("cpu"))
+    assert math.isfinite(notes["loss"])
+
+
+# ---- 2. Interrupted and resumed ----------------------------------------------------------------------------
+
+INTERRUPTED = """
+import os, signal, sys
+import ddpo_motion as ddpo
+from common import runs
+moment, number = sys.argv[1], int(sys.argv[2])
+score, save = ddpo.retrieval_reward, runs.save_checkpoint
+calls = []
+def strike():
+    os.kill(os.getpid(), number)
+def scored(*args):
+    calls.append(args)
+    if moment == "in the reward" and len(calls) == 3:
+        strike()
+    return score(*args)
+def saved(path, data, **options):
+    here = options.get("kind") == "ddpo-run" and data["iteration"] == 1
+    if here and moment == "between log and checkpoint":
+        strike()
+    save(path, data, **options)
+    if here and moment == "after a checkpoint":
+        strike()
+ddpo.retrieval_reward, runs.save_checkpoint = scored, saved
+runs.run_main(ddpo.main, sys.argv[3:])
+"""
+
+
+@pytest.mark.parametrize("moment, number, code, kept", [
+    ("in the reward", signal.SIGTERM, 143, 1), ("in the reward", signal.SIGINT, 130, 1),
+    ("after a checkpoint", signal.SIGTERM, 143, 1), ("after a checkpoint", signal.SIGKILL, -9, 1),
+    ("between log and checkpoint", signal.SIGKILL, -9, 0)])
+def test_resumed_equals_uninterrupted(finished, tmp_path, no_pictures, moment, number, code, kept):
+    flags = [*finished.flags, "--out-dir", str(tmp_path / "run")]
+    command = [sys.executable, "-c", INTERRUPTED, moment, str(int(number)), *flags]
+    child = subprocess.run(command, env=ENV, capture_output=True, text=True, check=False)
+    assert child.returncode == code and "Traceback" not in child.stderr, child.stderr
+    assert code < 0 or child.stderr.splitlines()[-1].endswith("go on with --resume")
+    assert runs.load_checkpoint(tmp_path / "run" / "checkpoint.pt", kind="ddpo-run")["iteration"] == kept
+    assert not (tmp_path / "run" / "adapter.pt").exists()
+
+    resumed, *_ = call(*flags, "--resume")
+    assert resumed == 0 and same_weights(tmp_path / "run" / "adapter.pt", finished.adapter)
+    assert (tmp_path / "run" / "logs.csv").read_bytes() == (finished.folder / "logs.csv").read_bytes()
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert all(results[table] == finished.results[table] for table in TABLES)
+
+
+# ---- 3. The user's mistakes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--samples-per-prompt", 1], ["--samples-per-prompt"]),
+    (["--prompt", "a man walks"], ["--load"]),
+    (["--eval-only"], ["--load"]),
+    (["--prompt", " ", "--load", "ADAPTER"], ["--prompt", "empty"]),
+    (["--prompt", "a man walks", "--length", 7, "--load", "ADAPTER"], ["--length 7"]),
+    (["--prompt", "a man walks", "--length", 4000, "--load", "ADAPTER"], ["--length 4000"]),
+    (["--load", "ADAPTER"], ["--load", "--prompt", "--eval-only"]),
+    (["--load", "absent.pt", "--eval-only"], ["absent.pt", "no such file"]),
+    (["--dataset", "absent", "--source", "humanml3d"], ["absent", "no such folder"]),
+    (["--dataset", "absent"], ["--source"]),
+    (["--source", "absent"], ["absent", "no such folder"]),
+    (["--data-root", "absent"], ["absent", "--data-root"]),
+    (["--resume"], ["nothing to resume", "--resume"]),
+    (["--lora-targets", "("], ["pattern"]), (["--lora-targets", "nothing"], ["nothing"]),
+    (["--source-clips", 3], ["3 clips"]), (["--target-clips", 2], ["2 clips"]),
+    (["--minibatches", 0], ["--minibatches"]), (["--minibatches", 3], ["--minibatches"]),
+    (["--heads", 0], ["--heads"]), (["--width", 33, "--heads", 3], ["--width"]),
+    (["--patch-dims", 5000], ["--patch-dims"]), (["--patch-dims", -1], ["--patch-dims"]),
+    (["--base-batch", 0], ["--base-batch"]), (["--micro-batch", -1], ["--micro-batch"]),
+    (["--lr", -1], ["--lr"]), (["--lr", "nan"], ["--lr"]), (["--skip-last", 5], ["--skip-last"]),
+    (["--threads", -1], ["--threads"]),
+    (["--device", "tpu"], ["--device tpu"])], ids=lambda value: "_".join(map(str, value)))
+def test_wrong_flags(finished, tmp_path, flags, words):
+    """One line that names the flag, before anything is trained or written."""
+    flags = [finished.adapter if flag == "ADAPTER" else flag for flag in flags]
+    line = refused(*finished.flags, "--out-dir", tmp_path / "run", *flags)
+    assert all(word in line for word in words), line
+    assert products(tmp_path / "run") == {}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_a_gpu(finished, tmp_path):
+    line = refused(*finished.flags, "--out-dir", tmp_path / "run", "--device", "cuda")
+    assert "--device cuda" in line and "--device cpu" in line and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flags", (["--no-such-flag"], ["--iterations", "many"], ["--order", "3"]))
+def test_usage(finished, tmp_path, flags):
+    """argparse answers with its usage and one line that names the flag."""
+    code, _, err = call(*finished.flags, "--out-dir", tmp_path / "run", *flags)
+    assert code == 2 and "error:" in err.splitlines()[-1] and flags[0] in err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flag", ("--out-dir", "--cache-dir"))
+def test_folders_that_cannot_be_made(finished, tmp_path, flag):
+    (tmp_path / "file").write_text("precious")
+    flags = [*finished.flags, "--out-dir", tmp_path / "run", flag, tmp_path / "file" / "below"]
+    line = refused(*flags)
+    assert flag in line and "file" in line and (tmp_path / "file").read_text() == "precious"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_is_not_entered_by_accident(finished):
+    before = products(finished.folder)
+    line = refused(*finished.flags, "--out-dir", finished.folder)
+    assert "--resume or --overwrite" in line and str(finished.folder) in line
+    assert products(finished.folder) == before
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--lr", "0.001"], ["lr was 0.002 and is 0.001"]), (["--lora-rank", "4"], ["lora_rank was 8 and is 4"]),
+    (["--reward", "random", "--seed", "5"], ["reward was 'retrieval'", "seed was 0 and is 5"])])
+def test_resume_with_other_arguments(finished, tmp_path, flags, words):
+    shutil.copytree(finished.folder, tmp_path / "run")
+    before = products(tmp_path / "run")
+    line = refused(*finished.flags, "--out-dir", tmp_path / "run", "--resume", *flags)
+    assert all(word in line for word in words) and "checkpoint.pt" in line and "width" not in line
+    assert [name for name, raw in products(tmp_path / "run").items() if raw != before[name]] == []
+
+
+@pytest.mark.parametrize("damage", ("empty", "half", "one bit"))
+def test_resume_from_a_damaged_checkpoint(finished, tmp_path, damage, no_evaluation):
+    shutil.copytree(finished.folder, tmp_path / "run")
+    path = tmp_path / "run" / "checkpoint.pt"
+    raw = path.read_bytes()
+    weights = runs.load_checkpoint(path, kind="ddpo-run")["lora"]
+    place = raw.index(next(value for value in weights.values() if torch.is_tensor(value)).numpy().tobytes())
+    flipped = raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1:]
+    path.write_bytes({"empty": b"", "half": raw[: len(raw) // 2], "one bit": flipped}[damage])
+    before = products(tmp_path / "run")
+    line = refused(*finished.flags, "--out-dir", tmp_path / "run", "--resume")
+    assert "checkpoint.pt: damaged" in line and "checkpoint.prev.pt" in line
+    assert products(tmp_path / "run") == before
+    path.with_name("checkpoint.prev.pt").replace(path)  # what the line advises
+    assert call(*finished.flags, "--out-dir", tmp_path / "run", "--resume")[0] == 0
+    assert same_weights(tmp_path / "run" / "adapter.pt", finished.adapter)
+
+
+@pytest.mark.parametrize("what", ("truncated", "foreign", "checkpoint", "other rank"))
+def test_adapters_that_do_not_load(finished, tmp_path, what):
+    path = tmp_path / "adapter.pt"
+    if what == "truncated":
+        path.write_bytes(finished.adapter.read_bytes()[:5000])
+    elif what == "foreign":
+        torch.save({"weight": torch.ones(3)}, path)
+    elif what == "checkpoint":
+        shutil.copy(finished.folder / "checkpoint.pt", path)
+    else:
+        data = runs.load_checkpoint(finished.adapter, kind="ddpo-adapter")
+        runs.save_checkpoint(path, {**data, "args": {**data["args"], "lora_rank": 4, "lora_alpha": 4.0}},
+                             kind="ddpo-adapter")
+    line = refused(*finished.flags, "--eval-only", "--load", path, "--out-dir", tmp_path / "run")
+    words = {"truncated": "damaged", "foreign": "not written by this project",
+             "checkpoint": "wanted a 'ddpo-adapter'", "other rank": "does not fit"}
+    assert words[what] in line and products(tmp_path / "run") == {}
+
+
+@pytest.mark.parametrize("mode", (["--eval-only"], ["--prompt", "a man walks"]))
+def test_flags_that_contradict_the_adapter(finished, tmp_path, mode):
+    """The arguments of its run hold; a flag that says otherwise must not be ignored in silence."""
+    flags = ["--load", finished.adapter, "--out-dir", tmp_path / "run", "--lora-rank", 4]
+    line = refused(*finished.flags, *mode, *flags)
+    assert "lora_rank was 8 and is 4" in line and products(tmp_path / "run") == {}
+
+
+def kit_folder(path):
+    """12 real clips in the layout of KIT-ML."""
+    if not MINI_KIT.is_dir():
+        pytest.skip("the mini KIT-ML folder is not here")
+    for part in ("new_joint_vecs", "texts"):
+        (path / part).mkdir(parents=True)
+    for name in ("Mean.npy", "Std.npy"):
+        shutil.copy(MINI_KIT / name, path / name)
+    for split, count in (("train", 8), ("val", 2), ("test", 2)):
+        ids = []
+        for name in (MINI_KIT / f"{split}.txt").read_text().split():
+            if len(ids) < count and 24 <= len(np.load(MINI_KIT / "new_joint_vecs" / f"{name}.npy")) < 200:
+                ids.append(name)
+        for name in ids:
+            shutil.copy(MINI_KIT / "new_joint_vecs" / f"{name}.npy", path / "new_joint_vecs")
+            shutil.copy(MINI_KIT / "texts" / f"{name}.txt", path / "texts")
+        (path / f"{split}.txt").write_text("\n".join(ids) + "\n")
+    return path
+
+
+def damaged(what, path):
+    """A data set folder with one thing wrong, and the words that must be in the message."""
+    if what == "empty":
+        path.mkdir()
+        return ["missing", "train.txt", "Mean.npy", "new_joint_vecs"]
+    kit_folder(path)
+    first = (path / "train.txt").read_text().split()[0]
+    motion, text = path / "new_joint_vecs" / f"{first}.npy", path / "texts" / f"{first}.txt"
+    if what == "nan":
+        values = np.load(motion)
+        values[3, 7] = np.nan
+        np.save(motion, values)
+        return ["non_finite", first]
+    if what == "width":
+        np.save(path / "Mean.npy", np.zeros(77, np.float32))
+        return ["Mean.npy", "(77,)", "263", "251"]
+    if what == "no hash":
+        text.write_text("a person walks forward\n")
+        return ["no_caption", first]
+    motion.unlink()
+    return ["missing_motion", first]
+
+
+@pytest.mark.parametrize("what", ("empty", "nan", "width", "no hash", "no motion"))
+def test_damaged_data_folders(finished, tmp_path, what):
+    words = damaged(what, tmp_path / "data")
+    for flags in (["--dataset", tmp_path / "data", "--source", "humanml3d"], ["--source", tmp_path / "data"]):
+        line = refused(*finished.flags, "--out-dir", tmp_path / "run", *flags)
+        assert all(word in line for word in words) and str(tmp_path / "data") in line, line
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_sound_folder_is_the_target(finished, tmp_path, no_pictures):
+    """The real layout goes all the way, and the results say so."""
+    folder = kit_folder(tmp_path / "mine")
+    flags = ["--dataset", folder, "--source", "humanml3d", "--iterations", 1, "--out-dir", tmp_path / "run"]
+    code, out, err = call(*finished.flags, *flags, "--cache-dir", tmp_path / "cache")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert code == 0 and results["data"]["target"] == "folder mine (KIT-ML layout)"
+    assert "EMBEDDED procedural kit" not in out
+
+
+# ---- 4. Faults while running -------------------------------------------------------------------------------
+
+
+def test_a_reward_that_is_nan(finished, tmp_path, monkeypatch, no_pictures):
+    score, seen = ddpo.retrieval_reward, []
+
+    def broken(scorer, motion, lengths, captions):
+        seen.append(captions)
+        rewards = score(scorer, motion, lengths, captions).clone()
+        rewards[5] = math.nan if len(seen) == 3 else rewards[5]
+        return rewards
+
+    monkeypatch.setattr(ddpo, "retrieval_reward", broken)
+    updates, update = [], ddpo.update
+    monkeypatch.setattr(ddpo, "update", lambda *args: updates.append(args) or update(*args))
+    code, _, err = call(*finished.flags, "--out-dir", tmp_path / "run")
+    assert code == 3 and "Traceback" not in err and len(updates) == 2
+    last = err.splitlines()[-1]
+    assert repr(seen[2][5]) in last and "iteration 2" in last and "retrieval" in last
+    state = runs.load_checkpoint(tmp_path / "run" / "checkpoint.pt", kind="ddpo-run")
+    assert state["iteration"] == 1 and all_finite(state["lora"])
+    assert log_rows(tmp_path / "run")["iteration"].tolist() == [0, 1]
+    assert not (tmp_path / "run" / "adapter.pt").exists()
+    monkeypatch.setattr(ddpo, "retrieval_reward", score)  # mended, the run goes on as if nothing had been
+    assert call(*finished.flags, "--out-dir", tmp_path / "run", "--resume")[0] == 0
+    assert same_weights(tmp_path / "run" / "adapter.pt", finished.adapter)
+
+
+def test_a_gradient_that_is_nan(finished, tmp_path, monkeypatch, no_pictures):
+    """No optimiser step is taken and the checkpoint before it stays."""
+    steps, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *args: steps.append(1) or step(self, *args))
+    reduce = runs.all_reduce_grads
+
+    def poisoned(parameters):
+        reduce(parameters)
+        if len(steps) == 3:  # the second minibatch of iteration 1
+            parameters[0].grad[0, 0] = math.inf
+
+    monkeypatch.setattr(runs, "all_reduce_grads", poisoned)
+    code, _, err = call(*finished.flags, "--out-dir", tmp_path / "run")
+    assert code == 3 and "gradient norm" in err.splitlines()[-1] and len(steps) == 3
+    state = runs.load_checkpoint(tmp_path / "run" / "checkpoint.pt", kind="ddpo-run")
+    assert state["iteration"] == 0 and all_finite(state["lora"])
+
+
+def test_a_full_disk(finished, tmp_path, monkeypatch, no_pictures):
+    write, writes = Path.write_bytes, []
+
+    def full(self, data):
+        writes.append(self)
+        if len(writes) == 3:
+            write(self, bytes(data)[:100])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    code, _, err = call(*finished.flags, "--out-dir", tmp_path / "run")
+    assert code == 4 and "No space left" in err.splitlines()[-1] and "Traceback" not in err
+    assert all(path.name.startswith("checkpoint.pt") for path in writes)
+    assert runs.load_checkpoint(tmp_path / "run" / "checkpoint.pt", kind="ddpo-run")["iteration"] == 1
+    assert not list((tmp_path / "run").glob("*tmp*"))
+    monkeypatch.setattr(Path, "write_bytes", write)
+    assert call(*finished.flags, "--out-dir", tmp_path / "run", "--resume")[0] == 0
+    assert same_weights(tmp_path / "run" / "adapter.pt", finished.adapter)
+
+
+def test_pictures_that_fail_only_warn(finished, tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise OSError("no fonts")
+
+    for name in ("render_gif", "storyboard", "curves"):
+        monkeypatch.setattr(render, name, broken)
+    with pytest.warns(RuntimeWarning, match="no fonts"):
+        code, *_ = call(*finished.flags, "--out-dir", tmp_path / "run", "--iterations", 1)
+    assert code == 0 and {"results.json", "adapter.pt"} <= set(products(tmp_path / "run"))
+
+
+# ---- 5. No motion of the target ----------------------------------------------------------------------------
+
+
+class Untouchable:
+    """Stands for the features of a target clip: any look at them is an error; their number may be known."""
+
+    def __init__(self, frames=None):
+        self._frames = frames
+
+    def __len__(self):
+        assert self._frames is not None, "a target motion was touched"
+        return self._frames
+
+    def __getattr__(self, name):
+        raise AssertionError(f"a target motion was touched: {name}")
+
+    __getitem__ = __array__ = __iter__ = lambda self, *args: pytest.fail("a target motion was touched")
+
+
+def test_base_and_training_never_see_a_target_motion(finished, tmp_path, monkeypatch, no_evaluation):
+    """The captions of the target's train split are all that is used."""
+    train_scorers, train, score = ddpo.train_scorers, ddpo.train, ddpo.retrieval_reward
+    asked, lengths, parts = [], [], {}
+
+    def then_hide(args, source, target, device):
+        scorers = train_scorers(args, source, target, device)
+        for clip in (clip for clips in target.splits.values() for clip in clips):
+            clip.features = Untouchable(len(clip.features))  # main() sizes its arrays by the longest clip
+        with pytest.raises((AssertionError, TypeError)):
+            datasets.collate(target.splits["train"][:1])
+        return scorers
+
+    def hide_all(args, setup, *rest):
+        parts.update(source=setup.source, target=setup.target)
+        for clip in setup.target.splits["train"] + setup.target.splits["test"]:
+            clip.features = Untouchable()
+        train(args, setup, *rest)
+
+    def listen(scorer, motion, frames, captions):
+        asked.extend(captions)
+        lengths.extend(frames.tolist())
+        return score(scorer, motion, frames, captions)
+
+    monkeypatch.setattr(ddpo, "train_scorers", then_hide)
+    monkeypatch.setattr(ddpo, "train", hide_all)
+    monkeypatch.setattr(ddpo, "retrieval_reward", listen)
+    flags = ["--iterations", 8, "--prompts-per-iteration", 16, "--base-iterations", 25, "--eval-every", 4,
+             "--cache-dir", shared_cache(finished, tmp_path), "--out-dir", tmp_path / "run"]
+    code, *_ = call(*finished.flags, *flags)
+    assert code == 0 and len(asked) == 8 * 16 * 4
+    # validation took place, and looked at no motion either
+    assert np.isfinite(log_rows(tmp_path / "run")["val_reward"]).sum() == 2
+    captions = {split: {caption for clip in clips for caption in clip.captions}
+                for split, clips in parts["target"].splits.items()}
+    held_out = (captions["val"] | captions["test"]) - captions["train"]
+    assert set(asked) <= captions["train"] and held_out and not set(asked) & held_out
+    assert len(set(asked)) > 50
+    assert set(lengths) <= {len(clip.features) for clip in parts["source"].splits["train"]}
+
+
+def shared_cache(finished, tmp_path):
+    """A copy of the finished run's cache, where a test may add to it."""
+    copy = tmp_path / "cache"
+    shutil.copytree(finished.cache, copy)
+    return copy
+
+
+def scorers_of(finished, cache, monkeypatch, *flags):
+    """Train both scorers -> [(family, clips they saw)], source, target, reward model, their cache keys."""
+    fit, saw, keys, cached = evaluators.fit_retrieval, [], {}, runs.cached
+
+    def watched(family, clips, **options):
+        saw.append((family, clips))
+        return fit(family, clips, **options)
+
+    def noted(folder, key, build, name, use_cache=True):
+        keys[name] = key
+        return cached(folder, key, build, name, use_cache)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluators, "fit_retrieval", watched)
+        patch.setattr(runs, "cached", noted)
+        short = ["--reward-iterations", "3", "--cache-dir", str(cache)]
+        args = ddpo.parse_args([*finished.flags, *short, *flags])
+        source, target = ddpo.load_data(args)
+        reward_model, *_ = ddpo.train_scorers(args, source, target, torch.device("cpu"))
+    return saw, source, target, reward_model, keys
+
+
+def test_reward_model_and_judge_have_nothing_in_common(finished, tmp_path, monkeypatch):
+    saw, source, target, _, keys = scorers_of(finished, shared_cache(finished, tmp_path), monkeypatch)
+    (reward_family, reward_clips), (judge_family, judge_clips) = saw
+    assert reward_family != judge_family and keys["reward"] != keys["judge"]
+    train = {id(clip) for part in (source, target) for clip in part.splits["train"]}
+    assert not {id(c) for c in reward_clips} & {id(c) for c in judge_clips}
+    seen = {id(clip) for clip in reward_clips + judge_clips}
+    assert seen == train, "no scorer has seen val or test"
+    raw = [{clip.features.tobytes() for clip in clips} for clips in (reward_clips, judge_clips)]
+    assert not raw[0] & raw[1], "nor do two clips hold the same motion"
+
+
+def test_strict_reward_model_knows_the_source_only(finished, tmp_path, monkeypatch):
+    """--reward-data source: trained on source clips, and on the same weights whatever the target is."""
+    cache = shared_cache(finished, tmp_path)
+    saw, source, _, first, keys = scorers_of(finished, cache, monkeypatch, "--reward-data", "source")
+    assert {id(clip) for clip in saw[0][1]} < {id(clip) for clip in source.splits["train"]}
+    captions = [caption for clip in source.splits["train"] for caption in clip.captions]
+    assert set(first.vocabulary.words) <= {word for caption in captions for word in datasets.words(caption)}
+    both = scorers_of(finished, cache, monkeypatch)[-1]
+    assert keys["reward"] != both["reward"] and keys["judge"] == both["judge"]
+    flags = ["--reward-data", "source", "--target-clips", "60"]
+    *_, second, _ = scorers_of(finished, cache, monkeypatch, *flags)
+    a, b = first.state_dict(), second.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---- 6. What a finished adapter is for ---------------------------------------------------------------------
+
+
+def test_prompts_become_files(finished, tmp_path):
+    captions = ["a person walks forward", "A person waves, twice!"]
+    flags = [*finished.flags, "--load", finished.adapter, "--compare", "--length", 24]
+    flags += ["--out-dir", tmp_path / "out"]
+    for caption in captions:
+        flags += ["--prompt", caption]
+    code, out, _ = call(*flags)
+    names = {f"prompt{k:02d}_{title}.{kind}"
+             for k in (0, 1) for title in ("before", "after") for kind in ("npy", "bvh")}
+    assert code == 0 and set(products(tmp_path / "out")) == names | {"prompt00.gif", "prompt01.gif"}
+    assert all(caption in out for caption in captions)
+    made = {name: np.load(tmp_path / "out" / name) for name in names if name.endswith("npy")}
+    assert all(joints.shape == (24, 22, 3) and np.isfinite(joints).all() for joints in made.values())
+    assert not np.array_equal(made["prompt00_before.npy"], made["prompt00_after.npy"])
+    assert not np.array_equal(made["prompt00_after.npy"], made["prompt01_after.npy"])
+    with Image.open(tmp_path / "out" / "prompt00.gif") as gif:
+        assert gif.n_frames == 24
+    joints = render.read_bvh(tmp_path / "out" / "prompt00_after.bvh", features.T2M)
+    assert joints.shape == (24, 22, 3)
+
+    before = products(tmp_path / "out")
+    refused(*flags, "--length", 7)
+    assert products(tmp_path / "out") == before, "a refused call deletes nothing"
+    assert call(*flags)[0] == 0, "the same command can be given again"
+    assert products(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("mode", (["--prompt", "a man walks", "--length", 24], ["--eval-only"]))
+def test_using_an_adapter_never_deletes_its_run(finished, tmp_path, no_evaluation, mode):
+    shutil.copytree(finished.folder, tmp_path / "run")
+    call(*finished.flags, *mode, "--load", tmp_path / "run" / "adapter.pt", "--out-dir", tmp_path / "run")
+    after = products(tmp_path / "run")
+    kept = ("adapter.pt", "checkpoint.pt", "logs.csv", "args.json", "results.json")
+    assert [name for name in kept if after.get(name) != (finished.folder / name).read_bytes()] == []
+
+
+def test_eval_only_gives_the_table_of_the_run(finished, tmp_path, no_pictures):
+    flags = [*finished.flags, "--eval-only", "--load", finished.adapter, "--out-dir", tmp_path / "eval"]
+    assert call(*flags)[0] == 0
+    results = json.loads((tmp_path / "eval" / "results.json").read_text())
+    assert all(results[table] == finished.results[table] for table in TABLES)
+    assert results["data"] == finished.results["data"]
+    assert call(*flags)[0] == 0, "the same command can be given again"
+
+
+@pytest.mark.parametrize("reward", ("shuffled", "random"))
+def test_controls_run(finished, tmp_path, no_evaluation, reward):
+    code, *_ = call(*finished.flags, "--iterations", 1, "--reward", reward, "--out-dir", tmp_path / "run")
+    mine, run = (log_rows(folder)["reward"][0] for folder in (tmp_path / "run", finished.folder))
+    assert code == 0 and mine != run
+    assert not same_weights(tmp_path / "run" / "adapter.pt", finished.adapter)
+
+
+# ---- 7. Several processes ----------------------------------------------------------------------------------
+
+ONLY_TRAINING = """
+import sys
+import ddpo_motion as ddpo
+from common import reports, runs
+reports.draw, ddpo.final_tables = lambda *args: None, lambda *args: {}
+runs.run_main(ddpo.main)
+"""
+
+
+def test_two_processes_equal_one(finished, tmp_path, no_evaluation):
+    """The same samples and rewards, and gradients that add up to those of one process."""
+    flags = [*finished.flags, "--iterations", "2", "--kl-coef", "0.1"]
+    flags += ["--lr", "2e-4"]  # Adam blows rounding up, to lr at most
+    assert call(*flags, "--out-dir", tmp_path / "one")[0] == 0
+    (tmp_path / "training.py").write_text(ONLY_TRAINING)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               tmp_path / "training.py", *flags, "--out-dir", tmp_path / "two"]
+    child = subprocess.run(command, env=ENV, capture_output=True, text=True, check=False, timeout=300)
+    assert child.returncode == 0, child.stderr[-3000:]
+    one, two = log_rows(tmp_path / "one"), log_rows(tmp_path / "two")
+    for name in ("iteration", "reward", "group_std", "frac_zero_std", "val_reward"):
+        np.testing.assert_allclose(two[name], one[name], rtol=0, atol=1e-6, err_msg=name)
+    a, b = (runs.load_checkpoint(tmp_path / name / "adapter.pt", kind="ddpo-adapter")["lora"]
+            for name in ("one", "two"))
+    for name in a:
+        torch.testing.assert_close(torch.as_tensor(b[name]), torch.as_tensor(a[name]), rtol=0, atol=1e-5)
+    assert any(not torch.equal(a[name], torch.zeros_like(a[name])) for name in a if name.endswith(".B"))
+    # figures of the update are those of all samples, not of the share of one process
+    assert (one["kl_base"] > 0).all() and (one["ratio_max"] > 1).all()
+    for name in ("grad_norm", "kl_base", "first_ratio_error"):
+        np.testing.assert_allclose(two[name], one[name], rtol=1e-2, err_msg=name)
+    for name in ("ratio_min", "ratio_max"):
+        np.testing.assert_allclose(two[name], one[name], rtol=0, atol=3e-6, err_msg=name)
