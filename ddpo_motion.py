@@ -50,12 +50,14 @@ from tqdm import tqdm
 
 from common import datasets, evaluators, features, lora, patches, reports, runs, samplers
 from common.runs import InputError, NonFiniteError, arg, generator
+from common.tracker import PromptTracker
 
 # ---- 2. Arguments ------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Args:
+    """Every field is a flag: its name, default, and help with the paper's value where one is known."""
     # run
     dataset: str = arg("kit", "target domain: kit, humanml3d, or a folder in either published layout")
     source: str = arg("", "source domain, same forms; empty: the other one of kit / humanml3d")
@@ -84,12 +86,13 @@ class Args:
     heads: int = arg(4, "attention heads")
     text_layers: int = arg(1, "layers of the text encoder")
     patch: int = arg(4, "frames per token")
-    patch_dims: int = arg(64, "principal components kept of a patch; 0 keeps all of them")
+    patch_dims: int = arg(64, "principal components kept of a patch; 0 keeps all of them", lowest=0)
     # base pretraining on the source
     base_iterations: int = arg(3000, "updates of the base")
     base_batch: int = arg(64, "clips per update")
     base_lr: float = arg(2e-3, "peak learning rate, cosine decay")
     text_drop: float = arg(0.1, "share of captions dropped for guidance (MDM: 0.1)")
+    word_drop: float = arg(0.15, "share of words made unknown: a strange word must leave the base unsure, not wrong")
     # sampling
     schedule: str = arg("linear", "noise schedule", choices=("linear", "scaled_linear", "cosine"))
     spacing: str = arg("linspace", "node spacing", choices=("linspace", "trailing", "karras"))
@@ -133,26 +136,21 @@ TINY = dict(source_clips=160, target_clips=120, width=32, layers=2, base_iterati
 
 def check_args(args):
     """Stop at once on settings that cannot work, naming the flag and the fix."""
-    if args.samples_per_prompt < 2:
-        raise InputError("--samples-per-prompt: at least 2, because a group of one has no baseline")
-    if args.steps < 2 + max(args.skip_last - 1, 0) or args.skip_last < 1:
-        raise InputError("--skip-last: 1 to --steps - 1; the last step has no variance, and one must be left")
-    if (args.prompts_per_iteration * args.samples_per_prompt) % args.minibatches:
-        raise InputError("--minibatches: must divide --prompts-per-iteration x --samples-per-prompt")
-    if args.width % args.heads:
-        raise InputError("--heads: must divide --width")
-    if args.schedule == "cosine" and args.spacing == "karras":
-        raise InputError("--spacing karras: useless with --schedule cosine (t = 99x at nearly all nodes)")
-    if (args.prompt or args.eval_only) and not args.load:
-        raise InputError("--load: name the adapter.pt of a finished run for --prompt and --eval-only")
-    if any(not p.strip() for p in args.prompt):
-        raise InputError("--prompt: the caption is empty")
-    for name in ("iterations", "prompts_per_iteration", "minibatches", "inner_epochs", "base_iterations",
-                 "lora_rank", "eval_repeats", "eval_every", "best_of", "patch", "layers", "width"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')}: must be at least 1")
-    if datasets.MAX_LENGTH % args.patch or 4 % args.patch:
-        raise InputError("--patch: 1, 2 or 4 frames, because lengths are multiples of 4")
+    motions, modes = args.prompts_per_iteration * args.samples_per_prompt, bool(args.prompt) or args.eval_only
+    for wrong, message in (
+            (args.samples_per_prompt < 2, "--samples-per-prompt: at least 2; a group of one has no baseline"),
+            (not 1 <= args.skip_last < args.steps, "--skip-last: 1 to --steps - 1; the last has no variance"),
+            (motions % args.minibatches, "--minibatches: must divide prompts x samples of an iteration"),
+            (args.width % args.heads or args.width % 2, "--width: even and a multiple of --heads"),
+            (args.patch_dims > args.patch * features.T2M.feature_dim, "--patch-dims: more than a patch has"),
+            (args.schedule == "cosine" and args.spacing == "karras",
+             "--spacing karras: useless with --schedule cosine (t = 99x at nearly all nodes)"),
+            (modes and not args.load, "--load: --prompt and --eval-only need an adapter.pt"),
+            (args.load and not modes, "--load: add what the adapter is for, --prompt or --eval-only"),
+            (any(not caption.strip() for caption in args.prompt), "--prompt: the caption is empty"),
+            (4 % args.patch, "--patch: 1, 2 or 4 frames, because lengths are multiples of 4")):
+        if wrong:
+            raise InputError(message)
 
 
 # ---- 3. The network ----------------------------------------------------------------------------------------
@@ -228,9 +226,12 @@ class MotionDiffusion(nn.Module):
         self.norm = nn.LayerNorm(args.width)
         self.project_out = nn.Linear(args.width, dims)
 
-    def encode_text(self, captions):
-        """b captions -> text (b w d), text_mask (b w)"""
-        ids, text_mask = (y.to(self.null_text.device) for y in self.vocabulary.encode(captions))
+    def encode_text(self, captions, word_drop=0.0, g=None):
+        """b captions -> text (b w d), text_mask (b w); in training some words become unknown, drawn from g."""
+        ids, text_mask = self.vocabulary.encode(captions)
+        if word_drop:
+            ids = ids.masked_fill((torch.rand(ids.shape, generator=g) < word_drop) & text_mask, 1)
+        ids, text_mask = ids.to(self.null_text.device), text_mask.to(self.null_text.device)
         x = self.words(ids) + sinusoid(torch.arange(ids.shape[1], device=ids.device), self.width)  # b w d
         for layer in self.text_layers:
             x = layer(x, text_mask)
@@ -268,7 +269,7 @@ def train_base(model, clips, args, device):
     encoded = [model.codec.encode(torch.from_numpy(c.features)[None].to(device))[0] for c in clips]
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.base_lr, weight_decay=1e-2)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.base_lr, args.base_iterations,
-                                                    pct_start=0.05)
+                                                    pct_start=max(0.05, 2 / max(args.base_iterations, 3)))
     losses, bar = [], tqdm(range(args.base_iterations), desc="base", mininterval=1.0)
     for iteration in bar:
         g = generator(args.base_seed, iteration, "base")
@@ -283,7 +284,7 @@ def train_base(model, clips, args, device):
         dropped = (torch.rand(args.base_batch, generator=g) < args.text_drop).to(device)
         alpha_bar = alphas_cumprod[timesteps][:, None, None]
         x_t = alpha_bar.sqrt() * x_start + (1 - alpha_bar).sqrt() * noise
-        text, text_mask = model.drop_text(*model.encode_text(captions), dropped)
+        text, text_mask = model.drop_text(*model.encode_text(captions, args.word_drop, g), dropped)
         pred_x_start = model(x_t * mask[..., None], timesteps, mask, text, text_mask)
         error = (pred_x_start - x_start).square() * mask[..., None]
         loss = error.sum() / (mask.sum() * x_start.shape[-1])
@@ -367,7 +368,7 @@ def masked_mean_kl(mean, mean_ref, std, mask):
 def group_advantages(rewards, adv_clip):
     """rewards (p g) -> advantages (p g): each prompt's own mean as baseline, one std for the whole batch.
     Not in the paper: the DDPO code tracks statistics per prompt over iterations (PromptTracker); with
-    thousands of captions none comes back often enough, and one group's own std explodes when samples agree."""
+    thousands of captions none comes back often enough, and one group's std explodes when samples agree."""
     centred = rewards - rewards.mean(1, keepdim=True)
     return (centred / (centred.square().mean().sqrt() + 1e-4)).clamp(-adv_clip, adv_clip)
 
@@ -385,26 +386,6 @@ def snr_step_weights(grid, trained):
     snr = torch.exp(2 * grid.lam.double())[: trained + 1]
     weights = (snr[1:] - snr[:-1]).rsqrt()
     return (weights / weights.mean()).float()
-
-
-class PromptTracker:
-    """Advantages of the DDPO code: mean and std of the last `buffer_size` rewards of each prompt, those of
-    the batch for prompts with fewer than `min_count`. For --advantage tracker."""
-
-    def __init__(self, buffer_size, min_count):
-        self.buffer_size, self.min_count, self.rewards = buffer_size, min_count, {}
-
-    def update(self, prompts, rewards):
-        """prompts (b), rewards (b) float64 -> advantages (b) float64"""
-        prompts, rewards = list(prompts), np.asarray(rewards, dtype=np.float64)
-        for prompt in dict.fromkeys(prompts):
-            new = [float(r) for p, r in zip(prompts, rewards) if p == prompt]
-            self.rewards[prompt] = (self.rewards.get(prompt, []) + new)[-self.buffer_size:]
-        advantages = np.empty_like(rewards)
-        for n, prompt in enumerate(prompts):
-            known = self.rewards[prompt] if len(self.rewards[prompt]) >= self.min_count else rewards
-            advantages[n] = (rewards[n] - np.mean(known)) / (np.std(known) + 1e-6)
-        return advantages
 
 
 def predict(model, x_t, timesteps, mask, text, text_mask, guidance_scale):
@@ -457,12 +438,8 @@ def step_logps(model, grid, transition, states, captions, mask, trained, guidanc
 # ---- 7. The run --------------------------------------------------------------------------------------------
 
 
-class Setup(NamedTuple):
-    """What a run works with; all of it is frozen but the adapters inside `model`."""
-    source: datasets.Dataset
-    target: datasets.Dataset
-    reward_model: evaluators.RetrievalModel
-    judge: evaluators.RetrievalModel
+class Policy(NamedTuple):
+    """A denoiser with its adapters and the steps it is sampled with."""
     model: MotionDiffusion
     grid: samplers.Grid
     transition: Transition
@@ -470,30 +447,36 @@ class Setup(NamedTuple):
     device: torch.device
 
 
-def load_data(args):
-    """Source and target in one feature space (263-d, 22 joints, 20 fps)."""
-    other = {"kit": "humanml3d", "humanml3d": "kit"}
-    if not args.source and args.dataset not in other:
-        raise InputError("--source: name the source (kit, humanml3d or a folder) beside a --dataset folder")
-    wanted = ((args.source or other[args.dataset], args.source_clips), (args.dataset, args.target_clips))
-    return [datasets.load_dataset(name, data_root=args.data_root, cache_dir=args.cache_dir, space="t2m",
-                                  seed=args.base_seed, clips=clips, use_cache=args.cache)
-            for name, clips in wanted]
+def make_policy(args, model, tokens, device):
+    """Adapters into the frozen base, and the sampling grid."""
+    model.requires_grad_(False)
+    lora.inject(model, args.lora_targets, args.lora_rank, args.lora_alpha, generator(args.seed, 0, "lora"))
+    grid = samplers.make_grid(args.schedule, args.steps, args.spacing)
+    return Policy(model.to(device).eval(), grid, transitions(grid, args.order), tokens, device)
+
+
+def load_policy(args, adapter, device):
+    """The policy of a finished run: adapter.pt holds the adapters and the base they belong to."""
+    skeleton = features.T2M
+    model = MotionDiffusion(args, datasets.Vocabulary(adapter["words"]), skeleton.feature_dim)
+    model.load_state_dict(adapter["base"])
+    policy = make_policy(args, model, adapter["tokens"], device)
+    lora.load_lora(policy.model, adapter["lora"])
+    return policy
 
 
 def build_base(args, source, device):
     """The pretrained denoiser, cached; it sees the source's train split and nothing else."""
-    clips = source.splits["train"]
+    clips, skeleton = source.splits["train"], source.skeleton
     vocabulary = datasets.Vocabulary.from_captions([c for clip in clips for c in clip.captions])
-    model = MotionDiffusion(args, vocabulary, source.skeleton.feature_dim)
+    model = MotionDiffusion(args, vocabulary, skeleton.feature_dim)
     runs.initialise(model, generator(args.base_seed, 0, "initialise"))
 
     def build():
-        statistics = datasets.Statistics.from_clips(clips, role="generator")
-        weights = torch.ones(source.skeleton.feature_dim)
-        for name, columns in features.blocks(source.skeleton).items():
-            weights[columns] = BLOCK_WEIGHTS.get(name, 1.0)
-        kept = model.codec.fit(clips, statistics, weights)
+        weights = torch.ones(skeleton.feature_dim)
+        for name, weight in BLOCK_WEIGHTS.items():
+            weights[features.blocks(skeleton)[name]] = weight
+        kept = model.codec.fit(clips, datasets.Statistics.from_clips(clips, role="generator"), weights)
         losses = train_base(model.to(device), clips, args, device)
         return {"model": model.state_dict(), "variance_kept": kept, "loss": float(np.mean(losses[-100:]))}
 
@@ -502,28 +485,22 @@ def build_base(args, source, device):
     key = [source.fingerprint, code, BLOCK_WEIGHTS, {name: getattr(args, name) for name in BASE_ARGS}]
     stored = runs.cached(args.cache_dir, key, build, "base", args.cache)
     model.load_state_dict(stored["model"])
-    model.requires_grad_(False)
     print(f"  base: loss {stored['loss']:.4f}; patches keep {stored['variance_kept']:.1%} of the variance")
-    return model.to(device).eval(), {"loss": stored["loss"], "variance_kept": stored["variance_kept"]}
+    return model, {"loss": stored["loss"], "variance_kept": stored["variance_kept"]}
 
 
-def draw_noise(args, setup, iteration, purpose, indices):
-    """(b N+1 n c): each sample has a stream of its own, whatever its batch, device or process."""
-    shape = (args.steps + 1, setup.tokens, setup.model.dims)
-    return torch.stack([torch.randn(shape, generator=generator(args.seed, iteration, purpose, k))
-                        for k in indices])
+def sample(args, policy, captions, lengths, iteration, purpose, indices):
+    """Roll out one trajectory per caption, lengths (b) in frames -> states (b N+1 n c), mask (b n). Each
+    sample has a noise stream of its own, so it does not depend on its batch, device or process."""
+    mask = torch.arange(policy.tokens)[None] < (lengths // policy.model.codec.patch)[:, None]
+    shape = (args.steps + 1, policy.tokens, policy.model.dims)
+    streams = (generator(args.seed, iteration, purpose, k) for k in indices)
+    noise = torch.stack([torch.randn(shape, generator=stream) for stream in streams]).to(policy.device)
+    mask, model = mask.to(policy.device), policy.model
+    return rollout(model, policy.grid, policy.transition, captions, mask, noise, args.guidance_scale), mask
 
 
-def sample(args, setup, captions, lengths, iteration, purpose, indices):
-    """Roll out one trajectory per caption, lengths (b) in frames -> states (b N+1 n c), mask (b n)."""
-    mask = torch.arange(setup.tokens)[None] < (lengths // setup.model.codec.patch)[:, None]
-    mask = mask.to(setup.device)
-    noise = draw_noise(args, setup, iteration, purpose, indices).to(setup.device)
-    states = rollout(setup.model, setup.grid, setup.transition, captions, mask, noise, args.guidance_scale)
-    return states, mask
-
-
-def collect(args, setup, prompts, length_pool, iteration, rank, processes):
+def collect(args, policy, prompts, length_pool, iteration, rank, processes):
     """Stage 1, roll out: P prompts x G samples. Each process takes whole groups, its share of the prompts."""
     g = generator(args.seed, iteration, "prompts")
     rounds = math.ceil(args.prompts_per_iteration / len(prompts))
@@ -534,21 +511,20 @@ def collect(args, setup, prompts, length_pool, iteration, rank, processes):
     index = [p * args.samples_per_prompt + s for p in own for s in range(args.samples_per_prompt)]
     group = [k // args.samples_per_prompt for k in index]
     captions, lengths = [prompts[chosen[p]] for p in group], lengths[group]
-    states, mask = sample(args, setup, captions, lengths, iteration, "rollout", index)
-    asked = [prompts[k] for k in chosen for _ in range(args.samples_per_prompt)]  # of all processes
-    return {"states": states, "mask": mask, "captions": captions, "lengths": lengths, "index": index,
-            "asked": asked}
+    states, mask = sample(args, policy, captions, lengths, iteration, "rollout", index)
+    asked = [prompts[k] for k in chosen for _ in range(args.samples_per_prompt)]  # by all processes
+    return dict(states=states, mask=mask, captions=captions, lengths=lengths, index=index, asked=asked)
 
 
-def score(args, setup, batch, wrong, iteration):
+def score(args, policy, reward_model, batch, wrong, iteration):
     """Stage 2, score -> rewards (b) of this process's motions, on the CPU."""
-    motion, captions = setup.model.codec.decode(batch["states"][:, -1]), batch["captions"]
+    motion, captions = policy.model.codec.decode(batch["states"][:, -1]), batch["captions"]
     if args.reward == "random":
         rewards = torch.stack([torch.randn((), generator=generator(args.seed, iteration, "random_reward", k))
                                for k in batch["index"]])
     else:
         asked = [wrong[c] for c in captions] if args.reward == "shuffled" else captions
-        rewards = retrieval_reward(setup.reward_model, motion, batch["lengths"].to(setup.device), asked).cpu()
+        rewards = retrieval_reward(reward_model, motion, batch["lengths"].to(policy.device), asked).cpu()
     for reward, caption in zip(rewards.tolist(), captions):
         if not math.isfinite(reward):
             raise NonFiniteError(f"iteration {iteration}: {args.reward} reward {reward} for {caption!r}")
@@ -568,24 +544,22 @@ def plan_minibatches(args, index, iteration):
     return plan
 
 
-def update(args, setup, batch, advantages, optimizer, iteration, stop):
+def update(args, policy, batch, advantages, optimizer, iteration, stop):
     """Stage 3, update: re-score the stored steps, clipped loss, a step per minibatch -> values to log."""
     trained = args.steps - args.skip_last
-    entries = batch["mask"].sum().item() * setup.model.dims / len(batch["captions"])
-    clip_range = args.clip_range or 1e-4 * math.sqrt(16384 / entries)  # the DDPO code's 1e-4, at our size
-    weights = snr_step_weights(setup.grid, trained) if args.snr_weights else torch.ones(trained)
-    weights = weights.to(setup.device)
-    parameters = list(lora.lora_parameters(setup.model))
+    clip_range = args.clip_range or 1e-4 * math.sqrt(16384 / (policy.tokens * policy.model.dims))
+    weights = snr_step_weights(policy.grid, trained) if args.snr_weights else torch.ones(trained)
+    weights, parameters = weights.to(policy.device), list(lora.lora_parameters(policy.model))
     plan = plan_minibatches(args, batch["index"], iteration)
 
     def rescore(rows):
         captions = [batch["captions"][r] for r in rows]
-        return step_logps(setup.model, setup.grid, setup.transition, batch["states"][rows], captions,
+        return step_logps(policy.model, policy.grid, policy.transition, batch["states"][rows], captions,
                           batch["mask"][rows], trained, args.guidance_scale)
 
     with torch.no_grad():  # recomputed in the very same chunks: the first ratio is 1 to the last bit
         old = [[rescore(rows)[0] for rows in chunks] for _, chunks in plan]
-        with lora.disabled(setup.model):
+        with lora.disabled(policy.model):
             base = [[rescore(rows)[1] for rows in chunks] for _, chunks in plan] if args.kl_coef else None
     log, ratios = dict.fromkeys(("loss", "approx_kl", "clipfrac", "kl_base", "grad_norm"), 0.0), []
     for n, (count, chunks) in enumerate(plan):
@@ -603,8 +577,7 @@ def update(args, setup, batch, advantages, optimizer, iteration, stop):
                 loss, log["kl_base"] = loss + args.kl_coef * kl, log["kl_base"] + kl.item() / len(plan)
             ratios.append(ratio.detach())
             if not torch.isfinite(loss):
-                raise NonFiniteError(f"iteration {iteration}: loss {loss.item()}, ratio {ratio.min():.3g} to "
-                                     f"{ratio.max():.3g}; lower --lr")
+                raise NonFiniteError(f"iteration {iteration}: loss {loss.item()}; lower --lr")
             loss.backward()
             share = 1 / (count * trained * len(plan))
             log["loss"] += loss.item() / len(plan)
@@ -616,9 +589,12 @@ def update(args, setup, batch, advantages, optimizer, iteration, stop):
             raise NonFiniteError(f"iteration {iteration}: gradient norm {norm}; lower --lr")
         optimizer.step()
         log["grad_norm"] += norm / len(plan)
-    first = (ratios[0] - 1).abs().max().item()
-    return log | {"first_ratio_error": first, "ratio_min": min(r.min().item() for r in ratios),
-                  "ratio_max": max(r.max().item() for r in ratios)}
+    shares = [name for name in log if name != "grad_norm"]  # of this process; gradients are summed
+    totals = runs.all_gather_rows(torch.tensor([[log[name] for name in shares]], dtype=torch.float64)).sum(0)
+    extremes = [(ratios[0] - 1).abs().max(), -min(r.min() for r in ratios), max(r.max() for r in ratios)]
+    first, low, high = runs.all_gather_rows(torch.tensor([extremes])).amax(0).tolist()
+    return (log | dict(zip(shares, totals.tolist()))
+            | {"first_ratio_error": first, "ratio_min": -low, "ratio_max": high})
 
 
 LOG_FIELDS = ("iteration", "reward", "group_std", "frac_zero_std", "loss", "approx_kl", "clipfrac", "kl_base",
@@ -626,20 +602,20 @@ LOG_FIELDS = ("iteration", "reward", "group_std", "frac_zero_std", "loss", "appr
               "val_reward", "val_judge", "val_oracle", "val_foot_skate", "val_jerk")
 
 
-def train(args, setup, scorers, folder, watch):
+def train(args, policy, scorers, source, target, folder, watch):
     """The loop. Only the adapters change; checkpoint.pt after every iteration makes it resumable."""
-    rank, processes = runs.world(setup.device)
-    prompts = sorted({c for clip in setup.target.splits["train"] for c in clip.captions})  # text, no motion
-    length_pool = torch.tensor([len(clip.features) for clip in setup.source.splits["train"]])
+    rank, processes = runs.world(policy.device)
+    prompts = sorted({c for clip in target.splits["train"] for c in clip.captions})  # text, no motion
+    length_pool = torch.tensor([len(clip.features) for clip in source.splits["train"]])
     wrong = wrong_prompts(prompts, args.seed)
-    parameters = list(lora.lora_parameters(setup.model))
+    parameters = list(lora.lora_parameters(policy.model))
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     start, path, shaping = 0, folder / "checkpoint.pt", shaping_args(args)
     tracker = PromptTracker(buffer_size=32, min_count=16)  # DDPO code
     if args.resume and path.exists():
         state = runs.load_checkpoint(path, kind="ddpo-run")
         runs.require_same(path, state["args"], shaping)
-        lora.load_lora(setup.model, state["lora"])
+        lora.load_lora(policy.model, state["lora"])
         optimizer.load_state_dict(state["optimizer"])
         start, tracker.rewards = state["iteration"] + 1, state["tracker"]
     if rank == 0:
@@ -648,16 +624,17 @@ def train(args, setup, scorers, folder, watch):
     p, g = args.prompts_per_iteration, args.samples_per_prompt
     print(f"  {len(prompts)} prompts; {p} prompts x {g} samples = {p * g} motions an iteration, "
           f"{args.minibatches * args.inner_epochs} updates each, on {args.steps - args.skip_last} of "
-          f"{args.steps} steps, {lora.count(parameters)} of {lora.count(setup.model.parameters())} weights")
+          f"{args.steps} steps, {lora.count(parameters)} of {lora.count(policy.model.parameters())} weights")
     bar = tqdm(range(start, args.iterations), "ddpo", args.iterations, initial=start, disable=rank > 0)
     shown = {}
     with runs.StopSignal() as stop:
         for iteration in bar:
             with watch.stage("rollout"):
-                batch = collect(args, setup, prompts, length_pool, iteration, rank, processes)
+                batch = collect(args, policy, prompts, length_pool, iteration, rank, processes)
             stop.check()
             with watch.stage("reward"):
-                rewards = runs.all_gather_rows(score(args, setup, batch, wrong, iteration))
+                own = score(args, policy, scorers.reward_model, batch, wrong, iteration)
+                rewards = runs.all_gather_rows(own)
                 groups = rearrange(rewards, "(p g) -> p g", g=args.samples_per_prompt)
                 if args.advantage == "group":
                     advantages = group_advantages(groups, args.adv_clip).flatten()[batch["index"]]
@@ -665,23 +642,22 @@ def train(args, setup, scorers, folder, watch):
                     advantages = torch.from_numpy(tracker.update(batch["asked"], rewards.numpy())).float()
                     advantages = advantages.clamp(-args.adv_clip, args.adv_clip)[batch["index"]]
             with watch.stage("update"):
-                values = update(args, setup, batch, advantages.to(setup.device), optimizer, iteration, stop)
+                values = update(args, policy, batch, advantages.to(policy.device), optimizer, iteration, stop)
             row = dict.fromkeys(LOG_FIELDS) | values | {
                 "iteration": iteration, "reward": rewards.mean().item(),
                 "group_std": groups.std(1).mean().item(),
                 "frac_zero_std": (groups.std(1) < 1e-8).float().mean().item()}
             if (iteration + 1) % args.eval_every == 0:
                 with watch.stage("validation"):
-                    val = reports.evaluate(setup.target.splits["val"], scorers, policy_sampler(args, setup),
+                    val = reports.evaluate(target.splits["val"], scorers, policy_sampler(args, policy),
                                            purpose="validation", benchmark=False)
                 row |= {name: val[name[4:]][0] for name in LOG_FIELDS if name.startswith("val_")}
-            known = [name for name in ("reward", "val_judge", "val_oracle") if row[name] is not None]
-            shown |= {name: f"{row[name]:.3f}" for name in known}
+            shown |= {k: f"{row[k]:.3f}" for k in ("reward", "val_judge", "val_oracle") if row[k] is not None}
             bar.set_postfix(shown, refresh=False)
             if rank == 0:
                 log.write(row)
                 runs.save_checkpoint(path, kind="ddpo-run", data={
-                    "args": shaping, "iteration": iteration, "lora": lora.lora_state(setup.model),
+                    "args": shaping, "iteration": iteration, "lora": lora.lora_state(policy.model),
                     "optimizer": optimizer.state_dict(), "tracker": tracker.rewards})
             stop.check()
     runs.barrier()
@@ -690,44 +666,51 @@ def train(args, setup, scorers, folder, watch):
 # ---- 8. Evaluation and pictures ----------------------------------------------------------------------------
 
 
-def policy_sampler(args, setup, adapted=True):
+def policy_sampler(args, policy, adapted=True):
     """The denoiser as a sampler for common/reports.py, with or without its adapters. Sample k of a call
     always starts from the same noise: base and tuned are compared in pairs."""
     def sampler(captions, lengths, purpose, repeat):
         parts = []
-        with contextlib.nullcontext() if adapted else lora.disabled(setup.model):
+        with contextlib.nullcontext() if adapted else lora.disabled(policy.model):
             for a in range(0, len(captions), 128):
                 rows = range(a, min(a + 128, len(captions)))
                 b = rows.stop
-                states, _ = sample(args, setup, captions[a:b], lengths[a:b], repeat, purpose, rows)
-                parts.append(setup.model.codec.decode(states[:, -1]).cpu())
+                states, _ = sample(args, policy, captions[a:b], lengths[a:b], repeat, purpose, rows)
+                parts.append(policy.model.codec.decode(states[:, -1]).cpu())
         return torch.cat(parts)
     return sampler
 
 
-def final_tables(args, setup, scorers):
+def final_tables(args, policy, scorers, source, target):
     """Gain (target test), retention (source test), and the split that choices may look at (target val)."""
-    base, tuned = policy_sampler(args, setup, adapted=False), policy_sampler(args, setup)
+    base, tuned = policy_sampler(args, policy, adapted=False), policy_sampler(args, policy)
     tables = {}
-    for domain, split in (("target", "val"), ("target", "test"), ("source", "test")):
-        samplers_of = {"base": base, "tuned": tuned}
-        if (domain, split) == ("target", "test"):
-            samplers_of[f"best of {args.best_of}"] = reports.best_of(base, args.best_of, setup.reward_model)
-        clips = getattr(setup, domain).splits[split]
-        tables[f"{domain}_{split}"] = reports.compare(f"{domain} {split}", clips, scorers, samplers_of,
-                                                      purpose=f"{domain} {split}", repeats=args.eval_repeats)
+    for name, clips in (("target_val", target.splits["val"]), ("target_test", target.splits["test"]),
+                        ("source_test", source.splits["test"])):
+        rows = {"base": base, "tuned": tuned}
+        if name == "target_test":
+            rows[f"best of {args.best_of}"] = reports.best_of(base, args.best_of, scorers.reward_model)
+        tables[name] = reports.compare(name.replace("_", " "), clips, scorers, rows, purpose=name,
+                                       repeats=args.eval_repeats)
     return tables
 
 
-CURVES = (("reward", "val_reward"), ("val_judge",), ("val_oracle",), ("approx_kl", "kl_base"), ("clipfrac",),
-          ("val_jerk",))
+def write_prompts(args, adapter, folder, device):
+    """--prompt: GIF, joints and BVH of every caption, from adapter.pt alone."""
+    frames, limit = args.length or adapter["frames"], adapter["tokens"] * args.patch
+    if frames % 4 or frames > limit:
+        raise InputError(f"--length {args.length}: a multiple of 4 frames (20 a second), at most {limit}")
+    policy = load_policy(args, adapter, device)
+    chosen = {"before": policy_sampler(args, policy, False)} if args.compare else {}
+    chosen["after"] = policy_sampler(args, policy)
+    reports.export(folder, args.prompt, frames, features.T2M, chosen)
 
 
 # Arguments a checkpoint must agree on are all but those that say where things are and how the run is started.
 NEUTRAL_ARGS = ("out_dir", "cache_dir", "cache", "data_root", "device", "threads", "resume", "overwrite",
                 "eval_only", "load", "prompt", "compare", "length", "tiny", "eval_repeats", "best_of")
 BASE_ARGS = ("base_seed", "width", "layers", "heads", "text_layers", "patch", "patch_dims", "base_iterations",
-             "base_batch", "base_lr", "text_drop", "schedule")
+             "base_batch", "base_lr", "text_drop", "word_drop", "schedule")
 
 
 def shaping_args(args):
@@ -741,58 +724,64 @@ def main(argv=None):
     args, watch = runs.parse_args(Args, TINY, argv, __doc__), runs.Stopwatch()
     check_args(args)
     adapter = runs.load_checkpoint(args.load, kind="ddpo-adapter") if args.load else None
-    if adapter:  # base, scorers and data are those of the run that made it
+    if adapter:  # base, scorers and data are those of the run that made it; a flag must not say otherwise
+        usual = shaping_args(Args(**TINY) if args.tiny else Args())
+        asked = {name: value for name, value in shaping_args(args).items() if value != usual[name]}
+        runs.require_same(args.load, {name: adapter["args"].get(name) for name in asked}, asked)
         args = dataclasses.replace(args, **adapter["args"])
     device = runs.pick_device(args.device)
     mode = "_prompt" if args.prompt else "_eval" if args.eval_only else ""
     threads, (rank, _) = runs.pick_threads(args.threads or None), runs.world(device)
     name = re.sub(r"[^A-Za-z0-9_-]", "_", Path(args.dataset).name)
-    with watch.stage("data"):
-        source, target = load_data(args)
     folder = args.out_dir or f"runs/ddpo_{name}_seed{args.seed}{mode}"
-    folder = Path(folder) if rank else runs.RunFolder(folder, args.resume, args.overwrite or bool(mode))
+    if mode and (Path(folder) / "args.json").exists():
+        raise InputError(f"--out-dir {folder}: holds a training run; choose another folder")
+    reopen = args.resume or (bool(mode) and Path(folder).is_dir())  # written again, nothing is deleted
+    if args.prompt:
+        return write_prompts(args, adapter, runs.RunFolder(folder, reopen, args.overwrite), device)
+    with watch.stage("data"):
+        source, target = datasets.load_pair(
+            args.source, args.dataset, clips=(args.source_clips, args.target_clips), data_root=args.data_root,
+            cache_dir=args.cache_dir, seed=args.base_seed, use_cache=args.cache)
+    folder = Path(folder) if rank else runs.RunFolder(folder, reopen, args.overwrite)
     print(f"{device}, {threads} CPU thread(s)\n  source: {source.label}\n  target: {target.label}")
     with watch.stage("reward model and judge"):
         reward_model, judge, notes = evaluators.reward_and_judge(
             source, target, reward_data=args.reward_data, iterations=args.reward_iterations,
             seed=args.base_seed, cache_dir=args.cache_dir, use_cache=args.cache, device=device)
-    with watch.stage("base"):
-        model, notes["base"] = build_base(args, source, device)
-    lora.inject(model, args.lora_targets, args.lora_rank, args.lora_alpha, generator(args.seed, 0, "lora"))
-    if adapter:
-        lora.load_lora(model, adapter["lora"])
-    grid = samplers.make_grid(args.schedule, args.steps, args.spacing)
-    frames = max(len(c.features) for d in (source, target) for split in d.splits.values() for c in split)
-    setup = Setup(source, target, reward_model, judge, model, grid, transitions(grid, args.order),
-                  math.ceil(frames / args.patch), device)
     scorers = reports.Scorers(reward_model, judge, source.skeleton)
-    before_after = {"before": policy_sampler(args, setup, False), "after": policy_sampler(args, setup)}
-    if args.prompt:
-        usual = int(np.median([len(clip.features) for clip in source.splits["train"]])) // 4 * 4
-        if args.length % 4 or not 0 <= args.length <= setup.tokens * args.patch:
-            raise InputError(f"--length {args.length}: a multiple of 4, at most {setup.tokens * args.patch}")
-        chosen = before_after if args.compare else {"after": before_after["after"]}
-        return reports.export(folder, args.prompt, args.length or usual, source.skeleton, chosen)
+    with watch.stage("base"):
+        if adapter:
+            policy = load_policy(args, adapter, device)
+        else:
+            model, notes["base"] = build_base(args, source, device)
+            longest = max(len(c.features) for d in (source, target) for s in d.splits.values() for c in s)
+            kept = {"base": {k: v.cpu().clone() for k, v in model.state_dict().items()},
+                    "words": model.vocabulary.words, "tokens": math.ceil(longest / args.patch)}
+            policy = make_policy(args, model, kept["tokens"], device)
     about = {"command": "python ddpo_motion.py " + " ".join(argv), "seed": args.seed,
              "versions": runs.versions(), "data": {"source": source.label, "target": target.label},
              "threads": threads, "parts": notes}
     if not adapter:
-        if rank == 0:
+        if rank == 0 and not (args.resume and (folder / "checkpoint.pt").exists()):
             runs.save_json(folder / "args.json", {**about, "args": dataclasses.asdict(args), "fingerprints": {
                 "source": source.fingerprint, "target": target.fingerprint}})
-        train(args, setup, scorers, folder, watch)
+        train(args, policy, scorers, source, target, folder, watch)
         if rank:
             return None
-        runs.save_checkpoint(folder / "adapter.pt", kind="ddpo-adapter", keep_previous=False,
-                             data={"args": shaping_args(args), "lora": lora.lora_state(model)})
+        usual = int(np.median([len(clip.features) for clip in source.splits["train"]])) // 4 * 4
+        runs.save_checkpoint(folder / "adapter.pt", kind="ddpo-adapter", keep_previous=False, data={
+            "args": shaping_args(args), "lora": lora.lora_state(model), "frames": usual, **kept})
     with watch.stage("evaluation"):
-        tables = final_tables(args, setup, scorers)
+        tables = final_tables(args, policy, scorers, source, target)
     with watch.stage("pictures"):
-        reports.draw(folder, target.splits["test"], scorers, before_after, CURVES)
-    motions_seen = args.iterations * args.prompts_per_iteration * args.samples_per_prompt
+        before_after = {"before": policy_sampler(args, policy, False), "after": policy_sampler(args, policy)}
+        curves = ("reward", "val_reward"), ("val_judge",), ("val_oracle",), ("kl_base",), ("val_jerk",)
+        reports.draw(folder, target.splits["test"], scorers, before_after, () if adapter else curves)
+    motions = 0 if adapter else args.iterations * args.prompts_per_iteration * args.samples_per_prompt
     runs.save_json(folder / "results.json", {
         **about, **tables, "seconds": watch.seconds, "peak_memory_mb": runs.peak_memory_mb(),
-        "counts": {"motions": motions_seen, "rollout_denoiser_calls": args.iterations * args.steps}})
+        "counts": {"motions": motions, "denoiser_calls": motions * args.steps}})
     print("\nseconds: " + ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in watch.seconds.items())
           + f"; peak memory {runs.peak_memory_mb():.0f} MB; everything is in {folder / ''}")
     return None

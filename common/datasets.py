@@ -297,6 +297,19 @@ def load_dataset(name_or_path, *, data_root=DEFAULT_ROOT, cache_dir=".cache", sp
     return _embedded(name_or_path, skeleton, flags, cache_dir, use_cache)
 
 
+def load_pair(source, target, *, clips, **options):
+    """Two domains in one feature space -> (source, target).
+
+    An empty source is the other one of kit and humanml3d.
+    clips: how many of each, for embedded data. options: those of load_dataset.
+    """
+    other = {"kit": "humanml3d", "humanml3d": "kit"}
+    if not source and target not in other:
+        raise InputError("--source: name the source (kit, humanml3d or a folder) beside a --dataset folder")
+    return tuple(load_dataset(name, space="t2m", clips=count, **options)
+                 for name, count in zip((source or other[target], target), clips))
+
+
 def _embedded(domain, skeleton, flags, cache_dir, use_cache):
     """Build the embedded data, or read its cache file: one .npz, features end to end and the rest as JSON."""
     sources = [Path(module.__file__).read_bytes() for module in (synthetic, wording, motion_features)]

@@ -441,8 +441,8 @@ class RetrievalModel(nn.Module):
 
     family "transformer": a small TMR (encoders of section 3) and the reward; "bigru": conv + BiGRU, the
     judge. Both read patches of `patch` frames in whitened principal components (PatchCodec, fitted by
-    train_retrieval; a random basis before), because 4 x 263 numbers a token would cost most of the time. Not in
-    the papers: the components, and a learned word table in place of DistilBERT.
+    train_retrieval; a random basis before), because 4 x 263 numbers a token would cost most of the time.
+    Not in the papers: the components, and a learned word table in place of DistilBERT.
     """
 
     def __init__(self, family, vocabulary, statistics, *, width=64, layers=2, heads=4, patch=4, components=64,
@@ -484,7 +484,8 @@ class RetrievalModel(nn.Module):
     def tokenise(self, features, lengths):
         """Raw features (b t d), lengths (b) in frames -> tokens (b n k) in the fixed basis, counts (b)."""
         if features.shape[-1] != len(self.codec.mean):
-            raise ValueError(f"features of width {features.shape[-1]}, this model reads {len(self.codec.mean)}")
+            width = len(self.codec.mean)
+            raise ValueError(f"features of width {features.shape[-1]}, this model reads {width}")
         if lengths.min() < self.patch or lengths.max() > features.shape[1]:
             raise ValueError(f"lengths {lengths.tolist()} are not {self.patch} to {features.shape[1]} frames")
         counts = lengths // self.patch
@@ -568,8 +569,9 @@ def inverse_document_frequency(ids, size):
     return torch.tensor([math.log((1 + len(ids)) / (1 + counts[word])) + 1 for word in range(size)])
 
 
-def train_retrieval(model, clips, *, whitening=0.5, iterations=900, batch=96, lr=2e-3, seed=0, noise=0.3, word_drop=0.1,
-                    temperature=0.1, weight_decay=1e-2, progress=True, label="retrieval model"):
+def train_retrieval(model, clips, *, whitening=0.5, iterations=900, batch=96, lr=2e-3, seed=0, noise=0.3,
+                    word_drop=0.1, temperature=0.1, weight_decay=1e-2, progress=True,
+                    label="retrieval model"):
     """Train on (motion, random caption) pairs with InfoNCE; one generator makes every draw: a seed is a run.
 
     Input noise and dropped words are the regularisers. Not in TMR: the contrastive loss alone, no decoder, no
@@ -679,11 +681,11 @@ def retrieval_score(model, clips, *, pool=32, seed=0):
 
 
 def reward_and_judge(source, target, *, reward_data, iterations, seed, cache_dir, use_cache, device):
-    """The scorer that is optimised, and the judge that never is: other family, other seed, other half of the clips.
+    """The scorer that is optimised, and the judge that never is: other family, seed and half of the clips.
 
-    reward_data: "both" domains or the "source" alone is what the reward model learns from; the judge learns from
-    both. They share no clip. Cached. -> reward model, judge, {"reward" and "judge": what it saw, and how well it
-    finds the motion of a caption among 32 of the target's val split}.
+    reward_data: "both" domains or the "source" alone is what the reward model learns from; the judge learns
+    from both. They share no clip. Cached. -> reward model, judge, {"reward" and "judge": what it saw, and how
+    well it finds the motion of a caption among 32 of the target's val split}.
     """
     models, notes = [], {}
     wanted = (("reward", "transformer", reward_data), ("judge", "bigru", "both"))
@@ -701,7 +703,8 @@ def reward_and_judge(source, target, *, reward_data, iterations, seed, cache_dir
         models.append(freeze(RetrievalModel.load(stored["model"]).to(device)))
         notes[name] = {"family": family, "saw": f"{len(clips)} train clips of {saw} (half {number})",
                        "target_val_retrieval": stored["retrieval"]}
-        print(f"  {name}: {family}, saw {notes[name]['saw']}; R@1 on target val {stored['retrieval']['R1']:.2f}")
+        print(f"  {name}: {family}, saw {notes[name]['saw']}; "
+              f"R@1 on target val {stored['retrieval']['R1']:.2f}")
     return *models, notes
 
 

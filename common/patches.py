@@ -1,8 +1,8 @@
-"""Motion as tokens: raw features <-> patches of a few frames in the coordinates of their principal components.
+"""Motion as tokens: raw features <-> patches of a few frames, in coordinates of their principal components.
 
-Closed form and linear, so a diffusion over these coordinates is still diffusion over the features; it only drops
-directions in which real patches hardly vary, and most of the cost of a small model with them. With patch=1 and all
-components kept it is a mere rotation.
+Closed form and linear, so a diffusion over these coordinates is still diffusion over the features; it only
+drops directions in which real patches hardly vary, and most of the cost of a small model with them. With
+patch=1 and all components kept it is a mere rotation.
 """
 
 import torch
@@ -11,7 +11,10 @@ from torch import nn
 
 
 class PatchCodec(nn.Module):
-    """Features (b t d) <-> x (b n c), n = t / patch. `fit` makes it; its buffers travel with the model's weights."""
+    """Features (b t d) <-> x (b n c), n = t / patch.
+
+    `fit` makes it; its buffers travel with the model's weights.
+    """
 
     def __init__(self, patch, feature_dim, dims):
         super().__init__()
@@ -33,12 +36,12 @@ class PatchCodec(nn.Module):
         return rearrange(patches, "b n (f d) -> b (n f) d", f=self.patch) * self.std + self.mean
 
     def fit(self, clips, statistics, weights=None, whitening=1.0):
-        """Take over normalisation and components of the clips' patches, in float64 -> share of the variance kept.
+        """Take over normalisation and components of the clips' patches -> share of the variance kept.
 
-        statistics: of the model this belongs to (datasets.Statistics). weights (d): how much each feature counts
-        among the others, 1 by default. whitening: 0 leaves the components their own scale, and then a loss or an input
-        noise drowns the small ones, which hold the hands; 1 gives all of them variance 1, small ones included that
-        a scorer had better not be sensitive to.
+        Computed in float64. statistics: of the model this belongs to (datasets.Statistics). weights (d): how
+        much each feature counts among the others, 1 by default. whitening: 0 leaves the components their own
+        scale, and then a loss or an input noise drowns the small ones, which hold the hands; 1 gives all of
+        them variance 1, small ones included that a scorer had better not be sensitive to.
         """
         self.mean.copy_(torch.as_tensor(statistics.mean))
         self.std.copy_(torch.as_tensor(statistics.std) / (1.0 if weights is None else weights))
@@ -46,7 +49,8 @@ class PatchCodec(nn.Module):
                               - self.mean) / self.std, "(n f) d -> n (f d)", f=self.patch) for clip in clips]
         patches = torch.cat(patches).double()
         center = patches.mean(0)
-        eigenvalues, vectors = torch.linalg.eigh((patches - center).T @ (patches - center) / len(patches))  # ascending
+        covariance = (patches - center).T @ (patches - center) / len(patches)
+        eigenvalues, vectors = torch.linalg.eigh(covariance)  # ascending
         kept = eigenvalues.flip(0)[: self.basis.shape[1]]
         self.center.copy_(center)
         self.basis.copy_(vectors.flip(1)[:, : len(kept)])

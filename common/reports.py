@@ -1,14 +1,17 @@
 """What a finished run shows: tables with intervals and paired gains, curves, storyboards, GIFs, exports.
 
-A policy is known here only as a sampler: `sampler(captions, lengths, purpose, repeat) -> raw features (b t d)` on
-the CPU, the same motions for the same arguments. So diffusion and token models share this file.
+A policy is known here as a sampler, `sampler(captions, lengths, purpose, repeat)` -> raw features (b t d)
+on the CPU, the same motions for the same arguments. So diffusion and token models share this file.
 
-`reward` is what was optimised, `judge` the mean cosine of the scorer that never was. `oracle` is the share of the
-asked-for attributes that hold in a motion, `oracle_all` the share of motions in which all of them hold; both are
-read off the joints (common/oracle.py), and no model has learnt from them.
+`reward` is what was optimised, `judge` the mean cosine of the scorer that never was. `oracle` is the share of
+the asked-for attributes that hold in a motion, `oracle_all` the share of motions in which all of them hold;
+both are read off the joints (common/oracle.py), and no model has learnt from them.
 """
 
+import argparse
+import json
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -16,8 +19,8 @@ import torch
 
 from common import datasets, evaluators, features, oracle, render, runs
 
-COLUMNS = ("reward", "judge", "oracle", "oracle_all", "r_precision_top1", "r_precision_top3", "fid", "mm_dist",
-           "diversity", "multimodality", "foot_skate", "jerk")
+COLUMNS = ("reward", "judge", "oracle", "oracle_all", "r_precision_top1", "r_precision_top3", "fid",
+           "mm_dist", "diversity", "multimodality", "foot_skate", "jerk")
 PAIRED = ("reward", "judge", "oracle", "oracle_all", "foot_skate", "jerk")
 
 
@@ -28,13 +31,13 @@ class Scorers(NamedTuple):
     skeleton: features.Skeleton
 
 
-# ---- 1. Measuring ----------------------------------------------------------------------------------------------
+# ---- 1. Measuring ------------------------------------------------------------------------------------------
 
 
 def questions(clips, repeat):
     """What repeat number `repeat` asks for: captions, attributes (both b) and lengths (b) in frames.
 
-    Caption r of a clip with n captions is number r mod n; lengths are those of the clips, as in the benchmarks.
+    Caption r of a clip with n captions is number r mod n; lengths are the clips' own, as in the benchmarks.
     """
     captions = [clip.captions[repeat % len(clip.captions)] for clip in clips]
     attributes = [clip.attributes[repeat % len(clip.captions)] for clip in clips]
@@ -50,8 +53,8 @@ def to_joints(motion, lengths, skeleton):
 def measure(motion, lengths, captions, attributes, scorers, clips=None, seed=0):
     """All metrics of motions (b t d), raw -> (per motion {name: (b)}, of the whole set {name: float}).
 
-    clips: the real clips that FID compares with; without them the benchmark metrics are left out. seed: of the
-    pools of R-precision and the pairs of diversity.
+    clips: the real clips that FID compares with; without them the benchmark metrics are left out. seed: of
+    the pools of R-precision and the pairs of diversity.
     """
     device = next(scorers.judge.parameters()).device
     moved, each = (motion.to(device), lengths.to(device)), {}
@@ -59,16 +62,18 @@ def measure(motion, lengths, captions, attributes, scorers, clips=None, seed=0):
         seen, asked = evaluators.embed(scorer, *moved, captions)
         each[name] = (seen * asked).sum(-1).double().cpu().numpy()
     joints = to_joints(motion, lengths, scorers.skeleton)
-    verdicts = [list(oracle.oracle(j, scorers.skeleton, a).values()) if a else [] for j, a in zip(joints, attributes)]
-    each["oracle"] = np.array([np.mean(v) if v else math.nan for v in verdicts])  # NaN: nothing that can be checked
+    verdicts = [list(oracle.oracle(j, scorers.skeleton, a).values()) if a else []
+                for j, a in zip(joints, attributes)]
+    each["oracle"] = np.array([np.mean(v) if v else math.nan for v in verdicts])  # NaN: nothing to check
     each["oracle_all"] = np.array([float(all(v)) if v else math.nan for v in verdicts])
     physics = [features.physical_metrics(j, scorers.skeleton) for j in joints]
     each |= {name: np.array([p[name] for p in physics]) for name in physics[0]}
     if clips is None:
         return each, {}
     real = datasets.collate(clips)
-    whole = evaluators.benchmark(scorers.judge, (*moved, captions), (real.motion.to(device), real.lengths.to(device)),
-                                 generator=runs.generator(seed, 0, "benchmark"), pairs=min(300, len(clips) // 2))
+    whole = evaluators.benchmark(
+        scorers.judge, (*moved, captions), (real.motion.to(device), real.lengths.to(device)),
+        generator=runs.generator(seed, 0, "benchmark"), pairs=min(300, len(clips) // 2))
     return each, {name: value for name, value in whole.items() if name not in each}
 
 
@@ -88,54 +93,58 @@ def evaluate(clips, scorers, sampler=None, *, purpose="", repeats=1, benchmark=T
     for repeat in range(repeats):
         captions, attributes, lengths = questions(clips, repeat)
         motion = sampler(captions, lengths, purpose, repeat) if sampler else datasets.collate(clips).motion
-        results.append(measure(motion, lengths, captions, attributes, scorers, clips if benchmark else None, repeat))
+        results.append(measure(motion, lengths, captions, attributes, scorers,
+                               clips if benchmark else None, repeat))
     flat = [{name: mean(values) for name, values in each.items()} | whole for each, whole in results]
     row = {name: [float(y) for y in evaluators.mean_interval([f[name] for f in flat])] for name in flat[0]}
-    row["_prompts"] = {name: np.array([mean(column) for column in np.stack([each[name] for each, _ in results], 1)])
-                       for name in PAIRED}
+    repeats_of = {name: np.stack([each[name] for each, _ in results], 1) for name in PAIRED}  # clips, repeats
+    row["_prompts"] = {name: np.array([mean(v) for v in table]) for name, table in repeats_of.items()}
     return row
 
 
 def best_of(sampler, count, reward_model):
-    """A sampler that keeps the best of `count` samples by reward: what the same reward gives without training."""
+    """A sampler that keeps the best of `count` samples by reward: what it gives without any training."""
     @torch.no_grad()
     def best(captions, lengths, purpose, repeat):
         device = next(reward_model.parameters()).device
         tries = torch.stack([sampler(captions, lengths, f"{purpose} try {n}", repeat) for n in range(count)])
-        scores = torch.stack([reward_model.similarity(t.to(device), lengths.to(device), captions) for t in tries])
+        scores = torch.stack([reward_model.similarity(motion.to(device), lengths.to(device), captions)
+                              for motion in tries])
         return tries[scores.argmax(0).cpu(), torch.arange(len(captions))]
     return best
 
 
 def multimodality(clips, scorers, sampler, *, prompts=32, samples=10, seed=0):
-    """Mean distance of motions of one prompt, [mean, 0]: `samples` for each of the first `prompts` clips (the papers
-    take 100 x 30; this is one repeat, so it has no interval)."""
+    """Mean distance of motions of one prompt, [mean, 0]: `samples` for each of the first `prompts` clips
+    (the papers take 100 x 30; this is one repeat, so it has no interval)."""
     captions, _, lengths = questions(clips[:prompts], 0)
-    motion = torch.stack([sampler(captions, lengths, "multimodality", n) for n in range(samples)], 1)  # p g t d
+    made = [sampler(captions, lengths, "multimodality", n) for n in range(samples)]
+    motion, lengths = torch.stack(made, 1), lengths[:, None].expand(-1, samples)  # p g t d, p g
     device = next(scorers.judge.parameters()).device
-    value = evaluators.benchmark_multimodality(scorers.judge, motion.to(device),
-                                               lengths[:, None].expand(-1, samples).to(device),
-                                               generator=runs.generator(seed, 0, "multimodality"), times=samples // 2)
+    value = evaluators.benchmark_multimodality(
+        scorers.judge, motion.to(device), lengths.to(device),
+        generator=runs.generator(seed, 0, "multimodality"), times=samples // 2)
     return [float(value), 0.0]
 
 
 def paired_gain(after, before):
-    """Mean of after - before over prompts and the half width of its 95 % interval. The prompts are the sample here,
-    so unlike that of the repeats this interval says how far other prompts may differ."""
+    """Mean of after - before over prompts and the half width of its 95 % interval. The prompts are the sample
+    here, so unlike that of the repeats this interval says how far other prompts may differ."""
     gain = {}
     for name, values in after["_prompts"].items():
         difference = values - before["_prompts"][name]
         difference = difference[np.isfinite(difference)]
         if len(difference) > 1:
-            gain[name] = [float(difference.mean()), float(1.96 * difference.std(ddof=1) / math.sqrt(len(difference)))]
+            half_width = 1.96 * difference.std(ddof=1) / math.sqrt(len(difference))
+            gain[name] = [float(difference.mean()), float(half_width)]
     return gain
 
 
-# ---- 2. Tables -----------------------------------------------------------------------------------------------
+# ---- 2. Tables ---------------------------------------------------------------------------------------------
 
 
 def compare(title, clips, scorers, samplers, *, purpose, repeats, gain=("tuned", "base")):
-    """Rows gt, then one per sampler (name -> sampler), then the paired gain of the two named; printed and returned.
+    """Rows gt, one per sampler (name -> sampler), and the paired gain of the two named; printed and returned.
 
     A sampler whose name starts with "best" is a reference and is measured once.
     """
@@ -148,19 +157,21 @@ def compare(title, clips, scorers, samplers, *, purpose, repeats, gain=("tuned",
     rows["gain"] = paired_gain(*(rows[name] for name in gain))
     for row in rows.values():
         row.pop("_prompts", None)
-    print_table(f"{title}: {len(clips)} clips, {repeats} repeats (gain: paired, its interval is over prompts)", rows)
+    heading = f"{title}: {len(clips)} clips, {repeats} repeats (gain: paired, its interval is over prompts)"
+    print_table(heading, rows)
     return rows
 
 
 def print_table(title, rows):
     """Print rows {name: {metric: [mean, half width]}} under the benchmark's names."""
-    print(f"\n{title}\n" + " " * 9 + "".join(f"{name.replace('r_precision_', 'r_'):>15s}" for name in COLUMNS))
+    headings = [name.replace("r_precision_", "r_") for name in COLUMNS]
+    print(f"\n{title}\n" + " " * 9 + "".join(f"{heading:>15s}" for heading in headings))
     for name, metrics in rows.items():
         known = [metrics[c] if c in metrics and math.isfinite(metrics[c][0]) else None for c in COLUMNS]
         print(f"{name:9s}" + "".join(f"{f'{y[0]:.3f} +-{y[1]:.3f}' if y else '-':>15s}" for y in known))
 
 
-# ---- 3. Pictures and exports -----------------------------------------------------------------------------------
+# ---- 3. Pictures and exports -------------------------------------------------------------------------------
 
 
 def draw(folder, clips, scorers, samplers, curves, count=4):
@@ -183,11 +194,15 @@ def draw(folder, clips, scorers, samplers, curves, count=4):
         name = f"before_after_{k}.gif" if k else "before_after.gif"
         render.safely(render.render_gif, folder / name, parts, scorers.skeleton, caption)
     render.safely(render.storyboard, folder / "storyboard.png", list(zip(captions, panels)), scorers.skeleton)
-    render.safely(render.curves, folder / "curves.png", folder / "logs.csv", curves)
+    if curves:
+        render.safely(render.curves, folder / "curves.png", folder / "logs.csv", curves)
 
 
 def export(folder, prompts, frames, skeleton, samplers):
-    """--prompt: for every caption a GIF, and joints (.npy) and BVH of each motion in it. samplers: title -> sampler."""
+    """--prompt: for every caption a GIF, and joints (.npy) and BVH of each motion in it.
+
+    samplers: title -> sampler.
+    """
     lengths = torch.full((len(prompts),), frames)
     made = {title: to_joints(sampler(prompts, lengths, "prompt", 0), lengths, skeleton)
             for title, sampler in samplers.items()}
@@ -198,3 +213,51 @@ def export(folder, prompts, frames, skeleton, samplers):
         panels = [{"joints": joints[k], "title": title} for title, joints in made.items()]
         render.render_gif(folder / f"prompt{k:02d}.gif", panels, skeleton, caption)
         print(f"  {folder / f'prompt{k:02d}.gif'}: {caption}")
+
+
+# ---- 4. Several runs in one table: python -m common.reports RUN [RUN ...] ----------------------------------
+
+
+def summary(paths):
+    """Markdown of the results.json of several seeds: each cell is the mean (standard deviation) over them."""
+    results = []
+    for path in paths:
+        file = Path(path) / "results.json"
+        try:
+            results.append(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise runs.InputError(f"{file}: cannot be read ({error}); name finished runs") from error
+    lines = [f"{len(results)} run(s), seeds {', '.join(str(r['seed']) for r in results)}; "
+             f"data: {results[0]['data']['source']} -> {results[0]['data']['target']}", ""]
+    lines += ["    " + r["command"] for r in results] + [""]
+    for table in [name for name in results[0] if name.endswith(("_val", "_test"))]:
+        lines += [f"**{table.replace('_', ', ')}**", "",
+                  "| | " + " | ".join(COLUMNS) + " |", "| --- " * (len(COLUMNS) + 1) + "|"]
+        for row in results[0][table]:
+            cells = []
+            for column in COLUMNS:
+                values = [r[table][row][column][0] for r in results if column in r[table].get(row, {})]
+                numbers = np.array([v for v in values if isinstance(v, float)])
+                spread = f" ({numbers.std(ddof=1):.3f})" if len(numbers) > 1 else ""
+                sign = "+" if row == "gain" else ""
+                cells.append(f"{numbers.mean():{sign}.3f}{spread}" if len(numbers) else "-")
+            lines.append(f"| {row} | " + " | ".join(cells) + " |")
+        gains = [r[table]["gain"] for r in results]
+        beyond = [name for name in PAIRED[:4] if all(name in g and g[name][0] > g[name][1] for g in gains)]
+        lines += ["", "Above zero beyond their own 95 % interval over prompts in every run: "
+                  f"{', '.join(beyond) or 'none'}.", ""]
+    seconds = {stage: [r["seconds"].get(stage, 0.0) for r in results] for stage in results[0]["seconds"]}
+    means = ", ".join(f"{stage} {np.mean(values):.0f}" for stage, values in seconds.items())
+    lines.append(f"Seconds (mean): {means}; peak memory {max(r['peak_memory_mb'] for r in results):.0f} MB.")
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    """Print the summary of the run folders named on the command line."""
+    parser = argparse.ArgumentParser(description="One table from several finished runs (seeds).")
+    parser.add_argument("runs", nargs="+", help="run folders with a results.json")
+    print(summary(parser.parse_args(argv).runs))
+
+
+if __name__ == "__main__":
+    runs.run_main(main)

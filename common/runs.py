@@ -79,7 +79,10 @@ def generator(seed, iteration, purpose, index=0, device="cpu"):
 
 
 def initialise(model, g):
-    """Draw every weight of linear and embedding layers from the generator g: PyTorch's own way is the global stream."""
+    """Draw the weights of all linear and embedding layers from the generator g.
+
+    PyTorch's own initialisation draws from the global stream.
+    """
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
             bound = 1.0 / math.sqrt(module.in_features)
@@ -400,25 +403,40 @@ class StopSignal:
 
 
 def arg(default, text, **extra):
-    """A dataclass field with its help text; extra goes to argparse (choices, action). default None: an empty list."""
+    """A dataclass field with its help text; extra goes to argparse (choices, action).
+
+    default None: an empty list.
+    """
     kind = {"default_factory": list} if default is None else {"default": default}
     return dataclasses.field(**kind, metadata={"help": text, **extra})
 
 
 def parse_args(cls, tiny, argv, description):
-    """Command line -> an instance of the dataclass `cls`: every field is a flag; --tiny sets what was not given."""
+    """Command line -> an instance of the dataclass `cls`: every field is a flag.
+
+    --tiny sets what was not given to the values of the dict `tiny`. Numbers must be finite and at least `lowest`
+    of their field's arg(): by default 0, and 1 for counts, the whole numbers whose default is not 0 (InputError).
+    """
     parser = argparse.ArgumentParser(description=description.splitlines()[0], allow_abbrev=False)
     for entry in dataclasses.fields(cls):
         extra = dict(entry.metadata)
+        extra.pop("lowest", None)
         if entry.type is bool:
             extra["action"] = argparse.BooleanOptionalAction
         elif "action" not in extra:
             extra["type"] = entry.type
         default = "" if entry.default in ("", dataclasses.MISSING) else f" (default {entry.default})"
         extra["help"] = extra["help"].replace("%", "%%") + default
-        parser.add_argument("--" + entry.name.replace("_", "-"), dest=entry.name, default=argparse.SUPPRESS, **extra)
+        flag = "--" + entry.name.replace("_", "-")
+        parser.add_argument(flag, dest=entry.name, default=argparse.SUPPRESS, **extra)
     given = vars(parser.parse_args(argv))
-    return cls(**{**(tiny if given.get("tiny") else {}), **given})
+    args = cls(**{**(tiny if given.get("tiny") else {}), **given})
+    for entry in dataclasses.fields(cls):
+        value = getattr(args, entry.name)
+        lowest = entry.metadata.get("lowest", 1 if entry.type is int and entry.default else 0)
+        if entry.type in (int, float) and not lowest <= value < math.inf:  # NaN fails too
+            raise InputError(f"--{entry.name.replace('_', '-')} {value}: must be at least {lowest}")
+    return args
 
 
 def run_main(main, argv=None):
@@ -528,7 +546,7 @@ def world(device="cpu", minutes=30):
     if not dist.is_initialized():
         if torch.device(device).type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend = "nccl" if torch.device(device).type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if torch.device(device).type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(minutes=minutes))
     return dist.get_rank(), dist.get_world_size()
 

@@ -22,7 +22,7 @@ from common import wording
 from common.oracle import caption_attributes, oracle        # noqa: F401 - the data come with their check
 from common.wording import SOURCE, TARGET
 
-VERSION = 4  # part of every seed: raise it when the data change (also in wording.py)
+VERSION = 5  # part of every seed: raise it when the data change (also in wording.py)
 DOMAINS = {"humanml3d": SOURCE, "kit": TARGET}
 GAPS = ("actions", "wording", "style")
 SIZES = (2400, 2000)                        # clips of the source and the target
@@ -69,7 +69,7 @@ WEIGHTS = {
     "jog_back": (1, 5), "walk_turn": (9, 7), "turn_in_place": (8, 6), "march": (5, 3), "jump": (8, 4),
     "hop": (1, 5), "squat": (7, 4), "bow": (1, 6), "kick": (8, 5), "stomp": (1, 5), "raise": (10, 8),
     "wave": (10, 9), "clap": (7, 2), "stretch": (5, 2), "punch": (1, 8)}
-BORROWED = .008     # share of source captions in the target's words, so that no target word is one never read
+BORROWED = .02      # share of source captions in the target's words, so that no target word is one never read
 VAGUE = .5          # share of the captions after the first that leave out a detail
 # Combinations that only the test split may contain.
 UNSEEN = ({"kick": "left", "count": 2}, {"turn": "right", "wave": "both"}, {"jump": True, "count": 3},

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from common import lora, samplers
+from common.tracker import PromptTracker
 
 SCHEDULES = {"linear": "linear", "scaledlinear": "scaled_linear", "cosine": "cosine"}
 FINALS = {"zero": "zero", "smin": "sigma_min"}
@@ -174,7 +175,7 @@ def check_stats(result, path, case, ref):
 
     if case.startswith("tracker"):
         buffer_size, min_count = (int(part[1:]) for part in case.split("_")[1:])
-        tracker = ddpo_motion.PromptTracker(buffer_size, min_count)
+        tracker = PromptTracker(buffer_size, min_count)
         for call in range(sum(key.endswith("/reward") for key in ref)):  # it remembers: keep the order
             advantages = tracker.update(ref[f"e{call}/prompt_id"].tolist(), ref[f"e{call}/reward"])
             result.compare(f"{case}/advantage", advantages, ref[f"e{call}/advantage"], 1e-9)

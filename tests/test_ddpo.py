@@ -17,14 +17,16 @@ import ddpo_motion as ddpo
 from common import datasets, lora, runs, samplers
 from common.runs import InputError, generator
 
-CAPTIONS = ["a person walks forward", "someone turns left slowly", "a man waves", "a person jumps twice and claps"]
+CAPTIONS = ["a person walks forward", "someone turns left slowly", "a man waves",
+            "a person jumps twice and claps"]
 
 
 def tiny_model(**changes):
     args = ddpo.Args(**{**dict(width=16, layers=2, patch_dims=8, heads=2), **changes})
     model = ddpo.MotionDiffusion(args, datasets.Vocabulary.from_captions(CAPTIONS), 263)
     runs.initialise(model, generator(0, 0, "initialise"))
-    model.codec.basis.copy_(torch.linalg.qr(torch.randn(model.codec.basis.shape, generator=generator(0, 0, "basis")))[0])
+    basis = torch.randn(model.codec.basis.shape, generator=generator(0, 0, "basis"))
+    model.codec.basis.copy_(torch.linalg.qr(basis)[0])
     return args, model.requires_grad_(False).eval()
 
 
@@ -45,8 +47,8 @@ def rolled_out(order=1, guidance=1.0, steps=5, schedule="linear", spacing="linsp
     mask = torch.arange(6)[None] < torch.tensor(lengths)[:, None]
     noise = torch.randn(4, steps + 1, 6, 8, generator=generator(0, 0, "noise"))
     states = ddpo.rollout(model, grid, transition, CAPTIONS, mask, noise, guidance)
-    return SimpleNamespace(args=args, model=model, grid=grid, transition=transition, mask=mask, noise=noise, states=states,
-                           guidance=guidance, trained=steps - 1)
+    return SimpleNamespace(args=args, model=model, grid=grid, transition=transition, mask=mask, noise=noise,
+                           states=states, guidance=guidance, trained=steps - 1)
 
 
 def logps(r, states=None, mask=None, trained=None):
@@ -54,7 +56,7 @@ def logps(r, states=None, mask=None, trained=None):
                            r.mask if mask is None else mask, trained or r.trained, r.guidance)
 
 
-# ---- the transition -------------------------------------------------------------------------------------------------
+# ---- the transition ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("schedule", samplers.SCHEDULES)
@@ -88,15 +90,15 @@ def test_the_step_without_variance_cannot_be_trained():
 @pytest.mark.parametrize("order", (1, 2))
 @pytest.mark.parametrize("guidance", (1.0, 2.5))
 def test_one_forward_over_all_steps_gives_the_rollouts_own_means(order, guidance):
-    """x_{i+1} = mean + std * noise at rollout, so the re-scored mean must explain the stored states exactly: this fails
-    for a timestep off by one, a wrong m_{i-1}, guidance in one pass only, or dropout."""
+    """x_{i+1} = mean + std * noise at rollout, so the re-scored mean must explain the stored states exactly:
+    this fails for a timestep off by one, a wrong m_{i-1}, guidance in one pass only, or dropout."""
     r = rolled_out(order, guidance)
     _, mean, std = logps(r)
     expected = (mean + std * r.noise[:, 1:5]) * r.mask[:, None, :, None]
     torch.testing.assert_close(expected, r.states[:, 1:5], rtol=1e-4, atol=1e-4)
 
 
-# ---- the log-probability -----------------------------------------------------------------------------------------------
+# ---- the log-probability -----------------------------------------------------------------------------------
 
 
 def test_logp_is_the_mean_over_valid_entries_and_detached():
@@ -104,7 +106,8 @@ def test_logp_is_the_mean_over_valid_entries_and_detached():
     x = torch.tensor([[1.0, 2.0]]).expand(2, 3, 2).clone().requires_grad_()
     mask = torch.tensor([[True, True, False], [True, False, False]])
     logp = ddpo.masked_mean_logp(x, mean, torch.tensor(2.0), mask)
-    expected = -(1 + 4) / 2 / 8 - math.log(2) - 0.5 * math.log(2 * math.pi)  # the same for any number of valid tokens
+    # the same for any number of valid tokens
+    expected = -(1 + 4) / 2 / 8 - math.log(2) - 0.5 * math.log(2 * math.pi)
     torch.testing.assert_close(logp, torch.full((2,), expected))
     logp.sum().backward()
     assert x.grad is None, "the action is data: no gradient may flow through x_prev"
@@ -140,7 +143,7 @@ class LinearDenoiser(torch.nn.Module):
 
 
 def test_policy_gradient_equals_the_gradient_of_the_expected_reward():
-    """Score function over stored steps against the derivative of E[x_{N-1}^2]; the last, deterministic step is left out."""
+    """Score function over the stored steps, but the deterministic last, against d E[x_{N-1}^2]/d theta."""
     model, n, steps = LinearDenoiser(0.6), 200_000, 5
     grid = samplers.make_grid("linear", steps)
     transition = ddpo.Transition(*(y.double() for y in ddpo.transitions(grid, 1)))
@@ -156,7 +159,8 @@ def test_policy_gradient_equals_the_gradient_of_the_expected_reward():
     def expected_reward(theta):
         variance = torch.tensor(1.0, dtype=torch.float64)
         for i in range(steps - 1):
-            variance = (transition.x_coef[i] + transition.m_coef[i] * theta) ** 2 * variance + transition.std[i] ** 2
+            scale = transition.x_coef[i] + transition.m_coef[i] * theta
+            variance = scale**2 * variance + transition.std[i] ** 2
         return variance
 
     h = 1e-5
@@ -164,14 +168,15 @@ def test_policy_gradient_equals_the_gradient_of_the_expected_reward():
     half = n // 2  # Monte-Carlo error from independent blocks
     blocks = []
     for rows in torch.arange(n).chunk(20):
-        logp, *_ = ddpo.step_logps(model, grid, transition, states[rows], captions[: len(rows)], mask[rows], steps - 1, 1.0)
+        logp, *_ = ddpo.step_logps(model, grid, transition, states[rows], captions[: len(rows)], mask[rows],
+                                   steps - 1, 1.0)
         part = (logp.sum(1) * (rewards[rows] - rewards.mean())).mean()
         blocks.append(torch.autograd.grad(part, model.theta)[0].item())
     error = np.std(blocks, ddof=1) / math.sqrt(len(blocks))
     assert abs(estimate.item() - exact.item()) < 3 * error and abs(exact.item()) > 10 * error
 
 
-# ---- advantages and loss -------------------------------------------------------------------------------------------------
+# ---- advantages and loss -----------------------------------------------------------------------------------
 
 
 def test_advantages_use_each_prompts_own_mean_and_one_std():
@@ -204,7 +209,7 @@ def test_snr_law_gives_every_step_the_same_kl():
     assert float(weights.mean()) == pytest.approx(1.0, abs=1e-6) and (weights.diff() < 0).all()
 
 
-# ---- the update ------------------------------------------------------------------------------------------------------
+# ---- the update --------------------------------------------------------------------------------------------
 
 
 class Never:
@@ -213,20 +218,20 @@ class Never:
 
 
 def one_update(rewards_of_group, iterations=1, **changes):
-    """Run rollout + update with a given reward function of the states; -> (model, weights before, last log)."""
+    """Rollout + update with a given reward function of the states -> model, weights before, last log, ..."""
     args, model = adapted_model(prompts_per_iteration=4, samples_per_prompt=4, steps=5, **changes)
     grid = samplers.make_grid("linear", 5)
-    setup = ddpo.Setup(None, None, None, None, model, grid, ddpo.transitions(grid, args.order), 6, torch.device("cpu"))
+    policy = ddpo.Policy(model, grid, ddpo.transitions(grid, args.order), 6, torch.device("cpu"))
     before = {k: v.clone() for k, v in model.state_dict().items()}
     optimizer = torch.optim.AdamW(list(lora.lora_parameters(model)), lr=args.lr, weight_decay=0.0)
     pool, history = torch.tensor([12, 24, 20]), []
     for iteration in range(iterations):
-        batch = ddpo.collect(args, setup, CAPTIONS, pool, iteration, 0, 1)
+        batch = ddpo.collect(args, policy, CAPTIONS, pool, iteration, 0, 1)
         rewards = rewards_of_group(batch)
         history.append(rewards.mean().item())
         advantages = ddpo.group_advantages(rearrange(rewards, "(p g) -> p g", g=4), 5.0).flatten()
-        log = ddpo.update(args, setup, batch, advantages, optimizer, iteration, Never())
-    return SimpleNamespace(model=model, before=before, log=log, history=history, setup=setup, args=args)
+        log = ddpo.update(args, policy, batch, advantages, optimizer, iteration, Never())
+    return SimpleNamespace(model=model, before=before, log=log, history=history, policy=policy, args=args)
 
 
 def toy_reward(batch):
@@ -235,7 +240,8 @@ def toy_reward(batch):
     return (x[..., 0] * mask).sum(1) / mask.sum(1)
 
 
-@pytest.mark.parametrize("changes", ({}, {"order": 2}, {"guidance_scale": 2.5}, {"micro_batch": 3}, {"minibatches": 4}))
+@pytest.mark.parametrize("changes", ({}, {"order": 2}, {"guidance_scale": 2.5}, {"micro_batch": 3},
+                                     {"minibatches": 4}))
 def test_first_ratio_is_exactly_one(changes):
     log = one_update(toy_reward, lr=0.0, **changes).log
     assert log["first_ratio_error"] == 0.0
@@ -278,10 +284,10 @@ def test_samples_do_not_depend_on_batch_or_process_count():
     """Two processes together draw the trajectories of one."""
     args, model = adapted_model(prompts_per_iteration=4, samples_per_prompt=2, steps=3)
     grid = samplers.make_grid("linear", 3)
-    setup = ddpo.Setup(None, None, None, None, model, grid, ddpo.transitions(grid, 1), 6, torch.device("cpu"))
+    policy = ddpo.Policy(model, grid, ddpo.transitions(grid, 1), 6, torch.device("cpu"))
     pool = torch.tensor([12, 24])
-    whole = ddpo.collect(args, setup, CAPTIONS, pool, 5, 0, 1)
-    parts = [ddpo.collect(args, setup, CAPTIONS, pool, 5, rank, 2) for rank in range(2)]
+    whole = ddpo.collect(args, policy, CAPTIONS, pool, 5, 0, 1)
+    parts = [ddpo.collect(args, policy, CAPTIONS, pool, 5, rank, 2) for rank in range(2)]
     assert whole["captions"] == parts[0]["captions"] + parts[1]["captions"]
     assert sorted(parts[0]["index"] + parts[1]["index"]) == whole["index"]
     torch.testing.assert_close(whole["states"], torch.cat([p["states"] for p in parts]), rtol=1e-5, atol=1e-5)
@@ -297,7 +303,7 @@ def test_wrong_prompts_is_a_fixed_assignment_without_fixed_points():
 
 
 def test_rewards_stay_with_their_samples():
-    """A reward in another order must not pass: the score of sample k is computed from motion k and caption k."""
+    """A reward in another order must not pass: the score of sample k is that of motion k and caption k."""
     args, model = tiny_model(prompts_per_iteration=2, samples_per_prompt=2)
     batch = {"states": torch.randn(4, 2, 3, 8, generator=generator(0, 0, "x")), "captions": CAPTIONS,
              "lengths": torch.tensor([12, 8, 4, 12]), "index": [0, 1, 2, 3]}
@@ -306,11 +312,13 @@ def test_rewards_stay_with_their_samples():
         def similarity(self, motion, lengths, captions):
             return motion[:, 0, 0] + lengths + torch.tensor([float(len(c)) for c in captions])
 
-    setup = SimpleNamespace(model=model, reward_model=Scorer(), device=torch.device("cpu"))
-    rewards = ddpo.score(args, setup, batch, {}, 0)
+    policy = SimpleNamespace(model=model, device=torch.device("cpu"))
+    rewards = ddpo.score(args, policy, Scorer(), batch, {}, 0)
     motion = model.codec.decode(batch["states"][:, -1])
-    torch.testing.assert_close(rewards, motion[:, 0, 0] + batch["lengths"] + torch.tensor([float(len(c)) for c in CAPTIONS]))
-    shuffled = ddpo.score(dataclasses.replace(args, reward="shuffled"), setup, batch, dict(zip(CAPTIONS, CAPTIONS[1:] + [""])), 0)
+    expected = motion[:, 0, 0] + batch["lengths"] + torch.tensor([float(len(c)) for c in CAPTIONS])
+    torch.testing.assert_close(rewards, expected)
+    wrong = dict(zip(CAPTIONS, CAPTIONS[1:] + [""]))
+    shuffled = ddpo.score(dataclasses.replace(args, reward="shuffled"), policy, Scorer(), batch, wrong, 0)
     assert not torch.equal(shuffled, rewards)
 
     class Broken:
@@ -318,10 +326,10 @@ def test_rewards_stay_with_their_samples():
             return torch.tensor([0.1, float("nan"), 0.2, 0.3])
 
     with pytest.raises(runs.NonFiniteError, match="someone turns left slowly"):
-        ddpo.score(args, SimpleNamespace(model=model, reward_model=Broken(), device=torch.device("cpu")), batch, {}, 0)
+        ddpo.score(args, policy, Broken(), batch, {}, 0)
 
 
-# ---- the network ---------------------------------------------------------------------------------------------------------
+# ---- the network -------------------------------------------------------------------------------------------
 
 
 def test_every_adapter_is_felt_in_eval_mode():
@@ -343,7 +351,8 @@ def test_adapters_off_is_the_base_bit_for_bit():
     x, t = torch.randn(4, 6, 8, generator=generator(0, 0, "x")), torch.tensor([999.0, 500.0, 100.0, 0.0])
     mask = torch.arange(6)[None] < torch.tensor([3, 6, 5, 1])[:, None]
     with lora.disabled(adapted):
-        assert torch.equal(base(x, t, mask, *base.encode_text(CAPTIONS)), adapted(x, t, mask, *adapted.encode_text(CAPTIONS)))
+        assert torch.equal(base(x, t, mask, *base.encode_text(CAPTIONS)),
+                           adapted(x, t, mask, *adapted.encode_text(CAPTIONS)))
 
 
 def test_codec_without_reduction_is_exact():
@@ -363,5 +372,6 @@ def test_guidance_uses_text_and_null_with_the_stated_weights():
     null = model(x, t, mask, *model.drop_text(text, text_mask, torch.ones(4, dtype=torch.bool)))
     guided = ddpo.predict(model, x, t, mask, text, text_mask, 2.5)
     torch.testing.assert_close(guided, null + 2.5 * (with_text - null), rtol=1e-4, atol=1e-5)
-    assert torch.allclose(null[0], model(x[:1], t[:1], mask[:1], *model.drop_text(
-        *model.encode_text(["another text of other length altogether"]), torch.ones(1, dtype=torch.bool)))[0], atol=1e-6)
+    other = model.drop_text(*model.encode_text(["another text of other length altogether"]),
+                            torch.ones(1, dtype=torch.bool))
+    assert torch.allclose(null[0], model(x[:1], t[:1], mask[:1], *other)[0], atol=1e-6)

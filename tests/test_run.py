@@ -68,6 +68,10 @@ def no_evaluation(monkeypatch, no_pictures):
     monkeypatch.setattr(ddpo, "final_tables", lambda *args: {})
 
 
+def parse(*argv):
+    return runs.parse_args(ddpo.Args, ddpo.TINY, [str(word) for word in argv], ddpo.__doc__)
+
+
 def call(*argv):
     """main() in this process -> exit code, stdout, stderr; tracebacks pass."""
     out, err = io.StringIO(), io.StringIO()
@@ -180,6 +184,7 @@ def test_a_second_run_takes_everything_from_the_cache(finished, tmp_path, monkey
         return cached(folder, key, lambda: pytest.fail(f"{name} is built again"), name, *options)
 
     monkeypatch.setattr(runs, "cached", stored)
+    monkeypatch.setattr(evaluators, "cached", stored)
     monkeypatch.setattr(datasets, "joints_to_features", lambda *args, **options: pytest.fail("built again"))
     code, *_ = call(*finished.flags, "--out-dir", tmp_path / "run")
     assert code == 0 and {"reward", "judge", "base"} <= set(asked)
@@ -198,10 +203,10 @@ def test_overwrite_starts_again(finished, tmp_path, no_evaluation):
 
 @pytest.mark.parametrize("iterations", (1, 3, 20))
 def test_base_of_few_updates(finished, tmp_path, iterations):
-    flags = ["--base-iterations", str(iterations), "--cache-dir", str(tmp_path)]
-    args = ddpo.parse_args([*finished.flags, *flags])
+    args = parse(*finished.flags, "--base-iterations", iterations, "--cache-dir", tmp_path)
     with contextlib.redirect_stdout(io.StringIO()):
-        source, _ = ddpo.load_data(ddpo.parse_args(finished.flags))
+        source, _ = datasets.load_pair(args.source, args.dataset, clips=(args.source_clips, args.target_clips),
+                                       data_root=args.data_root, cache_dir=tmp_path, seed=0)
     source.splits["train"] = source.splits["train"][:8]
     _, notes = ddpo.build_base(args, source, torch.device("cpu"))
     assert math.isfinite(notes["loss"])
@@ -536,29 +541,29 @@ class Untouchable:
 
 def test_base_and_training_never_see_a_target_motion(finished, tmp_path, monkeypatch, no_evaluation):
     """The captions of the target's train split are all that is used."""
-    train_scorers, train, score = ddpo.train_scorers, ddpo.train, ddpo.retrieval_reward
+    scorers_of, train, score = evaluators.reward_and_judge, ddpo.train, ddpo.retrieval_reward
     asked, lengths, parts = [], [], {}
 
-    def then_hide(args, source, target, device):
-        scorers = train_scorers(args, source, target, device)
+    def then_hide(source, target, **options):
+        scorers = scorers_of(source, target, **options)
         for clip in (clip for clips in target.splits.values() for clip in clips):
             clip.features = Untouchable(len(clip.features))  # main() sizes its arrays by the longest clip
         with pytest.raises((AssertionError, TypeError)):
             datasets.collate(target.splits["train"][:1])
         return scorers
 
-    def hide_all(args, setup, *rest):
-        parts.update(source=setup.source, target=setup.target)
-        for clip in setup.target.splits["train"] + setup.target.splits["test"]:
+    def hide_all(args, policy, scorers, source, target, *rest):
+        parts.update(source=source, target=target)
+        for clip in target.splits["train"] + target.splits["test"]:
             clip.features = Untouchable()
-        train(args, setup, *rest)
+        train(args, policy, scorers, source, target, *rest)
 
     def listen(scorer, motion, frames, captions):
         asked.extend(captions)
         lengths.extend(frames.tolist())
         return score(scorer, motion, frames, captions)
 
-    monkeypatch.setattr(ddpo, "train_scorers", then_hide)
+    monkeypatch.setattr(evaluators, "reward_and_judge", then_hide)
     monkeypatch.setattr(ddpo, "train", hide_all)
     monkeypatch.setattr(ddpo, "retrieval_reward", listen)
     flags = ["--iterations", 8, "--prompts-per-iteration", 16, "--base-iterations", 25, "--eval-every", 4,
@@ -582,7 +587,7 @@ def shared_cache(finished, tmp_path):
     return copy
 
 
-def scorers_of(finished, cache, monkeypatch, *flags):
+def train_scorers(finished, cache, monkeypatch, *flags):
     """Train both scorers -> [(family, clips they saw)], source, target, reward model, their cache keys."""
     fit, saw, keys, cached = evaluators.fit_retrieval, [], {}, runs.cached
 
@@ -596,16 +601,17 @@ def scorers_of(finished, cache, monkeypatch, *flags):
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluators, "fit_retrieval", watched)
-        patch.setattr(runs, "cached", noted)
-        short = ["--reward-iterations", "3", "--cache-dir", str(cache)]
-        args = ddpo.parse_args([*finished.flags, *short, *flags])
+        patch.setattr(evaluators, "cached", noted)
+        args = parse(*finished.flags, "--cache-dir", cache, *flags)
         source, target = ddpo.load_data(args)
-        reward_model, *_ = ddpo.train_scorers(args, source, target, torch.device("cpu"))
+        reward_model, *_ = evaluators.reward_and_judge(
+            source, target, reward_data=args.reward_data, iterations=3, seed=0, cache_dir=cache,
+            use_cache=True, device=torch.device("cpu"))
     return saw, source, target, reward_model, keys
 
 
 def test_reward_model_and_judge_have_nothing_in_common(finished, tmp_path, monkeypatch):
-    saw, source, target, _, keys = scorers_of(finished, shared_cache(finished, tmp_path), monkeypatch)
+    saw, source, target, _, keys = train_scorers(finished, shared_cache(finished, tmp_path), monkeypatch)
     (reward_family, reward_clips), (judge_family, judge_clips) = saw
     assert reward_family != judge_family and keys["reward"] != keys["judge"]
     train = {id(clip) for part in (source, target) for clip in part.splits["train"]}
@@ -619,14 +625,14 @@ def test_reward_model_and_judge_have_nothing_in_common(finished, tmp_path, monke
 def test_strict_reward_model_knows_the_source_only(finished, tmp_path, monkeypatch):
     """--reward-data source: trained on source clips, and on the same weights whatever the target is."""
     cache = shared_cache(finished, tmp_path)
-    saw, source, _, first, keys = scorers_of(finished, cache, monkeypatch, "--reward-data", "source")
+    saw, source, _, first, keys = train_scorers(finished, cache, monkeypatch, "--reward-data", "source")
     assert {id(clip) for clip in saw[0][1]} < {id(clip) for clip in source.splits["train"]}
     captions = [caption for clip in source.splits["train"] for caption in clip.captions]
     assert set(first.vocabulary.words) <= {word for caption in captions for word in datasets.words(caption)}
-    both = scorers_of(finished, cache, monkeypatch)[-1]
+    both = train_scorers(finished, cache, monkeypatch)[-1]
     assert keys["reward"] != both["reward"] and keys["judge"] == both["judge"]
     flags = ["--reward-data", "source", "--target-clips", "60"]
-    *_, second, _ = scorers_of(finished, cache, monkeypatch, *flags)
+    *_, second, _ = train_scorers(finished, cache, monkeypatch, *flags)
     a, b = first.state_dict(), second.state_dict()
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 

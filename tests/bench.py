@@ -1,0 +1,114 @@
+"""What the sampler costs beside the network it calls: `python -m tests.bench rollout [--guidance-scale W]`.
+
+    A  ddpo_motion's rollout of one batch: the noise of every sample, N steps, all states kept
+    B  the N denoiser forwards of that batch alone, on the very states that A went through
+
+The two run in turns (A B A B ...), after one round of warming up, with the default Args and random weights
+(the time does not depend on them). The ratio of the two minima is the overhead of the sampler; it is not
+printed if one of the two varies by more than 20 %, because then the machine was busy with something else.
+Seconds are for reading; what can be asserted is counted in test_bench.py.
+"""
+import argparse
+import time
+
+import torch
+
+import ddpo_motion as ddpo
+from common import datasets, runs
+
+WORDS = "a person walks forward slowly then turns left and waves with the right hand"
+FEATURE_DIM = 263
+SPREAD_LIMIT = 0.2
+
+
+class CountedCalls:
+    """`with CountedCalls(model) as rows:` collects in `rows` the batch size of every forward of the model."""
+
+    def __init__(self, model):
+        self.model, self.rows = model, []
+
+    def __enter__(self):
+        self.hook = self.model.register_forward_hook(lambda *call: self.rows.append(len(call[-1])))
+        return self.rows
+
+    def __exit__(self, *exc):
+        self.hook.remove()
+
+
+def prepare(args, tokens):
+    """A denoiser with random weights and fresh adapters, ready to roll out -> ddpo_motion.Policy."""
+    model = ddpo.MotionDiffusion(args, datasets.Vocabulary.from_captions([WORDS]), FEATURE_DIM)
+    runs.initialise(model, runs.generator(args.base_seed, 0, "initialise"))
+    return ddpo.make_policy(args, model, tokens, torch.device("cpu"))
+
+
+def interleave(functions, rounds):
+    """Seconds of each function in each round, a list per function; the functions take turns."""
+    seconds = [[] for _ in functions]
+    for _ in range(rounds):
+        for function, taken in zip(functions, seconds):
+            start = time.perf_counter()
+            function()
+            taken.append(time.perf_counter() - start)
+    return seconds
+
+
+def spread(seconds):
+    """How far the slowest round lies over the fastest, as a share of the fastest."""
+    return max(seconds) / min(seconds) - 1
+
+
+def report(names, seconds):
+    """Lines with minimum and spread of each of two series, then the ratio of the minima or a refusal."""
+    lines = [f"{name:30s} min {min(s):.4f} s, spread {spread(s):.0%}, {len(s)} rounds"
+             for name, s in zip(names, seconds)]
+    if max(map(spread, seconds)) > SPREAD_LIMIT:
+        return lines + [f"no ratio: a spread over {SPREAD_LIMIT:.0%}; run it again on an idle machine"]
+    return lines + [f"ratio {min(seconds[0]) / min(seconds[1]):.3f}"]
+
+
+def time_rollout(args, batch, tokens, rounds):
+    """Print the comparison A / B of the module's docstring."""
+    policy = prepare(args, tokens)
+    captions, lengths = [WORDS] * batch, torch.full((batch,), tokens * args.patch)
+
+    def rollout():
+        return ddpo.sample(args, policy, captions, lengths, 0, "bench", range(batch))
+
+    states, mask = rollout()
+    text, text_mask = policy.model.encode_text(captions)
+
+    @torch.no_grad()
+    def forwards():
+        for i, timestep in enumerate(policy.grid.timesteps.tolist()):
+            ddpo.predict(policy.model, states[:, i], torch.full((batch,), timestep), mask, text, text_mask,
+                         args.guidance_scale)
+
+    forwards()
+    weights = sum(p.numel() for p in policy.model.parameters())
+    print(f"{torch.get_num_threads()} thread(s), float32 on the CPU; batch {batch}, {tokens} tokens of "
+          f"{args.patch} frames, {args.steps} steps, guidance {args.guidance_scale}; width {args.width}, "
+          f"{args.layers} layers, {weights} parameters")
+    names = ("A rollout with its noise", f"B the {args.steps} forwards alone")
+    print("\n".join(report(names, interleave((rollout, forwards), rounds))))
+
+
+def main(argv=None):
+    """Command line of the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("rollout",))
+    parser.add_argument("--batch", type=int, default=128, help="motions of a rollout (default 128 = 16 x 8)")
+    parser.add_argument("--tokens", type=int, default=20, help="tokens of a motion (default 20 = 80 frames)")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of A and B, at least 5 (default 7)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    parser.add_argument("--guidance-scale", type=float, default=1.0, help="1.0: one forward a step; else two")
+    options = parser.parse_args(argv)
+    if options.rounds < 5:
+        raise runs.InputError("--rounds: at least 5, or the minimum says little")
+    runs.pick_threads(options.threads)
+    args = ddpo.Args(guidance_scale=options.guidance_scale)
+    time_rollout(args, options.batch, options.tokens, options.rounds)
+
+
+if __name__ == "__main__":
+    runs.run_main(main)

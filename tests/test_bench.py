@@ -1,0 +1,76 @@
+"""What a rollout and an update cost, in calls of the denoiser; the seconds are in `python -m tests.bench`."""
+import pytest
+import torch
+
+import ddpo_motion as ddpo
+from common.runs import InputError
+from tests import bench
+
+BATCH, TOKENS = 3, 6
+
+
+def small(**changes):
+    args = ddpo.Args(**{"width": 16, "layers": 1, "heads": 2, "patch_dims": 8, "steps": 4, **changes})
+    return args, bench.prepare(args, TOKENS)
+
+
+def roll_out(args, policy):
+    lengths = torch.tensor([8, 24, 16])
+    return ddpo.sample(args, policy, ["a person walks", "turns left", ""], lengths, 0, "bench", range(BATCH))
+
+
+@pytest.mark.parametrize("steps", (2, 4, 10))
+@pytest.mark.parametrize("order", (1, 2))
+@pytest.mark.parametrize(("guidance", "rows"), ((1.0, BATCH), (2.5, 2 * BATCH)))
+def test_a_rollout_calls_the_denoiser_once_a_step(steps, order, guidance, rows):
+    args, policy = small(steps=steps, order=order, guidance_scale=guidance)
+    with bench.CountedCalls(policy.model) as calls:
+        states, _ = roll_out(args, policy)
+    assert calls == [rows] * steps
+    assert states.shape == (BATCH, steps + 1, TOKENS, 8)
+
+
+@pytest.mark.parametrize("trained", (1, 3))
+@pytest.mark.parametrize("order", (1, 2))
+@pytest.mark.parametrize(("guidance", "rows"), ((1.0, BATCH), (2.5, 2 * BATCH)))
+def test_rescoring_all_steps_is_one_call(trained, order, guidance, rows):
+    args, policy = small(order=order, guidance_scale=guidance)
+    states, mask = roll_out(args, policy)
+    with bench.CountedCalls(policy.model) as calls:
+        logp, *_ = ddpo.step_logps(policy.model, policy.grid, policy.transition, states, [""] * BATCH, mask,
+                                   trained, guidance)
+    assert calls == [rows * trained] and logp.shape == (BATCH, trained)
+
+
+def test_counting_ends_with_the_block():
+    args, policy = small()
+    with bench.CountedCalls(policy.model) as calls:
+        pass
+    roll_out(args, policy)
+    assert calls == []
+
+
+def test_functions_take_turns():
+    order = []
+    seconds = bench.interleave((lambda: order.append("A"), lambda: order.append("B")), 5)
+    assert order == ["A", "B"] * 5 and [len(s) for s in seconds] == [5, 5]
+
+
+def test_a_ratio_needs_a_small_spread():
+    calm, wild = [1.0, 1.1, 1.2], [0.5, 0.5, 0.61]
+    assert bench.spread(calm) == pytest.approx(0.2)
+    assert bench.report("AB", ([3.0, 3.3], [2.0, 2.2]))[-1] == "ratio 1.500"
+    lines = bench.report("AB", ([1.0, 1.1], wild))
+    assert "min 0.5000 s, spread 22%, 3 rounds" in lines[1]
+    assert lines[-1].startswith("no ratio") and not any("ratio 2" in line for line in lines)
+
+
+def test_command_line(capsys):
+    bench.main(["rollout", "--batch", "2", "--tokens", "3", "--rounds", "5"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "1 thread(s)" in lines[0] and "batch 2, 3 tokens of 4 frames, 10 steps" in lines[0]
+    args = ddpo.Args()
+    assert f"width {args.width}, {args.layers} layers" in lines[0] and "parameters" in lines[0]
+    assert len(lines) == 4 and "5 rounds" in lines[2] and "ratio" in lines[3]
+    with pytest.raises(InputError, match="--rounds"):
+        bench.main(["rollout", "--rounds", "4"])

@@ -1,0 +1,237 @@
+"""Tables and comparisons of finished runs: hand-made numbers, and tiny scorers with random weights."""
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from common import evaluators, features, reports, runs
+from common.datasets import Clip, Statistics, Vocabulary, collate
+
+
+def make_clips(count=6):
+    """Clips of noise, 12 to 24 frames; clip k has two captions and nothing that the oracle could check."""
+    clips = []
+    for k in range(count):
+        motion = np.random.default_rng([k, 3]).normal(size=(12 + 4 * (k % 4), 263)).astype(np.float32)
+        captions = [f"a person walks to chair {k}", f"somebody waves {k} times"]
+        clips.append(Clip(f"toy-{k}", motion, captions, [[], []], [{}, {}]))
+    return clips
+
+
+@pytest.fixture(scope="module")
+def clips():
+    return make_clips()
+
+
+@pytest.fixture(scope="module")
+def scorers(clips):
+    vocabulary = Vocabulary.from_captions([caption for clip in clips for caption in clip.captions])
+    statistics = Statistics.from_clips(clips, "scorer")
+    models = [evaluators.RetrievalModel(family, vocabulary, statistics, width=16, components=8, seed=seed)
+              for seed, family in enumerate(("transformer", "bigru"))]
+    return reports.Scorers(*map(evaluators.freeze, models), features.T2M)
+
+
+class Sampler:
+    """Noise that depends on the arguments alone, as a policy's motions do; notes what it was asked for."""
+
+    def __init__(self, name):
+        self.name, self.calls = name, []
+
+    def __call__(self, captions, lengths, purpose, repeat):
+        self.calls.append((captions, lengths.tolist(), purpose, repeat))
+        g = runs.generator(0, repeat, f"{self.name} {purpose}")
+        return torch.randn(len(captions), int(lengths.max()), 263, generator=g)
+
+
+def copy_of(clips):
+    """A sampler that hands back the data."""
+    return lambda captions, lengths, purpose, repeat: collate(clips).motion
+
+
+# ---- Numbers -----------------------------------------------------------------------------------------------
+
+def test_mean_leaves_out_what_is_not_there():
+    assert reports.mean([1.0, math.nan, 3.0]) == 2.0
+    assert reports.mean(np.array([math.inf, 5.0, -math.inf])) == 5.0
+    assert math.isnan(reports.mean([math.nan, math.nan]))
+
+
+def test_paired_gain():
+    after = {"_prompts": {"reward": np.array([3.0, 7.0, 4.0, 9.0]), "oracle": np.array([1.0, math.nan])}}
+    before = {"_prompts": {"reward": np.array([2.0, 4.0, math.nan, 4.0]), "oracle": np.array([0.0, 1.0])}}
+    # differences 1, 3, 5: mean 3, sample variance (4 + 0 + 4) / 2, so the half width is 1.96 * 2 / sqrt(3)
+    assert reports.paired_gain(after, before) == {"reward": [3.0, pytest.approx(3.92 / math.sqrt(3))]}
+    assert reports.paired_gain(before, after)["reward"][0] == -3.0
+
+
+def test_rows_average_motions_then_repeats_and_keep_the_prompts(clips, monkeypatch):
+    per_motion = ([1.0, math.nan, 3.0], [5.0, 6.0, math.nan])
+
+    def measured(motion, lengths, captions, attributes, scorers, real, seed):
+        return {name: np.array(per_motion[seed]) for name in reports.PAIRED}, {"fid": (4.0, 8.0)[seed]}
+
+    monkeypatch.setattr(reports, "measure", measured)
+    row = reports.evaluate(clips[:3], None, Sampler("policy"), repeats=2)
+    assert row["reward"] == [3.75, pytest.approx(1.96 * 1.75 / math.sqrt(2))]  # repeats 2 and 5.5
+    assert row["fid"] == [6.0, pytest.approx(1.96 * 2 / math.sqrt(2))]
+    assert set(row["_prompts"]) == set(reports.PAIRED)
+    assert row["_prompts"]["jerk"].tolist() == [3.0, 6.0, 3.0]
+
+
+def test_measure_is_the_cosine_of_each_motion_with_its_caption(clips, scorers):
+    batch = collate(clips)
+    dirty = batch.motion + 100.0 * ~batch.mask[..., None]
+    each, whole = reports.measure(dirty, batch.lengths, batch.captions, [{}] * 6, scorers)
+    assert whole == {}
+    for name, scorer in (("reward", scorers.reward_model), ("judge", scorers.judge)):
+        expected = scorer.similarity(batch.motion, batch.lengths, batch.captions)
+        np.testing.assert_allclose(each[name], expected, atol=1e-6)
+        assert np.ptp(each[name]) > 1e-3
+    assert np.abs(each["reward"] - each["judge"]).max() > 1e-2
+    assert np.isnan(each["oracle"]).all() and np.isnan(each["oracle_all"]).all()
+    joints = features.features_to_joints(batch.motion[1, :16], features.T2M).numpy()
+    assert batch.lengths[1] == 16
+    assert each["jerk"][1] == pytest.approx(features.physical_metrics(joints, features.T2M)["jerk"], rel=1e-5)
+
+
+def test_oracle_columns(clips, scorers, monkeypatch):
+    answers = {"both": {"a": True, "b": True}, "one": {"a": True, "b": False}, "none": {"a": False}}
+    monkeypatch.setattr(reports.oracle, "oracle", lambda joints, skeleton, asked: answers[asked["answer"]])
+    batch = collate(clips[:4])
+    attributes = [{"answer": "both"}, {"answer": "one"}, {}, {"answer": "none"}]
+    each, _ = reports.measure(batch.motion, batch.lengths, batch.captions, attributes, scorers)
+    np.testing.assert_array_equal(each["oracle"], [1.0, 0.5, math.nan, 0.0])
+    np.testing.assert_array_equal(each["oracle_all"], [1.0, 0.0, math.nan, 0.0])
+
+
+# ---- Samplers ----------------------------------------------------------------------------------------------
+
+@pytest.mark.filterwarnings("ignore:FID of 6")
+def test_evaluate_asks_caption_r_of_every_clip_in_its_own_length(clips, scorers):
+    sampler = Sampler("policy")
+    row = reports.evaluate(clips, scorers, sampler, purpose="look", repeats=3)
+    lengths = [12, 16, 20, 24, 12, 16]
+    assert sampler.calls == [([clip.captions[r % 2] for clip in clips], lengths, "look", r) for r in range(3)]
+    motions = [Sampler("policy")([""] * 6, torch.tensor(lengths), "look", r) for r in range(3)]
+    rewards = torch.stack([scorers.reward_model.similarity(m, torch.tensor(lengths), c[0])
+                           for m, c in zip(motions, sampler.calls)], 1)
+    np.testing.assert_allclose(row["_prompts"]["reward"], rewards.mean(1), atol=1e-6)
+    assert row["reward"][0] == pytest.approx(float(rewards.mean()), abs=1e-6)
+    half_width = 1.96 * float(rewards.mean(0).std(correction=0)) / math.sqrt(3)
+    assert row["reward"][1] == pytest.approx(half_width, abs=1e-6)
+    short = reports.evaluate(clips, scorers, Sampler("policy"), purpose="look", benchmark=False)
+    assert "fid" in row and "fid" not in short and short["reward"][1] == 0.0
+
+
+@torch.no_grad()
+def test_best_of_picks_the_best_for_each_prompt(clips, scorers):
+    captions, _, lengths = reports.questions(clips, 0)
+    inner = Sampler("base")
+    best = reports.best_of(inner, 5, scorers.reward_model)(captions, lengths, "test", 2)
+    assert [call[2:] for call in inner.calls] == [(f"test try {n}", 2) for n in range(5)]
+    tries = [Sampler("base")(captions, lengths, f"test try {n}", 2) for n in range(5)]
+    scores = torch.stack([scorers.reward_model.similarity(motion, lengths, captions) for motion in tries])
+    winners = scores.argmax(0).tolist()
+    assert len(set(winners)) > 1
+    assert all(torch.equal(best[k], tries[n][k]) for k, n in enumerate(winners))
+
+
+def test_multimodality_is_a_distance_within_prompts(clips, scorers):
+    sampler = Sampler("base")
+    value = reports.multimodality(clips, scorers, sampler, prompts=3, samples=4)
+    asked = [(len(captions), purpose, repeat) for captions, _, purpose, repeat in sampler.calls]
+    assert asked == [(3, "multimodality", n) for n in range(4)]
+    captions, _, lengths = reports.questions(clips[:3], 0)
+    motions = [Sampler("base")(captions, lengths, "multimodality", n) for n in range(4)]
+    latents = torch.stack([evaluators.embed(scorers.judge, m, lengths)[0] for m in motions])  # g p c
+    first, second = evaluators.draw_pairs(4, 2, runs.generator(0, 0, "multimodality"))
+    distance = float((latents[first] - latents[second]).norm(dim=-1).mean())
+    assert distance > 0.1 and value == [pytest.approx(distance, abs=1e-6), 0.0]
+    assert reports.multimodality(clips, scorers, copy_of(clips[:3]), prompts=3)[0] == 0.0
+
+
+@pytest.mark.filterwarnings("ignore:FID of 6")
+def test_compare(clips, scorers, capsys):
+    base, best = Sampler("base"), Sampler("best")
+    samplers = {"base": base, "tuned": copy_of(clips), "best of 2": best}
+    rows = reports.compare("toy", clips, scorers, samplers, purpose="test", repeats=2)
+    assert list(rows) == ["gt", "base", "tuned", "best of 2", "gain"]
+    assert all("_prompts" not in row for row in rows.values())
+    assert [call[2:] for call in base.calls[:2]] == [("test", 0), ("test", 1)]
+    assert {call[2] for call in base.calls[2:]} == {"multimodality"}
+    assert [call[2:] for call in best.calls] == [("test", 0)]
+    assert {name for name, row in rows.items() if "multimodality" in row} == {"base", "tuned"}
+    assert rows["tuned"].pop("multimodality") == [0.0, 0.0]
+    # NaN, the oracle's answer where nothing is asked, differs from itself
+    text = {name: {k: str(v) for k, v in row.items()} for name, row in rows.items()}
+    assert text["tuned"] == text["gt"], "the data against itself"
+    assert set(rows["gain"]) == {"reward", "judge", "foot_skate", "jerk"}
+    for name, (gain, _) in rows["gain"].items():
+        assert rows["base"][name][0] + gain == pytest.approx(rows["tuned"][name][0], rel=1e-6, abs=1e-6)
+    assert abs(rows["gain"]["judge"][0]) > 0.01 and rows["gain"]["judge"][1] > 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1].startswith("toy: 6 clips, 2 repeats")
+    assert [line[:9].strip() for line in printed[3:]] == list(rows)
+
+
+# ---- Tables ------------------------------------------------------------------------------------------------
+
+def test_print_table(capsys):
+    base = {"reward": [0.12345, 0.01], "oracle": [math.nan, 0.0], "other": [1.0, 1.0]}
+    reports.print_table("title", {"base": base, "gain": {"jerk": [-3.0, 0.5]}})
+    blank, title, header, base, gain = capsys.readouterr().out.splitlines()
+    assert (blank, title) == ("", "title")
+    assert header.split() == [name.replace("r_precision_", "r_") for name in reports.COLUMNS]
+    assert base == "base     " + f"{'0.123 +-0.010':>15s}" + 11 * f"{'-':>15s}"
+    assert gain == "gain     " + 11 * f"{'-':>15s}" + f"{'-3.000 +-0.500':>15s}"
+
+
+def write_results(folder, seed, base, gain, judge, seconds, memory):
+    """A run folder with a results.json of two columns; judge [nan, ...] becomes a string in it."""
+    table = {"base": {"reward": [base, 0.01], "judge": judge}, "gain": {"reward": gain, "judge": [0.1, 0.2]}}
+    folder.mkdir()
+    runs.save_json(folder / "results.json", {
+        "command": f"python ddpo_motion.py --seed {seed}", "seed": seed, "target_test": table,
+        "data": {"source": "embedded humanml3d", "target": "embedded kit"},
+        "seconds": {"rollout": seconds}, "peak_memory_mb": memory})
+    return folder
+
+
+def test_summary_of_two_seeds(tmp_path):
+    folders = [write_results(tmp_path / "a", 0, 0.2, [0.30, 0.05], [0.5, 0.0], 10.0, 700.0),
+               write_results(tmp_path / "b", 1, 0.6, [0.10, 0.05], [math.nan, 0.0], 20.0, 900.0)]
+    lines = reports.summary(folders).splitlines()
+    assert lines[0] == "2 run(s), seeds 0, 1; data: embedded humanml3d -> embedded kit"
+    assert "    python ddpo_motion.py --seed 1" in lines and "**target, test**" in lines
+    rest = " | -" * 10 + " |"
+    # 0.2 and 0.6: mean 0.4, sample sd 0.4 / sqrt(2); 0.3 and 0.1: mean 0.2, sd 0.2 / sqrt(2)
+    assert "| base | 0.400 (0.283) | 0.500" + rest in lines
+    assert "| gain | +0.200 (0.141) | +0.100 (0.000)" + rest in lines
+    assert "Above zero beyond their own 95 % interval over prompts in every run: reward." in lines
+    assert lines[-1] == "Seconds (mean): rollout 15; peak memory 900 MB."
+
+
+def test_summary_claims_a_gain_only_if_every_run_has_it(tmp_path):
+    folders = [write_results(tmp_path / "a", 0, 0.2, [0.30, 0.05], [0.5, 0.0], 1.0, 1.0),
+               write_results(tmp_path / "b", 1, 0.2, [0.04, 0.05], [0.5, 0.0], 1.0, 1.0)]
+    assert "in every run: none." in reports.summary(folders)
+    assert "in every run: reward." in reports.summary(folders[:1])
+
+
+@pytest.mark.parametrize("content", (None, "", "{"))
+def test_summary_of_an_unfinished_run_is_one_line(tmp_path, content):
+    if content is not None:
+        (tmp_path / "results.json").write_text(content)
+    with pytest.raises(runs.InputError, match="results.json: cannot be read") as caught:
+        reports.summary([tmp_path])
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_command_line(tmp_path, capsys):
+    folder = write_results(tmp_path / "a", 7, 0.2, [0.30, 0.05], [0.5, 0.0], 1.0, 1.0)
+    reports.main([str(folder)])
+    assert "1 run(s), seeds 7" in capsys.readouterr().out
+    assert json.loads((folder / "results.json").read_text())["seed"] == 7
