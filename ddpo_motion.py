@@ -92,11 +92,11 @@ class Args:
     base_batch: int = arg(64, "clips per update")
     base_lr: float = arg(2e-3, "peak learning rate, cosine decay")
     text_drop: float = arg(0.1, "share of captions dropped for guidance (MDM: 0.1)")
-    word_drop: float = arg(0.15, "share of words made unknown: a strange word must leave the base unsure, not wrong")
+    word_drop: float = arg(0.15, "share of words made unknown: strange words should leave it unsure, not wrong")
     # sampling
     schedule: str = arg("linear", "noise schedule", choices=("linear", "scaled_linear", "cosine"))
     spacing: str = arg("linspace", "node spacing", choices=("linspace", "trailing", "karras"))
-    steps: int = arg(10, "denoising steps N (paper: unknown; StableMoFusion: 10)")
+    steps: int = arg(5, "denoising steps N (paper: unknown; StableMoFusion: 10)")
     order: int = arg(1, "order of the stochastic DPM-Solver++ step; 2 is trained exactly too", choices=(1, 2))
     guidance_scale: float = arg(1.0, "classifier-free guidance, in rollout and update (MDM: 2.5)")
     # reward
@@ -116,7 +116,7 @@ class Args:
     advantage: str = arg("group", "baseline: the rollout's own group, or the DDPO code's tracker per prompt",
                          choices=("group", "tracker"))
     adv_clip: float = arg(5.0, "advantages are clipped to +- this (DDPO code: 5)")
-    kl_coef: float = arg(0.0, "weight of the exact KL to the base; 0.02 keeps the source (paper: none known)")
+    kl_coef: float = arg(0.03, "weight of the exact KL to the base; 0 loses source and oracle (paper: unknown)")
     skip_last: int = arg(1, "last steps left out of the loss; the zero-variance one always is")
     snr_weights: bool = arg(False, "weight steps by 1 / sqrt(SNR gain), so that no step dominates")
     max_grad_norm: float = arg(1.0, "gradient norm clip")
@@ -227,7 +227,7 @@ class MotionDiffusion(nn.Module):
         self.project_out = nn.Linear(args.width, dims)
 
     def encode_text(self, captions, word_drop=0.0, g=None):
-        """b captions -> text (b w d), text_mask (b w); in training some words become unknown, drawn from g."""
+        """b captions -> text (b w d), text_mask (b w); in training some words are made unknown by g."""
         ids, text_mask = self.vocabulary.encode(captions)
         if word_drop:
             ids = ids.masked_fill((torch.rand(ids.shape, generator=g) < word_drop) & text_mask, 1)
@@ -500,13 +500,13 @@ def sample(args, policy, captions, lengths, iteration, purpose, indices):
     return rollout(model, policy.grid, policy.transition, captions, mask, noise, args.guidance_scale), mask
 
 
-def collect(args, policy, prompts, length_pool, iteration, rank, processes):
+def collect(args, policy, prompts, table, iteration, rank, processes):
     """Stage 1, roll out: P prompts x G samples. Each process takes whole groups, its share of the prompts."""
     g = generator(args.seed, iteration, "prompts")
     rounds = math.ceil(args.prompts_per_iteration / len(prompts))
     chosen = torch.randperm(len(prompts), generator=g).repeat(rounds)[: args.prompts_per_iteration].tolist()
     # One length per group: the baseline compares like with like. From the source: no target motion counts.
-    lengths = length_pool[torch.randint(len(length_pool), (len(chosen),), generator=g)]
+    lengths = datasets.draw_lengths(table, [prompts[k] for k in chosen], g)
     own = [p for p in range(len(chosen)) if p * processes // len(chosen) == rank]
     index = [p * args.samples_per_prompt + s for p in own for s in range(args.samples_per_prompt)]
     group = [k // args.samples_per_prompt for k in index]
@@ -531,26 +531,16 @@ def score(args, policy, reward_model, batch, wrong, iteration):
     return rewards
 
 
-def plan_minibatches(args, index, iteration):
-    """[(size of the minibatch over all processes, its rows here in chunks of --micro-batch)], shuffled."""
-    row, plan = {k: n for n, k in enumerate(index)}, []
-    for epoch in range(args.inner_epochs):
-        order = torch.randperm(args.prompts_per_iteration * args.samples_per_prompt,
-                               generator=generator(args.seed, iteration, "shuffle", epoch))
-        for minibatch in order.chunk(args.minibatches):
-            rows = [row[k] for k in minibatch.tolist() if k in row]
-            size = args.micro_batch or max(len(rows), 1)
-            plan.append((len(minibatch), [rows[a : a + size] for a in range(0, len(rows), size)]))
-    return plan
-
-
 def update(args, policy, batch, advantages, optimizer, iteration, stop):
     """Stage 3, update: re-score the stored steps, clipped loss, a step per minibatch -> values to log."""
     trained = args.steps - args.skip_last
     clip_range = args.clip_range or 1e-4 * math.sqrt(16384 / (policy.tokens * policy.model.dims))
     weights = snr_step_weights(policy.grid, trained) if args.snr_weights else torch.ones(trained)
     weights, parameters = weights.to(policy.device), list(lora.lora_parameters(policy.model))
-    plan = plan_minibatches(args, batch["index"], iteration)
+    plan = []  # (size over all processes, rows here) of each minibatch; rows in chunks of --micro-batch
+    for epoch in range(args.inner_epochs):
+        g = generator(args.seed, iteration, "shuffle", epoch)
+        plan += runs.minibatches(len(batch["asked"]), args.minibatches, batch["index"], args.micro_batch, g)
 
     def rescore(rows):
         captions = [batch["captions"][r] for r in rows]
@@ -606,11 +596,11 @@ def train(args, policy, scorers, source, target, folder, watch):
     """The loop. Only the adapters change; checkpoint.pt after every iteration makes it resumable."""
     rank, processes = runs.world(policy.device)
     prompts = sorted({c for clip in target.splits["train"] for c in clip.captions})  # text, no motion
-    length_pool = torch.tensor([len(clip.features) for clip in source.splits["train"]])
+    table = datasets.length_table(source.splits["train"])
     wrong = wrong_prompts(prompts, args.seed)
     parameters = list(lora.lora_parameters(policy.model))
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-    start, path, shaping = 0, folder / "checkpoint.pt", shaping_args(args)
+    start, path, shaping = 0, folder / "checkpoint.pt", runs.shaping_args(args)
     tracker = PromptTracker(buffer_size=32, min_count=16)  # DDPO code
     if args.resume and path.exists():
         state = runs.load_checkpoint(path, kind="ddpo-run")
@@ -630,7 +620,7 @@ def train(args, policy, scorers, source, target, folder, watch):
     with runs.StopSignal() as stop:
         for iteration in bar:
             with watch.stage("rollout"):
-                batch = collect(args, policy, prompts, length_pool, iteration, rank, processes)
+                batch = collect(args, policy, prompts, table, iteration, rank, processes)
             stop.check()
             with watch.stage("reward"):
                 own = score(args, policy, scorers.reward_model, batch, wrong, iteration)
@@ -672,10 +662,9 @@ def policy_sampler(args, policy, adapted=True):
     def sampler(captions, lengths, purpose, repeat):
         parts = []
         with contextlib.nullcontext() if adapted else lora.disabled(policy.model):
-            for a in range(0, len(captions), 128):
-                rows = range(a, min(a + 128, len(captions)))
-                b = rows.stop
-                states, _ = sample(args, policy, captions[a:b], lengths[a:b], repeat, purpose, rows)
+            for rows in torch.arange(len(captions)).split(128):
+                asked = [captions[k] for k in rows]
+                states, _ = sample(args, policy, asked, lengths[rows], repeat, purpose, rows.tolist())
                 parts.append(policy.model.codec.decode(states[:, -1]).cpu())
         return torch.cat(parts)
     return sampler
@@ -706,16 +695,8 @@ def write_prompts(args, adapter, folder, device):
     reports.export(folder, args.prompt, frames, features.T2M, chosen)
 
 
-# Arguments a checkpoint must agree on are all but those that say where things are and how the run is started.
-NEUTRAL_ARGS = ("out_dir", "cache_dir", "cache", "data_root", "device", "threads", "resume", "overwrite",
-                "eval_only", "load", "prompt", "compare", "length", "tiny", "eval_repeats", "best_of")
 BASE_ARGS = ("base_seed", "width", "layers", "heads", "text_layers", "patch", "patch_dims", "base_iterations",
              "base_batch", "base_lr", "text_drop", "word_drop", "schedule")
-
-
-def shaping_args(args):
-    """The arguments that decide what is learnt, as a dict."""
-    return {name: value for name, value in dataclasses.asdict(args).items() if name not in NEUTRAL_ARGS}
 
 
 def main(argv=None):
@@ -724,11 +705,8 @@ def main(argv=None):
     args, watch = runs.parse_args(Args, TINY, argv, __doc__), runs.Stopwatch()
     check_args(args)
     adapter = runs.load_checkpoint(args.load, kind="ddpo-adapter") if args.load else None
-    if adapter:  # base, scorers and data are those of the run that made it; a flag must not say otherwise
-        usual = shaping_args(Args(**TINY) if args.tiny else Args())
-        asked = {name: value for name, value in shaping_args(args).items() if value != usual[name]}
-        runs.require_same(args.load, {name: adapter["args"].get(name) for name in asked}, asked)
-        args = dataclasses.replace(args, **adapter["args"])
+    if adapter:  # base, scorers and data are those of the run that made it
+        args = runs.adopt_args(args, Args(**TINY) if args.tiny else Args(), adapter["args"], args.load)
     device = runs.pick_device(args.device)
     mode = "_prompt" if args.prompt else "_eval" if args.eval_only else ""
     threads, (rank, _) = runs.pick_threads(args.threads or None), runs.world(device)
@@ -771,7 +749,7 @@ def main(argv=None):
             return None
         usual = int(np.median([len(clip.features) for clip in source.splits["train"]])) // 4 * 4
         runs.save_checkpoint(folder / "adapter.pt", kind="ddpo-adapter", keep_previous=False, data={
-            "args": shaping_args(args), "lora": lora.lora_state(model), "frames": usual, **kept})
+            "args": runs.shaping_args(args), "lora": lora.lora_state(model), "frames": usual, **kept})
     with watch.stage("evaluation"):
         tables = final_tables(args, policy, scorers, source, target)
     with watch.stage("pictures"):

@@ -443,6 +443,25 @@ class Vocabulary:
         return ids, ids > 0
 
 
+def length_table(clips):
+    """Number of words -> lengths in frames of the clips with such captions: long sentences take longer."""
+    table = {}
+    for clip in clips:
+        for caption in clip.captions:
+            table.setdefault(len(words(caption)), []).append(len(clip.features))
+    return table
+
+
+def draw_lengths(table, captions, generator):
+    """A length in frames for each caption (b), from the row of the length_table that is nearest in words."""
+    draws, lengths = torch.rand(len(captions), generator=generator).tolist(), []
+    for caption, u in zip(captions, draws):
+        count = len(words(caption))
+        pool = table[min(table, key=lambda known: (abs(known - count), known))]
+        lengths.append(pool[int(u * len(pool))])
+    return torch.tensor(lengths)
+
+
 def official_tokens(tokens, max_tokens=20):
     """(tokens, count) as the official text encoder reads them: sos, at most 20, eos; then 'unk' to 22."""
     framed = ["sos/OTHER", *tokens[:max_tokens], "eos/OTHER"]

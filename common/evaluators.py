@@ -138,7 +138,7 @@ def multimodality(motion, first, second):
 
 def mean_interval(values):
     """(mean, half width of the 95 % interval) over the first axis: 1.96 * population std / sqrt(n)."""
-    values = _double(values)
+    values = torch.as_tensor(values, dtype=torch.float64)  # a list of floats must not pass through float32
     return values.mean(0), 1.96 * values.std(0, unbiased=False) / math.sqrt(len(values))
 
 

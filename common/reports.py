@@ -144,15 +144,11 @@ def paired_gain(after, before):
 
 
 def compare(title, clips, scorers, samplers, *, purpose, repeats, gain=("tuned", "base")):
-    """Rows gt, one per sampler (name -> sampler), and the paired gain of the two named; printed and returned.
-
-    A sampler whose name starts with "best" is a reference and is measured once.
-    """
+    """Rows gt, one per sampler (name -> sampler), and the paired gain of the two named; printed and returned."""
     rows = {"gt": evaluate(clips, scorers, repeats=repeats)}
     for name, sampler in samplers.items():
-        single = name.startswith("best")
-        rows[name] = evaluate(clips, scorers, sampler, purpose=purpose, repeats=1 if single else repeats)
-        if not single:
+        rows[name] = evaluate(clips, scorers, sampler, purpose=purpose, repeats=repeats)
+        if name in gain:
             rows[name]["multimodality"] = multimodality(clips, scorers, sampler)
     rows["gain"] = paired_gain(*(rows[name] for name in gain))
     for row in rows.values():
@@ -165,10 +161,10 @@ def compare(title, clips, scorers, samplers, *, purpose, repeats, gain=("tuned",
 def print_table(title, rows):
     """Print rows {name: {metric: [mean, half width]}} under the benchmark's names."""
     headings = [name.replace("r_precision_", "r_") for name in COLUMNS]
-    print(f"\n{title}\n" + " " * 9 + "".join(f"{heading:>15s}" for heading in headings))
+    print(f"\n{title}\n" + " " * 10 + "".join(f" {heading:>16s}" for heading in headings))
     for name, metrics in rows.items():
         known = [metrics[c] if c in metrics and math.isfinite(metrics[c][0]) else None for c in COLUMNS]
-        print(f"{name:9s}" + "".join(f"{f'{y[0]:.3f} +-{y[1]:.3f}' if y else '-':>15s}" for y in known))
+        print(f"{name:10s}" + "".join(f" {f'{y[0]:.3f} +-{y[1]:.3f}' if y else '-':>16s}" for y in known))
 
 
 # ---- 3. Pictures and exports -------------------------------------------------------------------------------
@@ -227,6 +223,8 @@ def summary(paths):
             results.append(json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
             raise runs.InputError(f"{file}: cannot be read ({error}); name finished runs") from error
+        if "data" not in results[-1] or results[-1]["data"] != results[0]["data"]:
+            raise runs.InputError(f"{file}: not of the same data as {paths[0]}; put only its seeds into one table")
     lines = [f"{len(results)} run(s), seeds {', '.join(str(r['seed']) for r in results)}; "
              f"data: {results[0]['data']['source']} -> {results[0]['data']['target']}", ""]
     lines += ["    " + r["command"] for r in results] + [""]

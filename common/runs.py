@@ -414,8 +414,9 @@ def arg(default, text, **extra):
 def parse_args(cls, tiny, argv, description):
     """Command line -> an instance of the dataclass `cls`: every field is a flag.
 
-    --tiny sets what was not given to the values of the dict `tiny`. Numbers must be finite and at least `lowest`
-    of their field's arg(): by default 0, and 1 for counts, the whole numbers whose default is not 0 (InputError).
+    --tiny sets what was not given to the values of the dict `tiny`. Numbers must be finite and at least
+    `lowest` of their field's arg(): by default 0, and 1 for counts, the whole numbers whose default is not 0
+    (InputError).
     """
     parser = argparse.ArgumentParser(description=description.splitlines()[0], allow_abbrev=False)
     for entry in dataclasses.fields(cls):
@@ -437,6 +438,26 @@ def parse_args(cls, tiny, argv, description):
         if entry.type in (int, float) and not lowest <= value < math.inf:  # NaN fails too
             raise InputError(f"--{entry.name.replace('_', '-')} {value}: must be at least {lowest}")
     return args
+
+
+NEUTRAL_ARGS = {"out_dir", "cache_dir", "cache", "data_root", "device", "threads", "resume", "overwrite",
+                "eval_only", "load", "prompt", "compare", "length", "tiny", "eval_repeats", "best_of"}
+
+
+def shaping_args(args):
+    """The arguments that decide what is learnt, as a dict: all but those that say how a run is started."""
+    return {name: value for name, value in dataclasses.asdict(args).items() if name not in NEUTRAL_ARGS}
+
+
+def adopt_args(args, usual, stored, path):
+    """Arguments with the shaping ones of a stored policy; InputError if the command line asked for others.
+
+    usual: the arguments of a command line without flags, to see which were asked for.
+    """
+    defaults = shaping_args(usual)
+    asked = {name: value for name, value in shaping_args(args).items() if value != defaults[name]}
+    require_same(path, {name: stored.get(name) for name in asked}, asked)
+    return dataclasses.replace(args, **stored)
 
 
 def run_main(main, argv=None):
@@ -563,6 +584,20 @@ def all_gather_rows(rows):
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded)
     return torch.cat([part[: int(count)] for part, count in zip(parts, counts)])
+
+
+def minibatches(total, count, index, chunk, generator):
+    """Split samples 0..total-1, shuffled, into `count` minibatches -> [(size, chunks)].
+
+    index: the samples that this process holds, in the order of its rows; chunks: those of its rows that belong
+    to the minibatch, in lists of at most `chunk` (0: one list). size counts the samples of all processes.
+    """
+    row, plan = {sample: n for n, sample in enumerate(index)}, []
+    for part in torch.randperm(total, generator=generator).chunk(count):
+        rows = [row[sample] for sample in part.tolist() if sample in row]
+        step = chunk or max(len(rows), 1)
+        plan.append((len(part), [rows[a:a + step] for a in range(0, len(rows), step)]))
+    return plan
 
 
 def all_reduce_grads(parameters):

@@ -1,6 +1,6 @@
 """What the sampler costs beside the network it calls: `python -m tests.bench rollout [--guidance-scale W]`.
 
-    A  ddpo_motion's rollout of one batch: the noise of every sample, N steps, all states kept
+    A  ddpo_motion's rollout of one batch: noise of every sample, captions encoded, N steps, all states kept
     B  the N denoiser forwards of that batch alone, on the very states that A went through
 
 The two run in turns (A B A B ...), after one round of warming up, with the default Args and random weights
@@ -67,6 +67,7 @@ def report(names, seconds):
     return lines + [f"ratio {min(seconds[0]) / min(seconds[1]):.3f}"]
 
 
+@torch.no_grad()
 def time_rollout(args, batch, tokens, rounds):
     """Print the comparison A / B of the module's docstring."""
     policy = prepare(args, tokens)
@@ -78,7 +79,6 @@ def time_rollout(args, batch, tokens, rounds):
     states, mask = rollout()
     text, text_mask = policy.model.encode_text(captions)
 
-    @torch.no_grad()
     def forwards():
         for i, timestep in enumerate(policy.grid.timesteps.tolist()):
             ddpo.predict(policy.model, states[:, i], torch.full((batch,), timestep), mask, text, text_mask,

@@ -224,7 +224,7 @@ def one_update(rewards_of_group, iterations=1, **changes):
     policy = ddpo.Policy(model, grid, ddpo.transitions(grid, args.order), 6, torch.device("cpu"))
     before = {k: v.clone() for k, v in model.state_dict().items()}
     optimizer = torch.optim.AdamW(list(lora.lora_parameters(model)), lr=args.lr, weight_decay=0.0)
-    pool, history = torch.tensor([12, 24, 20]), []
+    pool, history = {4: [12, 24, 20]}, []
     for iteration in range(iterations):
         batch = ddpo.collect(args, policy, CAPTIONS, pool, iteration, 0, 1)
         rewards = rewards_of_group(batch)
@@ -285,7 +285,7 @@ def test_samples_do_not_depend_on_batch_or_process_count():
     args, model = adapted_model(prompts_per_iteration=4, samples_per_prompt=2, steps=3)
     grid = samplers.make_grid("linear", 3)
     policy = ddpo.Policy(model, grid, ddpo.transitions(grid, 1), 6, torch.device("cpu"))
-    pool = torch.tensor([12, 24])
+    pool = {3: [12, 24], 7: [16]}
     whole = ddpo.collect(args, policy, CAPTIONS, pool, 5, 0, 1)
     parts = [ddpo.collect(args, policy, CAPTIONS, pool, 5, rank, 2) for rank in range(2)]
     assert whole["captions"] == parts[0]["captions"] + parts[1]["captions"]

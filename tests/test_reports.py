@@ -162,7 +162,7 @@ def test_compare(clips, scorers, capsys):
     assert all("_prompts" not in row for row in rows.values())
     assert [call[2:] for call in base.calls[:2]] == [("test", 0), ("test", 1)]
     assert {call[2] for call in base.calls[2:]} == {"multimodality"}
-    assert [call[2:] for call in best.calls] == [("test", 0)]
+    assert [call[2:] for call in best.calls] == [("test", 0), ("test", 1)], "asked what the others are asked"
     assert {name for name, row in rows.items() if "multimodality" in row} == {"base", "tuned"}
     assert rows["tuned"].pop("multimodality") == [0.0, 0.0]
     # NaN, the oracle's answer where nothing is asked, differs from itself
@@ -174,7 +174,7 @@ def test_compare(clips, scorers, capsys):
     assert abs(rows["gain"]["judge"][0]) > 0.01 and rows["gain"]["judge"][1] > 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[1].startswith("toy: 6 clips, 2 repeats")
-    assert [line[:9].strip() for line in printed[3:]] == list(rows)
+    assert [line[:10].strip() for line in printed[3:]] == list(rows)
 
 
 # ---- Tables ------------------------------------------------------------------------------------------------
@@ -185,8 +185,8 @@ def test_print_table(capsys):
     blank, title, header, base, gain = capsys.readouterr().out.splitlines()
     assert (blank, title) == ("", "title")
     assert header.split() == [name.replace("r_precision_", "r_") for name in reports.COLUMNS]
-    assert base == "base     " + f"{'0.123 +-0.010':>15s}" + 11 * f"{'-':>15s}"
-    assert gain == "gain     " + 11 * f"{'-':>15s}" + f"{'-3.000 +-0.500':>15s}"
+    assert base == "base      " + f"{'0.123 +-0.010':>17s}" + 11 * f"{'-':>17s}"
+    assert gain == "gain      " + 11 * f"{'-':>17s}" + f"{'-3.000 +-0.500':>17s}"
 
 
 def write_results(folder, seed, base, gain, judge, seconds, memory):

@@ -205,8 +205,9 @@ def test_overwrite_starts_again(finished, tmp_path, no_evaluation):
 def test_base_of_few_updates(finished, tmp_path, iterations):
     args = parse(*finished.flags, "--base-iterations", iterations, "--cache-dir", tmp_path)
     with contextlib.redirect_stdout(io.StringIO()):
-        source, _ = datasets.load_pair(args.source, args.dataset, clips=(args.source_clips, args.target_clips),
-                                       data_root=args.data_root, cache_dir=tmp_path, seed=0)
+        counts = (args.source_clips, args.target_clips)
+        source, _ = datasets.load_pair(args.source, args.dataset, clips=counts, data_root=args.data_root,
+                                       cache_dir=tmp_path, seed=0)
     source.splits["train"] = source.splits["train"][:8]
     _, notes = ddpo.build_base(args, source, torch.device("cpu"))
     assert math.isfinite(notes["loss"])
