@@ -35,10 +35,7 @@ import contextlib
 import dataclasses
 import inspect
 import math
-import re
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -92,7 +89,8 @@ class Args:
     base_batch: int = arg(64, "clips per update")
     base_lr: float = arg(2e-3, "peak learning rate, cosine decay")
     text_drop: float = arg(0.1, "share of captions dropped for guidance (MDM: 0.1)")
-    word_drop: float = arg(0.15, "share of words made unknown: strange words should leave it unsure, not wrong")
+    word_drop: float = arg(0.1, "share of words made unknown")
+    word_swap: float = arg(0.03, "share of words made any other: rare words must leave it unsure, not wrong")
     # sampling
     schedule: str = arg("linear", "noise schedule", choices=("linear", "scaled_linear", "cosine"))
     spacing: str = arg("linspace", "node spacing", choices=("linspace", "trailing", "karras"))
@@ -106,41 +104,44 @@ class Args:
     reward_iterations: int = arg(900, "updates of the reward model and of the judge")
     # update
     iterations: int = arg(200, "RL iterations (DDPO: 100-200 epochs)")
-    prompts_per_iteration: int = arg(16, "prompts P of one rollout")
-    samples_per_prompt: int = arg(8, "samples G of each prompt; the group is the baseline")
+    prompts_per_iteration: int = arg(24, "prompts P of one rollout")
+    samples_per_prompt: int = arg(16, "samples G of each prompt; the group is the baseline")
+    kept_samples: int = arg(128, "samples of a rollout that are trained, by |advantage|; 0: all", lowest=0)
     minibatches: int = arg(2, "optimiser steps per iteration; more drifts further from the rollout policy")
     inner_epochs: int = arg(1, "passes over the rollout")
     micro_batch: int = arg(0, "trajectories per forward pass, 0: the whole minibatch; fewer save memory")
-    lr: float = arg(2e-3, "learning rate of the adapters; it sets the drift. 5e-3 collapsed, 3e-4 is slow")
+    lr: float = arg(1.5e-3, "learning rate of the adapters; it sets the drift (DDPO code: 3e-4)")
     clip_range: float = arg(0.0, "clip of the ratio; 0: 1e-4 sqrt(16384 / entries of x), see README")
     advantage: str = arg("group", "baseline: the rollout's own group, or the DDPO code's tracker per prompt",
                          choices=("group", "tracker"))
     adv_clip: float = arg(5.0, "advantages are clipped to +- this (DDPO code: 5)")
-    kl_coef: float = arg(0.03, "weight of the exact KL to the base; 0 loses source and oracle (paper: unknown)")
+    kl_coef: float = arg(0.02, "weight of the exact KL to the base, which keeps the source (paper: unknown)")
     skip_last: int = arg(1, "last steps left out of the loss; the zero-variance one always is")
-    snr_weights: bool = arg(False, "weight steps by 1 / sqrt(SNR gain), so that no step dominates")
+    snr_weights: bool = arg(True, "weight steps by 1 / sqrt(SNR gain): early ones decide what is done")
     max_grad_norm: float = arg(1.0, "gradient norm clip")
     lora_rank: int = arg(8, "rank of the adapters (paper: unknown)")
     lora_alpha: float = arg(8.0, "their scale is alpha / rank")
     lora_targets: str = arg(r"\.(q|k|v|out|up|down)$", "regular expression of the linear layers to adapt")
     # evaluation
     eval_every: int = arg(25, "iterations between looks at the validation prompts")
-    eval_repeats: int = arg(3, "repeats of the final evaluation, for the 95 %% interval (benchmark: 20)")
+    eval_repeats: int = arg(3, "repeats of the final evaluation, for the 95 % interval (benchmark: 20)")
     best_of: int = arg(8, "reference row: the best of this many base samples by reward")
 
 
 TINY = dict(source_clips=160, target_clips=120, width=32, layers=2, base_iterations=60, base_batch=32,
             patch_dims=48, reward_iterations=40, iterations=3, prompts_per_iteration=4, samples_per_prompt=4,
-            steps=5, eval_every=2, eval_repeats=2, best_of=2)
+            kept_samples=8, eval_every=2, eval_repeats=2, best_of=2)
 
 
 def check_args(args):
     """Stop at once on settings that cannot work, naming the flag and the fix."""
     motions, modes = args.prompts_per_iteration * args.samples_per_prompt, bool(args.prompt) or args.eval_only
+    kept = args.kept_samples or motions
     for wrong, message in (
             (args.samples_per_prompt < 2, "--samples-per-prompt: at least 2; a group of one has no baseline"),
             (not 1 <= args.skip_last < args.steps, "--skip-last: 1 to --steps - 1; the last has no variance"),
-            (motions % args.minibatches, "--minibatches: must divide prompts x samples of an iteration"),
+            (kept > motions, f"--kept-samples: at most prompts x samples of an iteration, {motions}"),
+            (kept % args.minibatches, f"--minibatches: must divide the {kept} samples kept of an iteration"),
             (args.width % args.heads or args.width % 2, "--width: even and a multiple of --heads"),
             (args.patch_dims > args.patch * features.T2M.feature_dim, "--patch-dims: more than a patch has"),
             (args.schedule == "cosine" and args.spacing == "karras",
@@ -211,26 +212,25 @@ class MotionDiffusion(nn.Module):
 
     def __init__(self, args, vocabulary, feature_dim):
         super().__init__()
-        dims = args.patch_dims or args.patch * feature_dim
-        self.vocabulary, self.width, self.dims = vocabulary, args.width, dims
+        width, dims = args.width, args.patch_dims or args.patch * feature_dim
+        self.vocabulary, self.width, self.dims = vocabulary, width, dims
         self.codec = patches.PatchCodec(args.patch, feature_dim, dims)
-        self.words = nn.Embedding(len(vocabulary), args.width)
-        self.null_text = nn.Parameter(torch.zeros(1, 1, args.width))  # stands for "no caption" in guidance
-        self.text_layers = nn.ModuleList(Layer(args.width, args.heads, False)
-                                         for _ in range(args.text_layers))
-        self.text_norm = nn.LayerNorm(args.width)
-        self.project_in = nn.Linear(dims, args.width)
-        self.time = nn.Sequential(nn.Linear(args.width, args.width), nn.SiLU(),
-                                  nn.Linear(args.width, args.width))
-        self.layers = nn.ModuleList(Layer(args.width, args.heads, cross=True) for _ in range(args.layers))
-        self.norm = nn.LayerNorm(args.width)
-        self.project_out = nn.Linear(args.width, dims)
+        self.words = nn.Embedding(len(vocabulary), width)
+        self.null_text = nn.Parameter(torch.zeros(1, 1, width))  # stands for "no caption" in guidance
+        self.text_layers = nn.ModuleList(Layer(width, args.heads, False) for _ in range(args.text_layers))
+        self.text_norm, self.project_in = nn.LayerNorm(width), nn.Linear(dims, width)
+        self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.layers = nn.ModuleList(Layer(width, args.heads, cross=True) for _ in range(args.layers))
+        self.norm, self.project_out = nn.LayerNorm(width), nn.Linear(width, dims)
 
-    def encode_text(self, captions, word_drop=0.0, g=None):
-        """b captions -> text (b w d), text_mask (b w); in training some words are made unknown by g."""
+    def encode_text(self, captions, word_drop=0.0, word_swap=0.0, g=None):
+        """b captions -> text (b w d), text_mask (b w). In training g makes words unknown, or any other:
+        a word as rare as its wrong uses leaves the model unsure, and where samples differ RL can choose."""
         ids, text_mask = self.vocabulary.encode(captions)
-        if word_drop:
+        if g is not None:
             ids = ids.masked_fill((torch.rand(ids.shape, generator=g) < word_drop) & text_mask, 1)
+            other = torch.randint(1, len(self.vocabulary), ids.shape, generator=g)
+            ids = torch.where((torch.rand(ids.shape, generator=g) < word_swap) & text_mask, other, ids)
         ids, text_mask = ids.to(self.null_text.device), text_mask.to(self.null_text.device)
         x = self.words(ids) + sinusoid(torch.arange(ids.shape[1], device=ids.device), self.width)  # b w d
         for layer in self.text_layers:
@@ -284,7 +284,8 @@ def train_base(model, clips, args, device):
         dropped = (torch.rand(args.base_batch, generator=g) < args.text_drop).to(device)
         alpha_bar = alphas_cumprod[timesteps][:, None, None]
         x_t = alpha_bar.sqrt() * x_start + (1 - alpha_bar).sqrt() * noise
-        text, text_mask = model.drop_text(*model.encode_text(captions, args.word_drop, g), dropped)
+        text, text_mask = model.encode_text(captions, args.word_drop, args.word_swap, g)
+        text, text_mask = model.drop_text(text, text_mask, dropped)
         pred_x_start = model(x_t * mask[..., None], timesteps, mask, text, text_mask)
         error = (pred_x_start - x_start).square() * mask[..., None]
         loss = error.sum() / (mask.sum() * x_start.shape[-1])
@@ -373,6 +374,13 @@ def group_advantages(rewards, adv_clip):
     return (centred / (centred.square().mean().sqrt() + 1e-4)).clamp(-adv_clip, adv_clip)
 
 
+def strongest(advantages, count):
+    """Numbers, in order, of the `count` samples with the largest |advantage|; 0: of all. Not in the paper: a
+    sample costs a quarter of its update, and those near their group's mean teach little (Xu et al. 2025)."""
+    order = advantages.abs().argsort(descending=True, stable=True)
+    return order[: count or len(order)].sort().values.tolist()
+
+
 def clipped_loss(ratio, advantages, clip_range):
     """The pessimistic surrogate of each step (DDPO section 4.3), clipped as in PPO eq. 7."""
     unclipped = -advantages * ratio
@@ -457,8 +465,7 @@ def make_policy(args, model, tokens, device):
 
 def load_policy(args, adapter, device):
     """The policy of a finished run: adapter.pt holds the adapters and the base they belong to."""
-    skeleton = features.T2M
-    model = MotionDiffusion(args, datasets.Vocabulary(adapter["words"]), skeleton.feature_dim)
+    model = MotionDiffusion(args, datasets.Vocabulary(adapter["words"]), features.T2M.feature_dim)
     model.load_state_dict(adapter["base"])
     policy = make_policy(args, model, adapter["tokens"], device)
     lora.load_lora(policy.model, adapter["lora"])
@@ -466,27 +473,24 @@ def load_policy(args, adapter, device):
 
 
 def build_base(args, source, device):
-    """The pretrained denoiser, cached; it sees the source's train split and nothing else."""
-    clips, skeleton = source.splits["train"], source.skeleton
+    """The pretrained denoiser, from the source's train split alone. Cached; a new network, a new base."""
+    clips = source.splits["train"]
     vocabulary = datasets.Vocabulary.from_captions([c for clip in clips for c in clip.captions])
-    model = MotionDiffusion(args, vocabulary, skeleton.feature_dim)
+    model = MotionDiffusion(args, vocabulary, source.skeleton.feature_dim)
     runs.initialise(model, generator(args.base_seed, 0, "initialise"))
 
     def build():
-        weights = torch.ones(skeleton.feature_dim)
-        for name, weight in BLOCK_WEIGHTS.items():
-            weights[features.blocks(skeleton)[name]] = weight
+        weights = features.block_weights(source.skeleton, BLOCK_WEIGHTS)
         kept = model.codec.fit(clips, datasets.Statistics.from_clips(clips, role="generator"), weights)
         losses = train_base(model.to(device), clips, args, device)
         return {"model": model.state_dict(), "variance_kept": kept, "loss": float(np.mean(losses[-100:]))}
 
-    shaping = (Attention, Layer, MotionDiffusion, train_base, patches)
-    code = [inspect.getsource(part) for part in shaping]  # who edits the network gets a new base
+    code = [inspect.getsource(part) for part in (Attention, Layer, MotionDiffusion, train_base, patches)]
     key = [source.fingerprint, code, BLOCK_WEIGHTS, {name: getattr(args, name) for name in BASE_ARGS}]
     stored = runs.cached(args.cache_dir, key, build, "base", args.cache)
-    model.load_state_dict(stored["model"])
+    model.load_state_dict(stored.pop("model"))
     print(f"  base: loss {stored['loss']:.4f}; patches keep {stored['variance_kept']:.1%} of the variance")
-    return model, {"loss": stored["loss"], "variance_kept": stored["variance_kept"]}
+    return model, stored
 
 
 def sample(args, policy, captions, lengths, iteration, purpose, indices):
@@ -503,8 +507,8 @@ def sample(args, policy, captions, lengths, iteration, purpose, indices):
 def collect(args, policy, prompts, table, iteration, rank, processes):
     """Stage 1, roll out: P prompts x G samples. Each process takes whole groups, its share of the prompts."""
     g = generator(args.seed, iteration, "prompts")
-    rounds = math.ceil(args.prompts_per_iteration / len(prompts))
-    chosen = torch.randperm(len(prompts), generator=g).repeat(rounds)[: args.prompts_per_iteration].tolist()
+    order = torch.randperm(len(prompts), generator=g).tolist()
+    chosen = [order[k % len(order)] for k in range(args.prompts_per_iteration)]
     # One length per group: the baseline compares like with like. From the source: no target motion counts.
     lengths = datasets.draw_lengths(table, [prompts[k] for k in chosen], g)
     own = [p for p in range(len(chosen)) if p * processes // len(chosen) == rank]
@@ -532,15 +536,17 @@ def score(args, policy, reward_model, batch, wrong, iteration):
 
 
 def update(args, policy, batch, advantages, optimizer, iteration, stop):
-    """Stage 3, update: re-score the stored steps, clipped loss, a step per minibatch -> values to log."""
+    """Stage 3, update: re-score the stored steps, clipped loss, a step per minibatch -> values to log.
+    advantages (p*g): those of all processes; this one's rows are the samples batch["index"]."""
     trained = args.steps - args.skip_last
     clip_range = args.clip_range or 1e-4 * math.sqrt(16384 / (policy.tokens * policy.model.dims))
     weights = snr_step_weights(policy.grid, trained) if args.snr_weights else torch.ones(trained)
     weights, parameters = weights.to(policy.device), list(lora.lora_parameters(policy.model))
+    kept, advantages = strongest(advantages, args.kept_samples), advantages[batch["index"]].to(policy.device)
     plan = []  # (size over all processes, rows here) of each minibatch; rows in chunks of --micro-batch
     for epoch in range(args.inner_epochs):
         g = generator(args.seed, iteration, "shuffle", epoch)
-        plan += runs.minibatches(len(batch["asked"]), args.minibatches, batch["index"], args.micro_batch, g)
+        plan += runs.minibatches(kept, args.minibatches, batch["index"], args.micro_batch, g)
 
     def rescore(rows):
         captions = [batch["captions"][r] for r in rows]
@@ -583,8 +589,8 @@ def update(args, policy, batch, advantages, optimizer, iteration, stop):
     totals = runs.all_gather_rows(torch.tensor([[log[name] for name in shares]], dtype=torch.float64)).sum(0)
     extremes = [(ratios[0] - 1).abs().max(), -min(r.min() for r in ratios), max(r.max() for r in ratios)]
     first, low, high = runs.all_gather_rows(torch.tensor([extremes])).amax(0).tolist()
-    return (log | dict(zip(shares, totals.tolist()))
-            | {"first_ratio_error": first, "ratio_min": -low, "ratio_max": high})
+    log |= {"first_ratio_error": first, "ratio_min": -low, "ratio_max": high}
+    return log | dict(zip(shares, totals.tolist()))
 
 
 LOG_FIELDS = ("iteration", "reward", "group_std", "frac_zero_std", "loss", "approx_kl", "clipfrac", "kl_base",
@@ -600,7 +606,8 @@ def train(args, policy, scorers, source, target, folder, watch):
     wrong = wrong_prompts(prompts, args.seed)
     parameters = list(lora.lora_parameters(policy.model))
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-    start, path, shaping = 0, folder / "checkpoint.pt", runs.shaping_args(args)
+    start, shown, path = 0, {}, folder / "checkpoint.pt"
+    shaping = runs.shaping_args(args) | {"data read": source.fingerprint + target.fingerprint}
     tracker = PromptTracker(buffer_size=32, min_count=16)  # DDPO code
     if args.resume and path.exists():
         state = runs.load_checkpoint(path, kind="ddpo-run")
@@ -611,12 +618,10 @@ def train(args, policy, scorers, source, target, folder, watch):
     if rank == 0:
         log = runs.CsvLog(folder / "logs.csv", LOG_FIELDS, runs.fingerprint(shaping)[:16])
         log.truncate_after(start - 1)
-    p, g = args.prompts_per_iteration, args.samples_per_prompt
-    print(f"  {len(prompts)} prompts; {p} prompts x {g} samples = {p * g} motions an iteration, "
-          f"{args.minibatches * args.inner_epochs} updates each, on {args.steps - args.skip_last} of "
-          f"{args.steps} steps, {lora.count(parameters)} of {lora.count(policy.model.parameters())} weights")
+    print(f"  {len(prompts)} prompts; {args.prompts_per_iteration} x {args.samples_per_prompt} motions an "
+          f"iteration; {args.steps - args.skip_last} of {args.steps} steps trained, "
+          f"{lora.count(parameters)} of {lora.count(policy.model.parameters())} weights")
     bar = tqdm(range(start, args.iterations), "ddpo", args.iterations, initial=start, disable=rank > 0)
-    shown = {}
     with runs.StopSignal() as stop:
         for iteration in bar:
             with watch.stage("rollout"):
@@ -627,12 +632,12 @@ def train(args, policy, scorers, source, target, folder, watch):
                 rewards = runs.all_gather_rows(own)
                 groups = rearrange(rewards, "(p g) -> p g", g=args.samples_per_prompt)
                 if args.advantage == "group":
-                    advantages = group_advantages(groups, args.adv_clip).flatten()[batch["index"]]
+                    advantages = group_advantages(groups, args.adv_clip).flatten()
                 else:
                     advantages = torch.from_numpy(tracker.update(batch["asked"], rewards.numpy())).float()
-                    advantages = advantages.clamp(-args.adv_clip, args.adv_clip)[batch["index"]]
-            with watch.stage("update"):
-                values = update(args, policy, batch, advantages.to(policy.device), optimizer, iteration, stop)
+                    advantages = advantages.clamp(-args.adv_clip, args.adv_clip)
+            with watch.stage("update"), runs.nan_report(folder, policy.model, iteration, rewards):
+                values = update(args, policy, batch, advantages, optimizer, iteration, stop)
             row = dict.fromkeys(LOG_FIELDS) | values | {
                 "iteration": iteration, "reward": rewards.mean().item(),
                 "group_std": groups.std(1).mean().item(),
@@ -642,8 +647,8 @@ def train(args, policy, scorers, source, target, folder, watch):
                     val = reports.evaluate(target.splits["val"], scorers, policy_sampler(args, policy),
                                            purpose="validation", benchmark=False)
                 row |= {name: val[name[4:]][0] for name in LOG_FIELDS if name.startswith("val_")}
-            shown |= {k: f"{row[k]:.3f}" for k in ("reward", "val_judge", "val_oracle") if row[k] is not None}
-            bar.set_postfix(shown, refresh=False)
+                shown |= {name: f"{row[name]:.3f}" for name in ("val_judge", "val_oracle")}
+            bar.set_postfix({"reward": f"{row['reward']:.3f}", **shown}, refresh=False)
             if rank == 0:
                 log.write(row)
                 runs.save_checkpoint(path, kind="ddpo-run", data={
@@ -670,58 +675,38 @@ def policy_sampler(args, policy, adapted=True):
     return sampler
 
 
-def final_tables(args, policy, scorers, source, target):
-    """Gain (target test), retention (source test), and the split that choices may look at (target val)."""
-    base, tuned = policy_sampler(args, policy, adapted=False), policy_sampler(args, policy)
-    tables = {}
-    for name, clips in (("target_val", target.splits["val"]), ("target_test", target.splits["test"]),
-                        ("source_test", source.splits["test"])):
-        rows = {"base": base, "tuned": tuned}
-        if name == "target_test":
-            rows[f"best of {args.best_of}"] = reports.best_of(base, args.best_of, scorers.reward_model)
-        tables[name] = reports.compare(name.replace("_", " "), clips, scorers, rows, purpose=name,
-                                       repeats=args.eval_repeats)
-    return tables
-
-
 def write_prompts(args, adapter, folder, device):
     """--prompt: GIF, joints and BVH of every caption, from adapter.pt alone."""
-    frames, limit = args.length or adapter["frames"], adapter["tokens"] * args.patch
-    if frames % 4 or frames > limit:
-        raise InputError(f"--length {args.length}: a multiple of 4 frames (20 a second), at most {limit}")
     policy = load_policy(args, adapter, device)
     chosen = {"before": policy_sampler(args, policy, False)} if args.compare else {}
     chosen["after"] = policy_sampler(args, policy)
-    reports.export(folder, args.prompt, frames, features.T2M, chosen)
+    frames, limit = args.length or adapter["frames"], adapter["tokens"] * args.patch
+    reports.export(folder, args.prompt, frames, limit, features.T2M, chosen)
 
 
 BASE_ARGS = ("base_seed", "width", "layers", "heads", "text_layers", "patch", "patch_dims", "base_iterations",
-             "base_batch", "base_lr", "text_drop", "word_drop", "schedule")
+             "base_batch", "base_lr", "text_drop", "word_drop", "word_swap", "schedule")
 
 
-def main(argv=None):
+def main(argv):
     """Prepare; then train, evaluate and draw, or do one of the two things a finished adapter is for."""
-    argv = sys.argv[1:] if argv is None else argv
     args, watch = runs.parse_args(Args, TINY, argv, __doc__), runs.Stopwatch()
     check_args(args)
     adapter = runs.load_checkpoint(args.load, kind="ddpo-adapter") if args.load else None
     if adapter:  # base, scorers and data are those of the run that made it
         args = runs.adopt_args(args, Args(**TINY) if args.tiny else Args(), adapter["args"], args.load)
-    device = runs.pick_device(args.device)
     mode = "_prompt" if args.prompt else "_eval" if args.eval_only else ""
-    threads, (rank, _) = runs.pick_threads(args.threads or None), runs.world(device)
-    name = re.sub(r"[^A-Za-z0-9_-]", "_", Path(args.dataset).name)
-    folder = args.out_dir or f"runs/ddpo_{name}_seed{args.seed}{mode}"
-    if mode and (Path(folder) / "args.json").exists():
-        raise InputError(f"--out-dir {folder}: holds a training run; choose another folder")
-    reopen = args.resume or (bool(mode) and Path(folder).is_dir())  # written again, nothing is deleted
+    folder, reopen = runs.choose_folder(args, "ddpo", mode)
+    device = runs.pick_device(args.device)
+    threads, (rank, _) = runs.pick_threads(runs.wanted_threads(args, folder)), runs.world(device)
     if args.prompt:
-        return write_prompts(args, adapter, runs.RunFolder(folder, reopen, args.overwrite), device)
+        write_prompts(args, adapter, runs.RunFolder(folder, reopen, args.overwrite), device)
+        return
     with watch.stage("data"):
         source, target = datasets.load_pair(
             args.source, args.dataset, clips=(args.source_clips, args.target_clips), data_root=args.data_root,
             cache_dir=args.cache_dir, seed=args.base_seed, use_cache=args.cache)
-    folder = Path(folder) if rank else runs.RunFolder(folder, reopen, args.overwrite)
+    folder = folder if rank else runs.RunFolder(folder, reopen, args.overwrite)
     print(f"{device}, {threads} CPU thread(s)\n  source: {source.label}\n  target: {target.label}")
     with watch.stage("reward model and judge"):
         reward_model, judge, notes = evaluators.reward_and_judge(
@@ -733,36 +718,31 @@ def main(argv=None):
             policy = load_policy(args, adapter, device)
         else:
             model, notes["base"] = build_base(args, source, device)
-            longest = max(len(c.features) for d in (source, target) for s in d.splits.values() for c in s)
+            tokens = math.ceil(max(source.longest, target.longest) / args.patch)
             kept = {"base": {k: v.cpu().clone() for k, v in model.state_dict().items()},
-                    "words": model.vocabulary.words, "tokens": math.ceil(longest / args.patch)}
-            policy = make_policy(args, model, kept["tokens"], device)
-    about = {"command": "python ddpo_motion.py " + " ".join(argv), "seed": args.seed,
+                    "words": model.vocabulary.words, "tokens": tokens, "frames": source.usual_length}
+            policy = make_policy(args, model, tokens, device)
+    about = {"command": "python ddpo_motion.py " + " ".join(argv), "seed": args.seed, "parts": notes,
              "versions": runs.versions(), "data": {"source": source.label, "target": target.label},
-             "threads": threads, "parts": notes}
+             "fingerprints": {"source": source.fingerprint, "target": target.fingerprint}, "threads": threads}
     if not adapter:
         if rank == 0 and not (args.resume and (folder / "checkpoint.pt").exists()):
-            runs.save_json(folder / "args.json", {**about, "args": dataclasses.asdict(args), "fingerprints": {
-                "source": source.fingerprint, "target": target.fingerprint}})
+            runs.save_json(folder / "args.json", {**about, "args": dataclasses.asdict(args)})
         train(args, policy, scorers, source, target, folder, watch)
         if rank:
-            return None
-        usual = int(np.median([len(clip.features) for clip in source.splits["train"]])) // 4 * 4
+            return
         runs.save_checkpoint(folder / "adapter.pt", kind="ddpo-adapter", keep_previous=False, data={
-            "args": runs.shaping_args(args), "lora": lora.lora_state(model), "frames": usual, **kept})
+            "args": runs.shaping_args(args), "lora": lora.lora_state(model), **kept})
     with watch.stage("evaluation"):
-        tables = final_tables(args, policy, scorers, source, target)
+        base, tuned = policy_sampler(args, policy, adapted=False), policy_sampler(args, policy)
+        tables = reports.final_tables(source, target, scorers, base, tuned, args.eval_repeats, args.best_of)
     with watch.stage("pictures"):
-        before_after = {"before": policy_sampler(args, policy, False), "after": policy_sampler(args, policy)}
         curves = ("reward", "val_reward"), ("val_judge",), ("val_oracle",), ("kl_base",), ("val_jerk",)
-        reports.draw(folder, target.splits["test"], scorers, before_after, () if adapter else curves)
+        pair = {"before": base, "after": tuned}
+        reports.draw(folder, target.splits["test"], scorers, pair, () if adapter else curves)
     motions = 0 if adapter else args.iterations * args.prompts_per_iteration * args.samples_per_prompt
-    runs.save_json(folder / "results.json", {
-        **about, **tables, "seconds": watch.seconds, "peak_memory_mb": runs.peak_memory_mb(),
-        "counts": {"motions": motions, "denoiser_calls": motions * args.steps}})
-    print("\nseconds: " + ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in watch.seconds.items())
-          + f"; peak memory {runs.peak_memory_mb():.0f} MB; everything is in {folder / ''}")
-    return None
+    counts = {"motions": motions, "denoiser_calls": motions * args.steps}
+    runs.finish(folder, watch, {**about, **tables, "counts": counts})
 
 
 if __name__ == "__main__":

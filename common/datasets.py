@@ -68,6 +68,16 @@ class Dataset:
     embedded: bool
     fingerprint: str                # of everything in the clips
 
+    @property
+    def longest(self):
+        """Frames of the longest clip of any split."""
+        return max(len(clip.features) for clips in self.splits.values() for clip in clips)
+
+    @property
+    def usual_length(self):
+        """Median of the train split in frames, a multiple of UNIT."""
+        return int(np.median([len(clip.features) for clip in self.splits["train"]])) // UNIT * UNIT
+
 
 def _dataset(label, skeleton, splits, skipped, embedded):
     content = [[split, clip.name, len(clip.features), zlib.crc32(np.ascontiguousarray(clip.features)),

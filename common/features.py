@@ -105,6 +105,14 @@ def blocks(skeleton):
     return {name: slice(int(end) - size, int(end)) for (name, size), end in zip(sizes.items(), ends)}
 
 
+def block_weights(skeleton, named):
+    """Weights (d) of the features: those of {block: weight}, 1 elsewhere."""
+    weights = torch.ones(skeleton.feature_dim)
+    for name, weight in named.items():
+        weights[blocks(skeleton)[name]] = weight
+    return weights
+
+
 # ---- 2. Features -> joints (torch, differentiable) ---------------------------------------------------------
 
 def _turn(q, v):

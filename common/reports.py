@@ -144,7 +144,7 @@ def paired_gain(after, before):
 
 
 def compare(title, clips, scorers, samplers, *, purpose, repeats, gain=("tuned", "base")):
-    """Rows gt, one per sampler (name -> sampler), and the paired gain of the two named; printed and returned."""
+    """Rows gt, one per sampler (name -> sampler), and the paired gain of the two named in `gain`."""
     rows = {"gt": evaluate(clips, scorers, repeats=repeats)}
     for name, sampler in samplers.items():
         rows[name] = evaluate(clips, scorers, sampler, purpose=purpose, repeats=repeats)
@@ -156,6 +156,19 @@ def compare(title, clips, scorers, samplers, *, purpose, repeats, gain=("tuned",
     heading = f"{title}: {len(clips)} clips, {repeats} repeats (gain: paired, its interval is over prompts)"
     print_table(heading, rows)
     return rows
+
+
+def final_tables(source, target, scorers, base, tuned, repeats, best_count):
+    """The tables of a finished run: the split that choices may look at (target val), gain (target test, with
+    the best of `best_count` base samples as a reference) and retention (source test)."""
+    tables = {}
+    for name, clips in (("target_val", target.splits["val"]), ("target_test", target.splits["test"]),
+                        ("source_test", source.splits["test"])):
+        rows = {"base": base, "tuned": tuned}
+        if name == "target_test":
+            rows[f"best of {best_count}"] = best_of(base, best_count, scorers.reward_model)
+        tables[name] = compare(name.replace("_", " "), clips, scorers, rows, purpose=name, repeats=repeats)
+    return tables
 
 
 def print_table(title, rows):
@@ -194,11 +207,13 @@ def draw(folder, clips, scorers, samplers, curves, count=4):
         render.safely(render.curves, folder / "curves.png", folder / "logs.csv", curves)
 
 
-def export(folder, prompts, frames, skeleton, samplers):
+def export(folder, prompts, frames, limit, skeleton, samplers):
     """--prompt: for every caption a GIF, and joints (.npy) and BVH of each motion in it.
 
-    samplers: title -> sampler.
+    frames: of each motion, a multiple of 4 and at most `limit` (InputError); samplers: title -> sampler.
     """
+    if frames % 4 or frames > limit:
+        raise runs.InputError(f"--length {frames}: a multiple of 4 frames (20 a second), at most {limit}")
     lengths = torch.full((len(prompts),), frames)
     made = {title: to_joints(sampler(prompts, lengths, "prompt", 0), lengths, skeleton)
             for title, sampler in samplers.items()}
@@ -224,7 +239,7 @@ def summary(paths):
         except (OSError, ValueError) as error:
             raise runs.InputError(f"{file}: cannot be read ({error}); name finished runs") from error
         if "data" not in results[-1] or results[-1]["data"] != results[0]["data"]:
-            raise runs.InputError(f"{file}: not of the same data as {paths[0]}; put only its seeds into one table")
+            raise runs.InputError(f"{file}: not of the data of {paths[0]}; put only its seeds into one table")
     lines = [f"{len(results)} run(s), seeds {', '.join(str(r['seed']) for r in results)}; "
              f"data: {results[0]['data']['source']} -> {results[0]['data']['target']}", ""]
     lines += ["    " + r["command"] for r in results] + [""]

@@ -460,11 +460,50 @@ def adopt_args(args, usual, stored, path):
     return dataclasses.replace(args, **stored)
 
 
+def choose_folder(args, prefix, mode=""):
+    """(path of the run folder, whether it may exist already). Nothing is made yet.
+
+    mode: empty for a training run, else the ending of a folder that is only written into: such a folder must
+    not be that of a training run (InputError).
+    """
+    name = re.sub(r"[^A-Za-z0-9_-]", "_", Path(args.dataset).name)
+    folder = Path(args.out_dir or f"runs/{prefix}_{name}_seed{args.seed}{mode}")
+    if mode and (folder / "args.json").exists():
+        raise InputError(f"--out-dir {folder}: holds a training run; choose another folder")
+    return folder, args.resume or (bool(mode) and folder.is_dir())
+
+
+def wanted_threads(args, folder):
+    """--threads, or with --resume those of the interrupted run (other counts round differently), or None."""
+    if args.resume and not args.threads and (folder / "args.json").exists():
+        try:
+            return int(json.loads((folder / "args.json").read_text(encoding="utf-8"))["threads"])
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"{folder / 'args.json'}: cannot be read ({error}); name --threads") from error
+    return args.threads or None
+
+
+@contextlib.contextmanager
+def nan_report(folder, model, iteration, rewards):
+    """Leave nan_report.json in the folder when a NonFiniteError passes: what to look at first."""
+    try:
+        yield
+    except NonFiniteError as error:
+        bad = [f"{kind} {name}" for name, p in model.named_parameters()
+               for kind, x in (("weight", p), ("gradient", p.grad))
+               if x is not None and not torch.isfinite(x).all()]
+        save_json(folder / "nan_report.json", {
+            "error": str(error), "iteration": iteration, "not_finite": bad, "rewards": {
+                "mean": rewards.mean().item(), "min": rewards.min().item(), "max": rewards.max().item()}})
+        raise
+
+
 def run_main(main, argv=None):
-    """Call `main(argv)` and end the process with the exit code of its outcome (see the module docstring)."""
+    """Call `main(argv)`, by default with the command line, and end the process with the exit code of its
+    outcome (see the module docstring)."""
     code = 0
     try:
-        main(argv)
+        main(sys.argv[1:] if argv is None else argv)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
@@ -498,6 +537,14 @@ class Stopwatch:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def finish(folder, watch, content):
+    """Write results.json, with the seconds of the stages and the peak memory, and print where it is."""
+    save_json(folder / "results.json", {**content, "seconds": watch.seconds,
+                                        "peak_memory_mb": peak_memory_mb()})
+    stages = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in watch.seconds.items())
+    print(f"\nseconds: {stages}; peak memory {peak_memory_mb():.0f} MB; everything is in {folder / ''}")
 
 
 def peak_memory_mb():
@@ -586,15 +633,15 @@ def all_gather_rows(rows):
     return torch.cat([part[: int(count)] for part, count in zip(parts, counts)])
 
 
-def minibatches(total, count, index, chunk, generator):
-    """Split samples 0..total-1, shuffled, into `count` minibatches -> [(size, chunks)].
+def minibatches(samples, count, index, chunk, generator):
+    """Split samples, numbers in a list, into `count` shuffled minibatches -> [(size, chunks)].
 
-    index: the samples that this process holds, in the order of its rows; chunks: those of its rows that belong
-    to the minibatch, in lists of at most `chunk` (0: one list). size counts the samples of all processes.
+    index: the samples that this process holds, in the order of its rows; chunks: those of its rows that
+    belong to the minibatch, in lists of at most `chunk` (0: one list). size counts those of all processes.
     """
     row, plan = {sample: n for n, sample in enumerate(index)}, []
-    for part in torch.randperm(total, generator=generator).chunk(count):
-        rows = [row[sample] for sample in part.tolist() if sample in row]
+    for part in torch.randperm(len(samples), generator=generator).chunk(count):
+        rows = [row[samples[k]] for k in part.tolist() if samples[k] in row]
         step = chunk or max(len(rows), 1)
         plan.append((len(part), [rows[a:a + step] for a in range(0, len(rows), step)]))
     return plan

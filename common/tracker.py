@@ -6,8 +6,8 @@ import numpy as np
 class PromptTracker:
     """Advantages from the last `buffer_size` rewards of each prompt (DDPO code, kvablack/ddpo-pytorch).
 
-    Prompts with fewer than `min_count` known rewards use mean and std of the batch. `rewards` {prompt: list} is
-    the state that a checkpoint has to keep.
+    Prompts with fewer than `min_count` known rewards use mean and std of the batch. `rewards` {prompt: list}
+    is the state that a checkpoint has to keep.
     """
 
     def __init__(self, buffer_size, min_count):

@@ -42,13 +42,13 @@ march
     [march] {spot}; [march] with high knees {spot}; [walk] with high knees {spot}
     [march] {spot}; [step] with high knees {spot}; [march] with high knees {spot}
 jump
-    [jump] {count}; [jump] up {count}; [jump] up and down {count}
+    [jump] {count}; [jump] up and down {count}; [jump] up {count}
     [jump] {count}; [perform] {jumps}; [jump] up {count}
 hop
     [hop] {count} {foot}; [hop] {foot} {count}; [jump] {foot} {count}
     [hop] {count} {foot}; [hop] {foot} {count}; [jump] {foot} {count}
 squat
-    [squat] {count}; [squat] down {count}; [do] {squats}
+    [squat] {count}; [do] {squats}; [squat] down {count}
     [perform] {squats}; [squat] {count}; [do] {squats}
 bow
     [bow] {count}; [do] {bows}; [bow] down {count}
@@ -72,7 +72,7 @@ stretch
     [stretch] both arms out; [hold] both arms out; [stretch] out both arms
     [stretch] both arms sideways; [hold] both arms out sideways; [stretch] out both arms sideways
 punch
-    [punch] with {hands} {count}; [punch] {count} with {hands}; [do] {punches} with {hands}
+    [punch] with {hands} {count}; [do] {punches} with {hands}; [punch] {count} with {hands}
     [punch] with {hands} {count}; [perform] {punches} with {hands}; [punch] {count} with {hands}
 """
 _lines = _TABLE.strip().splitlines()

@@ -68,7 +68,7 @@ def test_a_ratio_needs_a_small_spread():
 def test_command_line(capsys):
     bench.main(["rollout", "--batch", "2", "--tokens", "3", "--rounds", "5"])
     lines = capsys.readouterr().out.splitlines()
-    assert "1 thread(s)" in lines[0] and "batch 2, 3 tokens of 4 frames, 10 steps" in lines[0]
+    assert "1 thread(s)" in lines[0] and "batch 2, 3 tokens of 4 frames, 5 steps" in lines[0]
     args = ddpo.Args()
     assert f"width {args.width}, {args.layers} layers" in lines[0] and "parameters" in lines[0]
     assert len(lines) == 4 and "5 rounds" in lines[2] and "ratio" in lines[3]

@@ -65,7 +65,7 @@ def no_pictures(monkeypatch):
 
 @pytest.fixture
 def no_evaluation(monkeypatch, no_pictures):
-    monkeypatch.setattr(ddpo, "final_tables", lambda *args: {})
+    monkeypatch.setattr(reports, "final_tables", lambda *args: {})
 
 
 def parse(*argv):
@@ -326,7 +326,7 @@ def test_a_run_folder_is_not_entered_by_accident(finished):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--lr", "0.001"], ["lr was 0.002 and is 0.001"]), (["--lora-rank", "4"], ["lora_rank was 8 and is 4"]),
+    (["--lr", "0.001"], ["lr was 0.0015 and is 0.001"]), (["--lora-rank", "4"], ["lora_rank was 8 and is 4"]),
     (["--reward", "random", "--seed", "5"], ["reward was 'retrieval'", "seed was 0 and is 5"])])
 def test_resume_with_other_arguments(finished, tmp_path, flags, words):
     shutil.copytree(finished.folder, tmp_path / "run")
@@ -487,6 +487,9 @@ def test_a_gradient_that_is_nan(finished, tmp_path, monkeypatch, no_pictures):
     assert code == 3 and "gradient norm" in err.splitlines()[-1] and len(steps) == 3
     state = runs.load_checkpoint(tmp_path / "run" / "checkpoint.pt", kind="ddpo-run")
     assert state["iteration"] == 0 and all_finite(state["lora"])
+    report = json.loads((tmp_path / "run" / "nan_report.json").read_text())
+    assert report["iteration"] == 1 and math.isfinite(report["rewards"]["mean"])
+    assert len(report["not_finite"]) == 1 and report["not_finite"][0].startswith("gradient ")
 
 
 def test_a_full_disk(finished, tmp_path, monkeypatch, no_pictures):
@@ -604,7 +607,9 @@ def train_scorers(finished, cache, monkeypatch, *flags):
         patch.setattr(evaluators, "fit_retrieval", watched)
         patch.setattr(evaluators, "cached", noted)
         args = parse(*finished.flags, "--cache-dir", cache, *flags)
-        source, target = ddpo.load_data(args)
+        source, target = datasets.load_pair(
+            args.source, args.dataset, clips=(args.source_clips, args.target_clips), data_root=args.data_root,
+            cache_dir=args.cache_dir, seed=args.base_seed)
         reward_model, *_ = evaluators.reward_and_judge(
             source, target, reward_data=args.reward_data, iterations=3, seed=0, cache_dir=cache,
             use_cache=True, device=torch.device("cpu"))
@@ -700,7 +705,7 @@ ONLY_TRAINING = """
 import sys
 import ddpo_motion as ddpo
 from common import reports, runs
-reports.draw, ddpo.final_tables = lambda *args: None, lambda *args: {}
+reports.draw, reports.final_tables = lambda *args: None, lambda *args: {}
 runs.run_main(ddpo.main)
 """
 

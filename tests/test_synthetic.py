@@ -225,7 +225,7 @@ def test_numbers_and_sides_stand_in_the_words(data):
 def test_vocabulary_is_small_and_known():
     words = {}
     for domain in synthetic.DOMAINS:
-        for clip in synthetic.build(domain, T2M, clips=1500):
+        for clip in synthetic.build(domain, T2M):
             for caption in clip.captions:
                 found = words.setdefault((domain, clip.split == "test"), set())
                 found.update(re.findall(r"\w+", caption.lower()))
@@ -248,7 +248,7 @@ def test_splits_and_reserved_parts():
         assert tags.count("unseen_wording") >= 6 and tags.count("unseen_combination") >= 1
         # the reserved phrase of an action never appears in the training captions
         training = " ".join(caption for clip in clips if clip.split == "train" for caption in clip.captions)
-        assert "out both arms" not in training and "jumps up and down" not in training
+        assert "out both arms" not in training and "bows down" not in training
         for clip in clips:
             asked = clip.attributes[0]
             parts = asked.values() if "first" in asked else [asked]
@@ -274,7 +274,7 @@ def test_gaps_can_be_switched_off_one_by_one():
         clips = synthetic.build("kit", T2M, clips=200, gaps=gaps)
         feet = [np.ptp(c.joints[0, [T2M.index["l_ankle"], T2M.index["r_ankle"]], 0]) for c in clips]
         target = [a for c in clips for a in c.actions].count("punch")
-        return target > 15, any("human" in c.captions[0] for c in clips), bool(np.mean(feet) > .21)
+        return target > 15, any("human" in c.captions[0] for c in clips), bool(np.mean(feet) > .19)
 
     assert profile(()) == (False, False, False)
     assert profile(("actions",)) == (True, False, False)
@@ -294,7 +294,7 @@ def test_mix_of_the_domains():
         for action in synthetic.ACTIONS:
             shares[domain, action] = np.mean([action in clip.actions for clip in clips])
     for action in ("walk_diagonal", "jog_back", "hop", "bow", "punch", "stomp"):
-        assert .004 < shares["humanml3d", action] < .06
+        assert .002 < shares["humanml3d", action] < .06
         assert shares["kit", action] > 1.8 * shares["humanml3d", action]
     assert len(synthetic.ACTIONS) >= 16
 
