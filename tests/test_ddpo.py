@@ -275,6 +275,53 @@ def test_micro_batches_give_the_same_gradient():
         torch.testing.assert_close(x, y, rtol=0, atol=2e-4, msg=name)  # one Adam step of lr 2e-3
 
 
+def test_strongest_advantages_are_kept_whatever_their_sign():
+    advantages = torch.tensor([0.1, -2.0, 0.0, 1.5, -0.1, 0.2])
+    assert ddpo.strongest(advantages, 3) == [1, 3, 5]
+    assert ddpo.strongest(advantages, 4) == [0, 1, 3, 5], "of equals the first"
+    assert ddpo.strongest(advantages, 0) == list(range(6))
+
+
+def test_samples_that_are_not_kept_have_no_influence():
+    """Poison the stored states of the others: the update must stay the same to the last bit."""
+    runs_ = []
+    for poison in (False, True):
+        def rewards(batch, poison=poison):
+            values = toy_reward(batch)
+            groups = rearrange(values, "(p g) -> p g", g=4)
+            kept = ddpo.strongest(ddpo.group_advantages(groups, 5.0).flatten(), 6)
+            others = [row for row in range(16) if row not in kept]
+            if poison:
+                batch["states"][others] = math.nan
+            return values
+        runs_.append(one_update(rewards, kept_samples=6))
+    a, b = (run.model.state_dict() for run in runs_)
+    assert all(torch.equal(a[name], b[name]) for name in a) and math.isfinite(runs_[1].log["loss"])
+    whole = one_update(toy_reward, kept_samples=0).model.state_dict()
+    assert any(not torch.equal(a[name], whole[name]) for name in a)
+
+
+def test_words_are_dropped_and_swapped_at_their_rates_in_training_only(monkeypatch):
+    _, model = tiny_model()
+    captions = ["a person turns left slowly and waves"] * 4000
+    ids, mask = model.vocabulary.encode(captions)
+    seen = []
+    monkeypatch.setattr(model.words, "forward", lambda x: seen.append(x) or torch.zeros(*x.shape, 16))
+    model.encode_text(captions)
+    model.encode_text(captions, 0.2, 0.0, generator(0, 0, "words"))
+    model.encode_text(captions, 0.0, 0.3, generator(0, 0, "words"))
+    plain, dropped, swapped = seen
+    assert torch.equal(plain, ids)
+    assert set(dropped[dropped != ids].tolist()) == {1}
+    known = mask & (ids != 1)
+    assert (dropped != ids)[known].float().mean() == pytest.approx(0.2, abs=0.01)
+    size = len(model.vocabulary)
+    stays = 1 / (size - 1)  # the random word may be the word itself
+    assert (swapped != ids)[known].float().mean() == pytest.approx(0.3 * (1 - stays), abs=0.01)
+    assert set(swapped[mask & (swapped != ids)].tolist()) == set(range(1, size))
+    assert torch.equal(swapped[~mask], ids[~mask]), "padding stays padding"
+
+
 def test_kl_to_the_base_pulls_back():
     free, held = (one_update(toy_reward, iterations=20, lr=5e-3, kl_coef=c) for c in (1e-9, 1.0))
     assert held.log["kl_base"] < free.log["kl_base"]

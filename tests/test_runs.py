@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -216,6 +217,7 @@ def test_unstorable_values_leave_the_old_file_alone(tmp_path):
 KILLED = """
 import os, signal, sys, torch
 from pathlib import Path
+from types import SimpleNamespace
 from common import runs
 path = Path(sys.argv[1]) / "checkpoint.pt"
 folder = runs.RunFolder(path.parent)
@@ -318,6 +320,37 @@ def test_json(tmp_path):
 
 def rows(path):
     return [line.split(",") for line in path.read_text().splitlines()[2:]]
+
+
+def test_minibatches_split_the_named_samples_over_processes():
+    """Every sample is in one minibatch of one process; both processes agree on the sizes."""
+    samples = [0, 2, 3, 5, 6, 7, 8, 11]
+    plans = [runs.minibatches(samples, 2, index, 3, runs.generator(0, 0, "shuffle"))
+             for index in (list(range(6)), list(range(6, 12)))]
+    for plan in plans:
+        assert [size for size, _ in plan] == [4, 4]
+        assert all(1 <= len(rows) <= 3 for _, chunks in plan for rows in chunks)
+    found = [[6 * rank + row for rows in plans[rank][n][1] for row in rows]
+             for n in (0, 1) for rank in (0, 1)]
+    assert sorted(sum(found, [])) == samples
+    assert len(found[0]) + len(found[1]) == len(found[2]) + len(found[3]) == 4
+    whole = runs.minibatches(samples, 2, list(range(12)), 0, runs.generator(0, 0, "shuffle"))
+    assert sorted(whole[0][1][0]) == sorted(found[0] + found[1])
+    assert sorted(whole[1][1][0]) == sorted(found[2] + found[3])
+
+
+def test_threads_of_an_interrupted_run_are_used_again(tmp_path):
+    def args(**changes):
+        return SimpleNamespace(**{"resume": True, "threads": 0, **changes})
+
+    assert runs.wanted_threads(args(), tmp_path) is None
+    (tmp_path / "args.json").write_text('{"threads": 3}')
+    assert runs.wanted_threads(args(), tmp_path) == 3
+    assert runs.wanted_threads(args(threads=1), tmp_path) == 1
+    assert runs.wanted_threads(args(resume=False), tmp_path) is None
+    (tmp_path / "args.json").write_text("{")
+    with pytest.raises(InputError, match="name --threads"):
+        runs.wanted_threads(args(), tmp_path)
 
 
 def test_log_resumes_without_double_or_partial_rows(tmp_path):
