@@ -139,6 +139,8 @@ def check_args(args):
     kept = args.kept_samples or motions
     for wrong, message in (
             (args.samples_per_prompt < 2, "--samples-per-prompt: at least 2; a group of one has no baseline"),
+            (args.prompts_per_iteration < runs.process_count(),
+             "--prompts-per-iteration: at least as many as processes"),
             (not 1 <= args.skip_last < args.steps, "--skip-last: 1 to --steps - 1; the last has no variance"),
             (kept > motions, f"--kept-samples: at most prompts x samples of an iteration, {motions}"),
             (kept % args.minibatches, f"--minibatches: must divide the {kept} samples kept of an iteration"),
@@ -535,6 +537,13 @@ def score(args, policy, reward_model, batch, wrong, iteration):
     return rewards
 
 
+def rescore(args, policy, batch, rows):
+    """Log-probabilities and means of the trained steps of some trajectories under the current weights."""
+    return step_logps(policy.model, policy.grid, policy.transition, batch["states"][rows],
+                      [batch["captions"][r] for r in rows], batch["mask"][rows],
+                      args.steps - args.skip_last, args.guidance_scale)
+
+
 def update(args, policy, batch, advantages, optimizer, iteration, stop):
     """Stage 3, update: re-score the stored steps, clipped loss, a step per minibatch -> values to log.
     advantages (p*g): those of all processes; this one's rows are the samples batch["index"]."""
@@ -547,22 +556,17 @@ def update(args, policy, batch, advantages, optimizer, iteration, stop):
     for epoch in range(args.inner_epochs):
         g = generator(args.seed, iteration, "shuffle", epoch)
         plan += runs.minibatches(kept, args.minibatches, batch["index"], args.micro_batch, g)
-
-    def rescore(rows):
-        captions = [batch["captions"][r] for r in rows]
-        return step_logps(policy.model, policy.grid, policy.transition, batch["states"][rows], captions,
-                          batch["mask"][rows], trained, args.guidance_scale)
-
     with torch.no_grad():  # recomputed in the very same chunks: the first ratio is 1 to the last bit
-        old = [[rescore(rows)[0] for rows in chunks] for _, chunks in plan]
-        with lora.disabled(policy.model):
-            base = [[rescore(rows)[1] for rows in chunks] for _, chunks in plan] if args.kl_coef else None
+        old = [[rescore(args, policy, batch, rows)[0] for rows in chunks] for _, chunks in plan]
+        if args.kl_coef:
+            with lora.disabled(policy.model):
+                base = [[rescore(args, policy, batch, rows)[1] for rows in chunks] for _, chunks in plan]
     log, ratios = dict.fromkeys(("loss", "approx_kl", "clipfrac", "kl_base", "grad_norm"), 0.0), []
     for n, (count, chunks) in enumerate(plan):
         optimizer.zero_grad()
         for c, rows in enumerate(chunks):
             stop.check()
-            logp, means, std = rescore(rows)
+            logp, means, std = rescore(args, policy, batch, rows)
             logratio = logp - old[n][c]
             ratio = logratio.exp()  # b s
             loss = weights * clipped_loss(ratio, advantages[rows][:, None], clip_range)
@@ -585,12 +589,10 @@ def update(args, policy, batch, advantages, optimizer, iteration, stop):
             raise NonFiniteError(f"iteration {iteration}: gradient norm {norm}; lower --lr")
         optimizer.step()
         log["grad_norm"] += norm / len(plan)
-    shares = [name for name in log if name != "grad_norm"]  # of this process; gradients are summed
-    totals = runs.all_gather_rows(torch.tensor([[log[name] for name in shares]], dtype=torch.float64)).sum(0)
-    extremes = [(ratios[0] - 1).abs().max(), -min(r.min() for r in ratios), max(r.max() for r in ratios)]
-    first, low, high = runs.all_gather_rows(torch.tensor([extremes])).amax(0).tolist()
-    log |= {"first_ratio_error": first, "ratio_min": -low, "ratio_max": high}
-    return log | dict(zip(shares, totals.tolist()))
+    first, every = (torch.cat(r).flatten() if r else torch.ones(1) for r in (ratios[:1], ratios))
+    log |= {"first_ratio_error": (first - 1).abs().max().item(),
+            "ratio_min": every.min().item(), "ratio_max": every.max().item()}
+    return runs.reduce_log(log, lowest={"ratio_min"}, highest={"ratio_max", "first_ratio_error", "grad_norm"})
 
 
 LOG_FIELDS = ("iteration", "reward", "group_std", "frac_zero_std", "loss", "approx_kl", "clipfrac", "kl_base",
@@ -737,9 +739,8 @@ def main(argv):
         base, tuned = policy_sampler(args, policy, adapted=False), policy_sampler(args, policy)
         tables = reports.final_tables(source, target, scorers, base, tuned, args.eval_repeats, args.best_of)
     with watch.stage("pictures"):
-        curves = ("reward", "val_reward"), ("val_judge",), ("val_oracle",), ("kl_base",), ("val_jerk",)
-        pair = {"before": base, "after": tuned}
-        reports.draw(folder, target.splits["test"], scorers, pair, () if adapter else curves)
+        before_after = {"before": base, "after": tuned}
+        reports.draw(folder, target.splits["test"], scorers, before_after, curves=not adapter)
     motions = 0 if adapter else args.iterations * args.prompts_per_iteration * args.samples_per_prompt
     counts = {"motions": motions, "denoiser_calls": motions * args.steps}
     runs.finish(folder, watch, {**about, **tables, "counts": counts})

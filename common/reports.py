@@ -21,6 +21,7 @@ from common import datasets, evaluators, features, oracle, render, runs
 
 COLUMNS = ("reward", "judge", "oracle", "oracle_all", "r_precision_top1", "r_precision_top3", "fid",
            "mm_dist", "diversity", "multimodality", "foot_skate", "jerk")
+CURVES = ("reward", "val_reward"), ("val_judge",), ("val_oracle",), ("kl_base",), ("val_jerk",)  # of logs.csv
 PAIRED = ("reward", "judge", "oracle", "oracle_all", "foot_skate", "jerk")
 
 
@@ -186,7 +187,7 @@ def print_table(title, rows):
 def draw(folder, clips, scorers, samplers, curves, count=4):
     """Curves, a storyboard and GIFs of before | after | data for clips chosen by position, never by score.
 
-    samplers: title -> sampler. curves: groups of columns of logs.csv.
+    samplers: title -> sampler. curves: whether logs.csv is drawn.
     """
     clips = [clips[k * len(clips) // count] for k in range(min(count, len(clips)))]
     captions, attributes, lengths = questions(clips, 0)
@@ -204,7 +205,7 @@ def draw(folder, clips, scorers, samplers, curves, count=4):
         render.safely(render.render_gif, folder / name, parts, scorers.skeleton, caption)
     render.safely(render.storyboard, folder / "storyboard.png", list(zip(captions, panels)), scorers.skeleton)
     if curves:
-        render.safely(render.curves, folder / "curves.png", folder / "logs.csv", curves)
+        render.safely(render.curves, folder / "curves.png", folder / "logs.csv", CURVES)
 
 
 def export(folder, prompts, frames, limit, skeleton, samplers):
@@ -266,10 +267,14 @@ def summary(paths):
 
 
 def main(argv=None):
-    """Print the summary of the run folders named on the command line."""
+    """Print the summary of the run folders named on the command line; draw their curves."""
     parser = argparse.ArgumentParser(description="One table from several finished runs (seeds).")
     parser.add_argument("runs", nargs="+", help="run folders with a results.json")
-    print(summary(parser.parse_args(argv).runs))
+    parser.add_argument("--curves", help="PNG of their learning curves: mean, lowest and highest")
+    args = parser.parse_args(argv)
+    print(summary(args.runs))
+    if args.curves:
+        render.curves(args.curves, [Path(run) / "logs.csv" for run in args.runs], CURVES)
 
 
 if __name__ == "__main__":

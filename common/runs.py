@@ -287,6 +287,22 @@ def _alive(pid):
     return True
 
 
+def refuse_used(path, resume, overwrite):
+    """InputError if the folder `path` cannot take a new run, or has none to resume; -> what is in it."""
+    if resume and not os.path.isdir(path):
+        raise InputError(f"{path}: nothing to resume; leave --resume out")
+    try:
+        content = [item for item in path.iterdir() if item.name != ".lock"] if os.path.isdir(path) else []
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); choose another --out-dir") from error
+    if content and not resume and not (overwrite and (path / "args.json").exists()):
+        fix = "add --resume or --overwrite"
+        if overwrite:
+            fix = "and holds no earlier run, choose another --out-dir"
+        raise InputError(f"{path}: the folder is not empty; {fix}")
+    return content
+
+
 class RunFolder:
     """The folder of one run, locked against a second run until `close()` or the end of the process.
 
@@ -296,8 +312,7 @@ class RunFolder:
 
     def __init__(self, path, resume=False, overwrite=False):
         self.path = Path(path)
-        if resume and not self.path.is_dir():
-            raise InputError(f"{path}: nothing to resume; leave --resume out")
+        refuse_used(self.path, resume, overwrite)
         make_folder(path, "--out-dir")
         self._lock = open(self.path / ".lock", "a+", encoding="ascii")
         try:
@@ -310,17 +325,9 @@ class RunFolder:
         self._lock.truncate(0)
         self._lock.write(f"{os.getpid()}\n")
         self._lock.flush()
-        content = [item for item in self.path.iterdir() if item.name != ".lock"]
-        if content and not resume:
-            if not overwrite or not (self.path / "args.json").exists():
-                self.close()
-                fix = "add --resume or --overwrite"
-                if overwrite:
-                    fix = "and holds no earlier run, choose another --out-dir"
-                raise InputError(f"{path}: the folder is not empty; {fix}")
-            for item in content:
-                if item.is_file() and item.suffix in RUN_SUFFIXES:
-                    item.unlink()
+        for item in [] if resume else refuse_used(self.path, resume, overwrite):
+            if item.is_file() and item.suffix in RUN_SUFFIXES:
+                item.unlink()
 
     def __truediv__(self, name):
         return self.path / name
@@ -470,7 +477,9 @@ def choose_folder(args, prefix, mode=""):
     folder = Path(args.out_dir or f"runs/{prefix}_{name}_seed{args.seed}{mode}")
     if mode and (folder / "args.json").exists():
         raise InputError(f"--out-dir {folder}: holds a training run; choose another folder")
-    return folder, args.resume or (bool(mode) and folder.is_dir())
+    reopen = args.resume or (bool(mode) and folder.is_dir())
+    refuse_used(folder, reopen, args.overwrite)  # before anything is computed
+    return folder, reopen
 
 
 def wanted_threads(args, folder):
@@ -604,12 +613,17 @@ def pick_threads(requested=None):
 # ---- 5. Several processes (torchrun) -----------------------------------------------------------------------
 
 
+def process_count():
+    """Processes of this run, as torchrun announces them."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def world(device="cpu", minutes=30):
     """(rank, number of processes); joins the process group that torchrun announces in the environment.
 
     A rank that fails makes the others stop after `minutes` at the latest instead of waiting for ever.
     """
-    if "WORLD_SIZE" not in os.environ:
+    if process_count() == 1:
         return 0, 1
     if not dist.is_initialized():
         if torch.device(device).type == "cuda":
@@ -645,6 +659,13 @@ def minibatches(samples, count, index, chunk, generator):
         step = chunk or max(len(rows), 1)
         plan.append((len(part), [rows[a:a + step] for a in range(0, len(rows), step)]))
     return plan
+
+
+def reduce_log(values, lowest=(), highest=()):
+    """{name: float} of this process -> of all processes: the sum, or the lowest or highest of those named."""
+    rows = all_gather_rows(torch.tensor([list(values.values())], dtype=torch.float64)).T.tolist()
+    kinds = [min if name in lowest else max if name in highest else sum for name in values]
+    return {name: kind(row) for name, kind, row in zip(values, kinds, rows)}
 
 
 def all_reduce_grads(parameters):

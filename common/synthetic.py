@@ -22,7 +22,7 @@ from common import wording
 from common.oracle import caption_attributes, oracle        # noqa: F401 - the data come with their check
 from common.wording import SOURCE, TARGET
 
-VERSION = 5  # part of every seed: raise it when the data change (also in wording.py)
+VERSION = 5  # part of every seed: raise it when the data change (wording.py counts)
 DOMAINS = {"humanml3d": SOURCE, "kit": TARGET}
 GAPS = ("actions", "wording", "style")
 SIZES = (2400, 2000)                        # clips of the source and the target

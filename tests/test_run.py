@@ -60,7 +60,7 @@ def elsewhere(tmp_path, monkeypatch):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Drawing is most of a small run."""
-    monkeypatch.setattr(reports, "draw", lambda *args: None)
+    monkeypatch.setattr(reports, "draw", lambda *args, **named: None)
 
 
 @pytest.fixture
@@ -705,7 +705,7 @@ ONLY_TRAINING = """
 import sys
 import ddpo_motion as ddpo
 from common import reports, runs
-reports.draw, reports.final_tables = lambda *args: None, lambda *args: {}
+reports.draw, reports.final_tables = lambda *args, **named: None, lambda *args: {}
 runs.run_main(ddpo.main)
 """
 
