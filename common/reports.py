@@ -231,7 +231,8 @@ def export(folder, prompts, frames, limit, skeleton, samplers):
 
 
 def summary(paths):
-    """Markdown of the results.json of several seeds: each cell is the mean (standard deviation) over them."""
+    """Markdown of the results.json of several seeds: each cell is the mean (standard deviation) over them; of
+    a single run the mean +- half of its 95 % interval."""
     results = []
     for path in paths:
         file = Path(path) / "results.json"
@@ -250,9 +251,12 @@ def summary(paths):
         for row in results[0][table]:
             cells = []
             for column in COLUMNS:
-                values = [r[table][row][column][0] for r in results if column in r[table].get(row, {})]
-                numbers = np.array([v for v in values if isinstance(v, float)])
-                spread = f" ({numbers.std(ddof=1):.3f})" if len(numbers) > 1 else ""
+                known = [r[table][row][column] for r in results if column in r[table].get(row, {})]
+                known = [pair for pair in known if isinstance(pair[0], float)]  # NaN is stored as text
+                numbers = np.array([pair[0] for pair in known])
+                spread = f" ({numbers.std(ddof=1):.3f})" if len(known) > 1 else ""
+                if len(results) == 1 and known:
+                    spread = f" +-{known[0][1]:.3f}"
                 sign = "+" if row == "gain" else ""
                 cells.append(f"{numbers.mean():{sign}.3f}{spread}" if len(numbers) else "-")
             lines.append(f"| {row} | " + " | ".join(cells) + " |")

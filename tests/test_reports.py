@@ -218,7 +218,9 @@ def test_summary_claims_a_gain_only_if_every_run_has_it(tmp_path):
     folders = [write_results(tmp_path / "a", 0, 0.2, [0.30, 0.05], [0.5, 0.0], 1.0, 1.0),
                write_results(tmp_path / "b", 1, 0.2, [0.04, 0.05], [0.5, 0.0], 1.0, 1.0)]
     assert "in every run: none." in reports.summary(folders)
-    assert "in every run: reward." in reports.summary(folders[:1])
+    single = reports.summary(folders[:1])
+    assert "in every run: reward." in single
+    assert "| gain | +0.300 +-0.050 |" in single, "one run: its own interval"
 
 
 @pytest.mark.parametrize("content", (None, "", "{"))
@@ -234,4 +236,9 @@ def test_command_line(tmp_path, capsys):
     folder = write_results(tmp_path / "a", 7, 0.2, [0.30, 0.05], [0.5, 0.0], 1.0, 1.0)
     reports.main([str(folder)])
     assert "1 run(s), seeds 7" in capsys.readouterr().out
+    columns = ["iteration"] + [name for names in reports.CURVES for name in names]
+    (folder / "logs.csv").write_text("\n".join([",".join(columns)] + [
+        ",".join([str(k)] + [str(0.1 * k)] * (len(columns) - 1)) for k in range(4)]) + "\n")
+    reports.main([str(folder), "--curves", str(tmp_path / "curves.png")])
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((folder / "results.json").read_text())["seed"] == 7
