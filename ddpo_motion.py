@@ -55,11 +55,11 @@ from common.tracker import PromptTracker
 @dataclass
 class Args:
     """Every field is a flag: its name, default, and help with the paper's value where one is known."""
+    # [sync:run_flags]
     # run
     dataset: str = arg("kit", "target domain: kit, humanml3d, or a folder in either published layout")
-    source: str = arg("", "source domain, same forms; empty: the other one of kit / humanml3d")
     data_root: str = arg("data", "where KIT-ML and HumanML3D are looked for before the embedded data is used")
-    out_dir: str = arg("", "run folder; empty: runs/ddpo_<dataset>_seed<seed>")
+    out_dir: str = arg("", "run folder; empty: runs/<method>_<dataset>_seed<seed>")
     cache_dir: str = arg(".cache", "pretrained bases and evaluators, keyed by all that shaped them")
     cache: bool = arg(True, "--no-cache trains them again")
     seed: int = arg(0, "seed of the reinforcement learning and of the evaluation noise")
@@ -70,11 +70,13 @@ class Args:
     overwrite: bool = arg(False, "start again in an existing run folder")
     tiny: bool = arg(False, "everything at toy size, for a first look and for tests")
     eval_only: bool = arg(False, "evaluate --load, no training")
-    load: str = arg("", "adapter.pt of a finished run, for --prompt and --eval-only")
+    load: str = arg("", "what a finished run saved (adapter.pt, policy.pt), for --prompt and --eval-only")
     prompt: list = arg(None, "write a motion for this caption (repeatable); needs --load", action="append")
     compare: bool = arg(False, "with --prompt: base and tuned side by side")
+    # [/sync:run_flags]
     length: int = arg(0, "with --prompt: frames at 20 fps; 0: the median of the source")
     # data
+    source: str = arg("", "source domain, same forms; empty: the other one of kit / humanml3d")
     source_clips: int = arg(2400, "embedded data: clips of the source")
     target_clips: int = arg(2000, "embedded data: clips of the target")
     # model (MDM: width 512, 8 layers, one token a frame, CLIP text)
@@ -311,13 +313,6 @@ def retrieval_reward(scorer, motion, lengths, captions):
     """Cosine of the mean latents of motion and caption (TMR), in [-1, 1]. motion is raw, (b t d): the scorer
     normalises with its own statistics. Whether the paper uses the cosine or a distance is unknown."""
     return scorer.similarity(motion, lengths, captions)
-
-
-def wrong_prompts(prompts, seed):
-    """--reward shuffled: one fixed wrong caption for every prompt (a cyclic shift of a random order), so that
-    the control has a signal to follow, only not the right one."""
-    order = torch.randperm(len(prompts), generator=generator(seed, 0, "wrong_prompts")).tolist()
-    return {prompts[a]: prompts[b] for a, b in zip(order, order[1:] + order[:1])}
 
 
 # ---- 6. The algorithm: pure functions, no I/O, no globals --------------------------------------------------
@@ -605,7 +600,7 @@ def train(args, policy, scorers, source, target, folder, watch):
     rank, processes = runs.world(policy.device)
     prompts = sorted({c for clip in target.splits["train"] for c in clip.captions})  # text, no motion
     table = datasets.length_table(source.splits["train"])
-    wrong = wrong_prompts(prompts, args.seed)
+    wrong = evaluators.wrong_captions(prompts, args.seed)
     parameters = list(lora.lora_parameters(policy.model))
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     start, shown, path = 0, {}, folder / "checkpoint.pt"
@@ -673,7 +668,7 @@ def policy_sampler(args, policy, adapted=True):
                 asked = [captions[k] for k in rows]
                 states, _ = sample(args, policy, asked, lengths[rows], repeat, purpose, rows.tolist())
                 parts.append(policy.model.codec.decode(states[:, -1]).cpu())
-        return torch.cat(parts)
+        return torch.cat(parts), lengths
     return sampler
 
 
@@ -712,8 +707,9 @@ def main(argv):
     print(f"{device}, {threads} CPU thread(s)\n  source: {source.label}\n  target: {target.label}")
     with watch.stage("reward model and judge"):
         reward_model, judge, notes = evaluators.reward_and_judge(
-            source, target, reward_data=args.reward_data, iterations=args.reward_iterations,
-            seed=args.base_seed, cache_dir=args.cache_dir, use_cache=args.cache, device=device)
+            [source] if args.reward_data == "source" else [source, target], [source, target],
+            saw=args.reward_data, iterations=args.reward_iterations, seed=args.base_seed,
+            cache_dir=args.cache_dir, use_cache=args.cache, device=device)
     scorers = reports.Scorers(reward_model, judge, source.skeleton)
     with watch.stage("base"):
         if adapter:

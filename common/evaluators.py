@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 from tqdm import tqdm
 
-from common import patches
+from common import patches, runs
 from common.datasets import Statistics, Vocabulary, collate, half
 from common.patches import PatchCodec
 from common.runs import InputError, NonFiniteError, cached
@@ -268,9 +268,25 @@ def load_official_evaluator(path, statistics):
 
 
 def margin_loss(text, motion, negative, margin=10.0):
-    """The official evaluator's training loss: d^2 for pairs, max(0, margin - d)^2 where negative (b)."""
-    distance = F.pairwise_distance(text, motion)
+    """The official evaluator's training loss, InstructMotion Eq. (1) and MotionRL Eq. (2): d^2 for pairs that
+    belong together, max(0, margin - d)^2 where negative (...) is True; text, motion (... c) -> mean.
+
+    (InstructMotion says that y = 1 marks the matched pairs; its formula and the cited code say the opposite.)
+    """
+    distance = (text - motion).square().sum(-1).clamp(min=1e-12).sqrt()
     return torch.where(negative, (margin - distance).clamp(min=0), distance).square().mean()
+
+
+def margin_pairs(margin):
+    """margin_loss as a loss for train_retrieval. Not in the papers: embeddings of unit length, every other
+    motion of the batch as a negative instead of one, matched and mismatched pairs weighted alike."""
+    def loss(text, motion, duplicates):
+        text, motion = F.normalize(text, dim=-1), F.normalize(motion, dim=-1)
+        own = torch.eye(len(text), dtype=torch.bool, device=text.device)
+        t, m = (~(duplicates | own)).nonzero().T
+        matched = margin_loss(text, motion, torch.zeros_like(own[0]), margin)
+        return matched + margin_loss(text[t], motion[m], torch.ones_like(t, dtype=torch.bool), margin)
+    return loss
 
 
 # ---- 3. TMR (Petrovich et al. 2023) ------------------------------------------------------------------------
@@ -571,8 +587,10 @@ def inverse_document_frequency(ids, size):
 
 def train_retrieval(model, clips, *, whitening=0.5, iterations=900, batch=96, lr=2e-3, seed=0, noise=0.3,
                     word_drop=0.1, temperature=0.1, weight_decay=1e-2, progress=True,
-                    label="retrieval model"):
-    """Train on (motion, random caption) pairs with InfoNCE; one generator makes every draw: a seed is a run.
+                    label="retrieval model", loss=None):
+    """Train on (motion, random caption) pairs; one generator makes every draw: a seed is a run.
+
+    loss(text, motion, duplicates) -> scalar, by default InfoNCE at `temperature`.
 
     Input noise and dropped words are the regularisers. Not in TMR: the contrastive loss alone, no decoder, no
     sampling; duplicates are found by attributes or words instead of a sentence model. Returns {"loss": [...],
@@ -614,19 +632,19 @@ def train_retrieval(model, clips, *, whitening=0.5, iterations=900, batch=96, lr
         words = ids[lines].masked_fill(dropped, 1).to(device)
         text = model.encode_text(words, mask[lines].to(device))
         motion = model.encode_motion(motion, counts)
-        loss = info_nce(text, motion, temperature, duplicates)
-        if not torch.isfinite(loss):
-            raise NonFiniteError(f"{label}: the loss is {loss.item()} at iteration {len(curves['loss'])}")
+        value = loss(text, motion, duplicates) if loss else info_nce(text, motion, temperature, duplicates)
+        if not torch.isfinite(value):
+            raise NonFiniteError(f"{label}: the loss is {value.item()} at iteration {len(curves['loss'])}")
         optimiser.zero_grad()
-        loss.backward()
+        value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         schedule.step()
         with torch.no_grad():
             best = (F.normalize(motion, dim=-1) @ F.normalize(text, dim=-1).T).argmax(1)
             curves["top1"].append(duplicates[torch.arange(len(rows)), best].double().mean().item())
-        curves["loss"].append(loss.item())
-        bar.set_postfix(loss=f"{loss.item():.3f}", top1=f"{curves['top1'][-1]:.2f}", refresh=False)
+        curves["loss"].append(value.item())
+        bar.set_postfix(loss=f"{value.item():.3f}", top1=f"{curves['top1'][-1]:.2f}", refresh=False)
     model.eval()
     return curves
 
@@ -680,32 +698,40 @@ def retrieval_score(model, clips, *, pool=32, seed=0):
             | {f"R{k}_same": value for k, value in enumerate(same, 1)} | {"pool": pool, "chance": 1 / pool})
 
 
-def reward_and_judge(source, target, *, reward_data, iterations, seed, cache_dir, use_cache, device):
+def reward_and_judge(seen, domains, *, saw, iterations, seed, cache_dir, use_cache, device, loss=("infonce", None)):
     """The scorer that is optimised, and the judge that never is: other family, seed and half of the clips.
 
-    reward_data: "both" domains or the "source" alone is what the reward model learns from; the judge learns
-    from both. They share no clip. Cached. -> reward model, judge, {"reward" and "judge": what it saw, and how
-    well it finds the motion of a caption among 32 of the target's val split}.
+    seen: data sets that the reward model learns from (`saw` is their name for the notes); the judge learns
+    from all `domains`, by InfoNCE. They share no clip. loss: name and function for train_retrieval, of the
+    reward model. Cached. -> reward model, judge, {"reward" and "judge": what it saw, and how well it finds the
+    motion of a caption among 32 of the last domain's val split}.
     """
-    models, notes = [], {}
-    wanted = (("reward", "transformer", reward_data), ("judge", "bigru", "both"))
-    for number, (name, family, saw) in enumerate(wanted):
-        domains = [source] if saw == "source" else [source, target]
-        clips = [clip for domain in domains for clip in half(domain.splits["train"], number)]
+    models, notes, validation = [], {}, domains[-1].splits["val"]
+    wanted = (("reward", "transformer", seen, saw, loss), ("judge", "bigru", domains, "all", ("infonce", None)))
+    for number, (name, family, read, title, (loss_name, function)) in enumerate(wanted):
+        clips = [clip for domain in read for clip in half(domain.splits["train"], number)]
 
         def build():
-            model, _ = fit_retrieval(family, clips, seed=seed + number, iterations=iterations)
-            return {"model": model.export(), "retrieval": retrieval_score(model, target.splits["val"])}
+            model, _ = fit_retrieval(family, clips, seed=seed + number, iterations=iterations, loss=function)
+            return {"model": model.export(), "retrieval": retrieval_score(model, validation)}
 
         code = [inspect.getsource(sys.modules[__name__]), inspect.getsource(patches)]
-        key = [source.fingerprint, target.fingerprint, family, saw, seed, iterations, code]
+        key = [[domain.fingerprint for domain in read], domains[-1].fingerprint, family, loss_name, number, seed,
+               iterations, code]
         stored = cached(cache_dir, key, build, name, use_cache)
         models.append(freeze(RetrievalModel.load(stored["model"]).to(device)))
-        notes[name] = {"family": family, "saw": f"{len(clips)} train clips of {saw} (half {number})",
+        notes[name] = {"family": family, "loss": loss_name, "saw": f"{len(clips)} train clips of {title} (half {number})",
                        "target_val_retrieval": stored["retrieval"]}
         print(f"  {name}: {family}, saw {notes[name]['saw']}; "
               f"R@1 on target val {stored['retrieval']['R1']:.2f}")
     return *models, notes
+
+
+def wrong_captions(captions, seed):
+    """One fixed wrong caption for every caption (a cyclic shift of a random order): a reward asked with these
+    is a control that has a signal to follow, only not the right one."""
+    order = torch.randperm(len(captions), generator=runs.generator(seed, 0, "wrong_prompts")).tolist()
+    return {captions[a]: captions[b] for a, b in zip(order, order[1:] + order[:1])}
 
 
 # ---- 6. The benchmark --------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """What a finished run shows: tables with intervals and paired gains, curves, storyboards, GIFs, exports.
 
-A policy is known here as a sampler, `sampler(captions, lengths, purpose, repeat)` -> raw features (b t d)
-on the CPU, the same motions for the same arguments. So diffusion and token models share this file.
+A policy is known here as a sampler, `sampler(captions, lengths, purpose, repeat)` -> raw features (b t d) and
+lengths (b) on the CPU, the same motions for the same arguments. A diffusion model takes the lengths asked
+for, a token model chooses its own. So both share this file.
 
 `reward` is what was optimised, `judge` the mean cosine of the scorer that never was. `oracle` is the share of
 the asked-for attributes that hold in a motion, `oracle_all` the share of motions in which all of them hold;
@@ -16,12 +17,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from common import datasets, evaluators, features, oracle, render, runs
 
 COLUMNS = ("reward", "judge", "oracle", "oracle_all", "r_precision_top1", "r_precision_top3", "fid",
-           "mm_dist", "diversity", "multimodality", "foot_skate", "jerk")
-CURVES = ("reward", "val_reward"), ("val_judge",), ("val_oracle",), ("kl_base",), ("val_jerk",)  # of logs.csv
+           "mm_dist", "diversity", "multimodality", "distinct", "length_error", "foot_skate", "jerk")
+CURVES = (("reward",), ("val_reward",), ("val_judge",), ("val_oracle",), ("kl_base",), ("kl_ref",), ("val_jerk",),
+          ("distinct",))  # columns of logs.csv, where it has them
 PAIRED = ("reward", "judge", "oracle", "oracle_all", "foot_skate", "jerk")
 
 
@@ -87,15 +90,19 @@ def mean(values):
 def evaluate(clips, scorers, sampler=None, *, purpose="", repeats=1, benchmark=True):
     """A row of the table: {metric: [mean, half width of the 95 % interval over the repeats]}.
 
-    sampler None measures the clips themselves, the ground truth. "_prompts" keeps each prompt's mean over the
-    repeats for paired_gain.
+    sampler None measures the clips themselves, the ground truth. Clips without frames are captions that have
+    no motion, and without the metrics that need one. "_prompts" keeps each prompt's mean over the repeats for
+    paired_gain. length_error is in frames, of a sampler that chooses its own lengths.
     """
-    results = []
+    results, real = [], all(len(clip.features) for clip in clips)
     for repeat in range(repeats):
-        captions, attributes, lengths = questions(clips, repeat)
-        motion = sampler(captions, lengths, purpose, repeat) if sampler else datasets.collate(clips).motion
+        captions, attributes, asked = questions(clips, repeat)
+        motion, lengths = sampler(captions, asked, purpose, repeat) if sampler else (
+            datasets.collate(clips).motion, asked)
         results.append(measure(motion, lengths, captions, attributes, scorers,
-                               clips if benchmark else None, repeat))
+                               clips if benchmark and real else None, repeat))
+        if real and lengths is not asked:
+            results[-1][0]["length_error"] = (lengths - asked).abs().double().numpy()
     flat = [{name: mean(values) for name, values in each.items()} | whole for each, whole in results]
     row = {name: [float(y) for y in evaluators.mean_interval([f[name] for f in flat])] for name in flat[0]}
     repeats_of = {name: np.stack([each[name] for each, _ in results], 1) for name in PAIRED}  # clips, repeats
@@ -103,29 +110,43 @@ def evaluate(clips, scorers, sampler=None, *, purpose="", repeats=1, benchmark=T
     return row
 
 
+def side_by_side(motions):
+    """Motions [(b t d)] of different t -> (n b t d), zeros behind their ends."""
+    longest = max(motion.shape[1] for motion in motions)
+    return torch.stack([F.pad(motion, (0, 0, 0, longest - motion.shape[1])) for motion in motions])
+
+
 def best_of(sampler, count, reward_model):
     """A sampler that keeps the best of `count` samples by reward: what it gives without any training."""
     @torch.no_grad()
     def best(captions, lengths, purpose, repeat):
         device = next(reward_model.parameters()).device
-        tries = torch.stack([sampler(captions, lengths, f"{purpose} try {n}", repeat) for n in range(count)])
-        scores = torch.stack([reward_model.similarity(motion.to(device), lengths.to(device), captions)
-                              for motion in tries])
-        return tries[scores.argmax(0).cpu(), torch.arange(len(captions))]
+        tries = [sampler(captions, lengths, f"{purpose} try {n}", repeat) for n in range(count)]
+        scores = torch.stack([reward_model.similarity(motion.to(device), made.to(device), captions)
+                              for motion, made in tries])
+        chosen = scores.argmax(0).cpu(), torch.arange(len(captions))
+        made = torch.stack([made for _, made in tries])[chosen]
+        own = lengths if all(one is lengths for _, one in tries) else made
+        return side_by_side([motion for motion, _ in tries])[chosen], own
     return best
 
 
-def multimodality(clips, scorers, sampler, *, prompts=32, samples=10, seed=0):
-    """Mean distance of motions of one prompt, [mean, 0]: `samples` for each of the first `prompts` clips
-    (the papers take 100 x 30; this is one repeat, so it has no interval)."""
+def variety(clips, scorers, sampler, *, prompts=32, samples=10, seed=0):
+    """`samples` motions for each of the first `prompts` clips -> {"multimodality": mean distance of two motions
+    of a prompt (the papers take 100 x 30), "distinct": share of a prompt's motions that are not repeated}, as
+    [value, 0]: one repeat has no interval."""
     captions, _, lengths = questions(clips[:prompts], 0)
     made = [sampler(captions, lengths, "multimodality", n) for n in range(samples)]
-    motion, lengths = torch.stack(made, 1), lengths[:, None].expand(-1, samples)  # p g t d, p g
+    motion = side_by_side([motion for motion, _ in made]).transpose(0, 1)  # p g t d
+    lengths = torch.stack([own for _, own in made], 1)  # p g
     device = next(scorers.judge.parameters()).device
     value = evaluators.benchmark_multimodality(
         scorers.judge, motion.to(device), lengths.to(device),
         generator=runs.generator(seed, 0, "multimodality"), times=samples // 2)
-    return [float(value), 0.0]
+    # Equal up to rounding: a batch of another size may round its last bits another way.
+    differ = (motion[:, :, None] - motion[:, None]).abs().amax((-1, -2)) > 1e-3 * scorers.skeleton.units_per_metre
+    first = [[all(differ[p, g, :g]) for g in range(samples)] for p in range(len(motion))]
+    return {"multimodality": [float(value), 0.0], "distinct": [float(np.mean(first)), 0.0]}
 
 
 def paired_gain(after, before):
@@ -146,11 +167,12 @@ def paired_gain(after, before):
 
 def compare(title, clips, scorers, samplers, *, purpose, repeats, gain=("tuned", "base")):
     """Rows gt, one per sampler (name -> sampler), and the paired gain of the two named in `gain`."""
-    rows = {"gt": evaluate(clips, scorers, repeats=repeats)}
+    real = all(len(clip.features) for clip in clips)
+    rows = {"gt": evaluate(clips, scorers, repeats=repeats)} if real else {}
     for name, sampler in samplers.items():
         rows[name] = evaluate(clips, scorers, sampler, purpose=purpose, repeats=repeats)
         if name in gain:
-            rows[name]["multimodality"] = multimodality(clips, scorers, sampler)
+            rows[name] |= variety(clips, scorers, sampler)
     rows["gain"] = paired_gain(*(rows[name] for name in gain))
     for row in rows.values():
         row.pop("_prompts", None)
@@ -174,10 +196,11 @@ def final_tables(source, target, scorers, base, tuned, repeats, best_count):
 
 def print_table(title, rows):
     """Print rows {name: {metric: [mean, half width]}} under the benchmark's names."""
-    headings = [name.replace("r_precision_", "r_") for name in COLUMNS]
+    columns = [c for c in COLUMNS if any(c in metrics for metrics in rows.values())]
+    headings = [name.replace("r_precision_", "r_") for name in columns]
     print(f"\n{title}\n" + " " * 10 + "".join(f" {heading:>16s}" for heading in headings))
     for name, metrics in rows.items():
-        known = [metrics[c] if c in metrics and math.isfinite(metrics[c][0]) else None for c in COLUMNS]
+        known = [metrics[c] if c in metrics and math.isfinite(metrics[c][0]) else None for c in columns]
         print(f"{name:10s}" + "".join(f" {f'{y[0]:.3f} +-{y[1]:.3f}' if y else '-':>16s}" for y in known))
 
 
@@ -192,11 +215,12 @@ def draw(folder, clips, scorers, samplers, curves, count=4):
     clips = [clips[k * len(clips) // count] for k in range(min(count, len(clips)))]
     captions, attributes, lengths = questions(clips, 0)
     motions = {title: sampler(captions, lengths, "pictures", 0) for title, sampler in samplers.items()}
-    motions["data"] = datasets.collate(clips).motion
+    if all(len(clip.features) for clip in clips):
+        motions["data"] = datasets.collate(clips).motion, lengths
     panels = [[] for _ in clips]
-    for title, motion in motions.items():
-        scores, _ = measure(motion, lengths, captions, attributes, scorers)
-        for k, joints in enumerate(to_joints(motion, lengths, scorers.skeleton)):
+    for title, (motion, made) in motions.items():
+        scores, _ = measure(motion, made, captions, attributes, scorers)
+        for k, joints in enumerate(to_joints(motion, made, scorers.skeleton)):
             ticks = oracle.oracle(joints, scorers.skeleton, attributes[k]) if attributes[k] else {}
             note = render.clip_note(scores["reward"][k], ticks, scores["foot_skate"][k])
             panels[k].append({"joints": joints, "title": title, "note": note})
@@ -205,18 +229,25 @@ def draw(folder, clips, scorers, samplers, curves, count=4):
         render.safely(render.render_gif, folder / name, parts, scorers.skeleton, caption)
     render.safely(render.storyboard, folder / "storyboard.png", list(zip(captions, panels)), scorers.skeleton)
     if curves:
-        render.safely(render.curves, folder / "curves.png", folder / "logs.csv", CURVES)
+        render.safely(draw_curves, folder / "curves.png", [folder / "logs.csv"])
+
+
+def draw_curves(path, logs):
+    """Learning curves of one or several runs of a script (paths of logs.csv) in one PNG."""
+    known = render.read_csv(logs[0])
+    render.curves(path, logs, [names for names in CURVES if all(name in known for name in names)])
 
 
 def export(folder, prompts, frames, limit, skeleton, samplers):
     """--prompt: for every caption a GIF, and joints (.npy) and BVH of each motion in it.
 
-    frames: of each motion, a multiple of 4 and at most `limit` (InputError); samplers: title -> sampler.
+    frames: of each motion, a multiple of 4 and at most `limit` (InputError), 0 where the sampler chooses;
+    samplers: title -> sampler.
     """
     if frames % 4 or frames > limit:
         raise runs.InputError(f"--length {frames}: a multiple of 4 frames (20 a second), at most {limit}")
     lengths = torch.full((len(prompts),), frames)
-    made = {title: to_joints(sampler(prompts, lengths, "prompt", 0), lengths, skeleton)
+    made = {title: to_joints(*sampler(prompts, lengths, "prompt", 0), skeleton)
             for title, sampler in samplers.items()}
     for k, caption in enumerate(prompts):
         for title, joints in made.items():
@@ -245,12 +276,13 @@ def summary(paths):
     lines = [f"{len(results)} run(s), seeds {', '.join(str(r['seed']) for r in results)}; "
              f"data: {results[0]['data']['source']} -> {results[0]['data']['target']}", ""]
     lines += ["    " + r["command"] for r in results] + [""]
-    for table in [name for name in results[0] if name.endswith(("_val", "_test"))]:
+    for table in [name for name in results[0] if name.endswith(("_train", "_val", "_test"))]:
+        columns = [c for c in COLUMNS if any(c in row for r in results for row in r[table].values())]
         lines += [f"**{table.replace('_', ', ')}**", "",
-                  "| | " + " | ".join(COLUMNS) + " |", "| --- " * (len(COLUMNS) + 1) + "|"]
+                  "| | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
         for row in results[0][table]:
             cells = []
-            for column in COLUMNS:
+            for column in columns:
                 known = [r[table][row][column] for r in results if column in r[table].get(row, {})]
                 known = [pair for pair in known if isinstance(pair[0], float)]  # NaN is stored as text
                 numbers = np.array([pair[0] for pair in known])
@@ -278,7 +310,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     print(summary(args.runs))
     if args.curves:
-        render.curves(args.curves, [Path(run) / "logs.csv" for run in args.runs], CURVES)
+        draw_curves(args.curves, [Path(run) / "logs.csv" for run in args.runs])
 
 
 if __name__ == "__main__":

@@ -79,15 +79,16 @@ def generator(seed, iteration, purpose, index=0, device="cpu"):
 
 
 def initialise(model, g):
-    """Draw the weights of all linear and embedding layers from the generator g.
+    """Draw the weights of all linear, convolution and embedding layers from the generator g.
 
     PyTorch's own initialisation draws from the global stream.
     """
     for module in model.modules():
-        if isinstance(module, torch.nn.Linear):
-            bound = 1.0 / math.sqrt(module.in_features)
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv1d)):
+            bound = 1.0 / math.sqrt(module.weight[0].numel())  # numbers that an output is made of
             module.weight.data.uniform_(-bound, bound, generator=g)
-            module.bias.data.zero_()
+            if module.bias is not None:
+                module.bias.data.zero_()
         elif isinstance(module, torch.nn.Embedding):
             module.weight.data.normal_(0.0, 1.0, generator=g)
 

@@ -18,6 +18,10 @@ CHECKS = {
     "metrics_": "tests.parity_evaluators",
     "guo_eval_": "tests.parity_evaluators",
     "tmr_enc_": "tests.parity_evaluators",
+    "t2mgpt_": "tests.parity_ppo",
+    "ppo_math_": "tests.parity_ppo",
+    "ppo_extra_": "tests.parity_ppo",
+    "tm_reward_": "tests.parity_ppo",
 }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-MARK = re.compile(r"^# \[(/?)sync:([a-z0-9_]+)\]\n", re.MULTILINE)
+MARK = re.compile(r"^ *# \[(/?)sync:([a-z0-9_]+)\]\n", re.MULTILINE)
 
 
 def blocks(text, where="file"):
@@ -45,8 +45,7 @@ def copy(source, target):
     """`target` with every block that `source` has too replaced by the source's."""
     for name, body in blocks(source, "source").items():
         if name in blocks(target, "target"):
-            head, rest = target.split(f"# [sync:{name}]\n")
-            target = f"{head}# [sync:{name}]\n{body}# [/sync:{name}]\n" + rest.split(f"# [/sync:{name}]\n")[1]
+            target = target.replace(blocks(target, "target")[name], body)
     return target
 
 

@@ -1,0 +1,840 @@
+"""PPO on motion tokens: a VQ-VAE makes motions a language, a GPT speaks it, rewards correct its grammar.
+
+The idea. A text-to-motion GPT that was trained on pairs of captions and motions repeats what it has seen, and
+new combinations of known movements are hardly ever right. There is no motion to show it for a new sentence,
+but there are encoders that say how well a motion fits a text. So the GPT samples motions for known captions
+and for composed ones that have no motion, and PPO makes the well-fitting tokens more likely.
+
+Papers
+  InstructMotion (Mao et al. 2024, arXiv 2405.15541): the method; not the repository of the same name
+  PPO (Schulman et al. 2017, arXiv 1707.06347), GAE (Schulman et al. 2016, arXiv 1506.02438)
+  T2M-GPT (Zhang et al. 2023, arXiv 2301.06052): tokenizer and policy; its weights can be loaded
+
+The decision process: a state is the caption and the tokens so far, an action the next token, end included;
+the episode ends with the end token or at the token limit, and only then is there a reward.
+  variable          symbol                       meaning
+  tokens (b n)      a_t                          codes 0 .. K-1, end = K, padding = K+1
+  mask (b n)                                     True for codes and the end token: the end is an action too
+  logp, logp_ref    log pi_theta, log pi_ref     of the action, at the sampling temperature
+  ratio             rho_t = pi_theta / pi_old    clipped to 1 +- eps
+  rewards (b n)     Eq. (3)                      -beta (logp_old - logp_ref), plus r at the last token
+  values            V(s_t)                       a small head on the policy's own, detached features
+  advantages        A_t                          GAE, whitened over the valid tokens of the batch
+
+Read in this order: section 6 (the maths), 7 (the loop), 3 (the networks), then the rest.
+
+  python ppo_motion.py --dataset kit             # from nothing to a tuned model, see README for the time
+  python ppo_motion.py --dataset kit --tiny      # the same path at toy size
+  python ppo_motion.py --prompt "A human waves with both arms." --load runs/ppo_kit_seed0/policy.pt
+  python ppo_motion.py --dataset kit --write-prompts prompts.txt     # the composed captions, to be read
+"""
+
+# ---- 1. Imports --------------------------------------------------------------------------------------------
+
+import copy
+import dataclasses
+import inspect
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+from tqdm import tqdm
+
+from common import datasets, evaluators, features, prompts, published, reports, runs, tokenizer
+from common.evaluators import sinusoid
+from common.runs import InputError, NonFiniteError, arg, generator
+from common.text import TextEncoder, text_features
+
+# ---- 2. Arguments ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Args:
+    """Every field is a flag: its name, default, and help with the paper's value where one is known."""
+    # [sync:run_flags]
+    # run
+    dataset: str = arg("kit", "target domain: kit, humanml3d, or a folder in either published layout")
+    data_root: str = arg("data", "where KIT-ML and HumanML3D are looked for before the embedded data is used")
+    out_dir: str = arg("", "run folder; empty: runs/<method>_<dataset>_seed<seed>")
+    cache_dir: str = arg(".cache", "pretrained bases and evaluators, keyed by all that shaped them")
+    cache: bool = arg(True, "--no-cache trains them again")
+    seed: int = arg(0, "seed of the reinforcement learning and of the evaluation noise")
+    base_seed: int = arg(0, "seed of the embedded data, the base and the evaluators")
+    device: str = arg("auto", "auto, cpu, cuda or cuda:N")
+    threads: int = arg(0, "CPU threads; 0: a short probe decides (or OMP_NUM_THREADS)")
+    resume: bool = arg(False, "go on from checkpoint.pt of the run folder, bit for bit")
+    overwrite: bool = arg(False, "start again in an existing run folder")
+    tiny: bool = arg(False, "everything at toy size, for a first look and for tests")
+    eval_only: bool = arg(False, "evaluate --load, no training")
+    load: str = arg("", "what a finished run saved (adapter.pt, policy.pt), for --prompt and --eval-only")
+    prompt: list = arg(None, "write a motion for this caption (repeatable); needs --load", action="append")
+    compare: bool = arg(False, "with --prompt: base and tuned side by side")
+    # [/sync:run_flags]
+    write_prompts: str = arg("", "write the composed captions to this file and stop")
+    # data
+    clips: int = arg(2000, "embedded data: clips")
+    # tokenizer (T2M-GPT: 512 codes of width 512, 4 frames a token, network width 512)
+    codes: int = arg(256, "entries K of the codebook")
+    code_dim: int = arg(32, "their width")
+    vq_width: int = arg(64, "width of encoder and decoder")
+    frames_per_token: int = arg(0, "2 or 4; 0: 2 at 12.5 frames a second, 4 at 20", choices=(0, 2, 4), lowest=0)
+    vq_iterations: int = arg(1200, "updates (T2M-GPT: 300 000)")
+    vq_lr: float = arg(2e-3, "peak learning rate (T2M-GPT: 2e-4)")
+    vq_patch_weight: float = arg(2.0, "weight of the error in whitened patches, without which no hand waves")
+    # policy (T2M-GPT: 18 layers of width 1024, 16 heads, CLIP text)
+    width: int = arg(64, "model width")
+    heads: int = arg(4, "attention heads")
+    base_layers: int = arg(3, "layers that the critic shares (InstructMotion: the first few)")
+    head_layers: int = arg(1, "layers after them")
+    text_layers: int = arg(2, "layers of the text encoder, frozen in PPO")
+    gpt_iterations: int = arg(1600, "supervised updates")
+    gpt_lr: float = arg(2e-3, "peak learning rate of the supervised training")
+    keep: float = arg(0.5, "share of input tokens left as they are in supervised training (T2M-GPT: 0.5)")
+    batch: int = arg(64, "clips per update of tokenizer and GPT")
+    word_drop: float = arg(0.1, "share of words made unknown in supervised training")
+    word_swap: float = arg(0.03, "share of words made any other: rare words must leave it unsure, not wrong")
+    vq_checkpoint: str = arg("", "published T2M-GPT tokenizer (.pth); needs --vq-statistics")
+    vq_statistics: str = arg("", "folder with the Mean.npy and Std.npy that tokenizer was trained with")
+    gpt_checkpoint: str = arg("", "published T2M-GPT policy (.pth); its text: --text-features, or CLIP")
+    text_features: str = arg("", ".npz with captions (n) and vectors (n d); empty: an installed CLIP")
+    # prompts
+    text_only_share: float = arg(0.5, "share of composed captions in a rollout (InstructMotion: 0 or 1/2)")
+    composed: int = arg(3000, "sentences composed of the training captions", lowest=0)
+    three_parts: float = arg(0.2, "share of them made of three movements")
+    # reward
+    reward: str = arg("contrastive", "shuffled, random: controls", choices=("contrastive", "shuffled", "random"))
+    reward_loss: str = arg("margin", "what the reward encoders learn from: Eq. (1), or InfoNCE",
+                           choices=("margin", "infonce"))
+    margin: float = arg(1.4, "margin of Eq. (1); unit-length embeddings are at most 2 apart (there: by hand)")
+    reward_iterations: int = arg(900, "updates of the reward encoders and of the judge")
+    lambda_t: float = arg(0.4, "weight of the distance to the text (InstructMotion: 0.4)")
+    lambda_m: float = arg(2.0, "weight of the distance to the paired motion (InstructMotion: 2.0)")
+    reward_scale: float = arg(0.0, "factor of the reward; 0: one over its spread under the supervised GPT")
+    # update
+    iterations: int = arg(200, "PPO iterations (InstructMotion: 40 000)")
+    batch_prompts: int = arg(128, "prompts of a rollout, one motion each (InstructMotion: 128)")
+    ppo_epochs: int = arg(2, "passes over a rollout (InstructMotion: 2)")
+    minibatch_ratio: float = arg(1.0, "minibatch over batch (InstructMotion: 1)")
+    micro_batch: int = arg(0, "motions per forward pass, 0: the whole minibatch; fewer save memory")
+    lr: float = arg(3e-4, "learning rate of the policy (InstructMotion: 5e-6)")
+    critic_lr: float = arg(1e-3, "learning rate of the critic")
+    critic: str = arg("shared-detach", "on detached policy features, on live ones, or on a copy of its own",
+                      choices=("shared-detach", "shared", "separate"))
+    kl_coef: float = arg(0.05, "beta, weight of the KL in the reward (InstructMotion: unknown)")
+    clip_range: float = arg(0.2, "eps (InstructMotion: unknown)")
+    gamma: float = arg(1.0, "discount; episodes are finite")
+    gae_lambda: float = arg(0.95, "lambda of GAE")
+    vf_coef: float = arg(0.5, "weight of the value loss; matters with --critic shared only")
+    value_clip: float = arg(0.0, "clip of the value's change; 0: off, as in Eq. (5)")
+    max_grad_norm: float = arg(1.0, "gradient norm clip, of policy and critic apart")
+    temperature: float = arg(1.0, "of sampling and of every log-probability")
+    # evaluation
+    eval_every: int = arg(25, "iterations between looks at the validation prompts")
+    eval_repeats: int = arg(3, "repeats of the final evaluation, for the 95 % interval (benchmark: 20)")
+    best_of: int = arg(8, "reference row: the best of this many base samples by reward")
+
+
+TINY = dict(clips=240, codes=48, vq_width=24, vq_iterations=60, width=32, base_layers=1, text_layers=1,
+            gpt_iterations=60, batch=32, composed=300, reward_iterations=40, iterations=3, batch_prompts=16,
+            eval_every=2, eval_repeats=2, best_of=2)
+
+
+def check_args(args):
+    """Stop at once on settings that cannot work, naming the flag and the fix."""
+    modes = bool(args.prompt) or args.eval_only
+    count = 1 / args.minibatch_ratio if args.minibatch_ratio > 0 else 0.0
+    for wrong, message in (
+            (args.batch_prompts < 2 * runs.process_count(), "--batch-prompts: at least two per process"),
+            (count < 1 or count % 1 or args.batch_prompts % int(count),
+             "--minibatch-ratio: 1, 1/2, 1/4 ... so that it divides --batch-prompts"),
+            (not 0 <= args.text_only_share <= 1, "--text-only-share: 0 to 1"),
+            (args.text_only_share and not args.composed, "--composed: at least 1, or --text-only-share 0"),
+            (args.text_only_share == 1 and not args.lambda_t, "--lambda-t: above 0; without pairs no reward"),
+            (not args.lambda_t and not args.lambda_m, "--lambda-t, --lambda-m: one of them above 0"),
+            (not args.temperature, "--temperature: above 0"),
+            (not 0 <= args.three_parts <= 1, "--three-parts: 0 to 1"),
+            (args.width % args.heads or args.width % 2, "--width: even and a multiple of --heads"),
+            (args.vq_checkpoint and not args.vq_statistics,
+             "--vq-statistics: the folder of the tokenizer's own Mean.npy and Std.npy"),
+            (args.gpt_checkpoint and not args.vq_checkpoint, "--gpt-checkpoint: needs its --vq-checkpoint"),
+            (modes and not args.load, "--load: --prompt and --eval-only need a policy.pt"),
+            (args.load and not modes, "--load: add what the policy is for, --prompt or --eval-only"),
+            (any(not caption.strip() for caption in args.prompt), "--prompt: the caption is empty")):
+        if wrong:
+            raise InputError(message)
+
+
+# ---- 3. The networks ---------------------------------------------------------------------------------------
+# The tokenizer, which reinforcement learning never touches, is in common/tokenizer.py. Names of layers follow
+# the published T2M-GPT weights.
+
+
+# [sync:policy]
+class CausalAttention(nn.Module):
+    """Each position looks at itself and back. With a cache (keys, values: b h n_max c) x is what follows
+    position `start`, and what came before is read from the cache."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.key, self.query, self.value, self.proj = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x, cache=None, start=0):
+        q, k, v = (rearrange(f(x), "b n (h c) -> b h n c", h=self.heads)
+                   for f in (self.query, self.key, self.value))
+        if cache is not None:
+            for kept, new in zip(cache, (k, v)):
+                kept[:, :, start:start + x.shape[1]] = new
+            k, v = (kept[:, :, :start + x.shape[1]] for kept in cache)
+        n, m = q.shape[2], k.shape[2]
+        scores = q @ k.mT / math.sqrt(q.shape[-1])  # b h n m
+        if n > 1:
+            later = torch.ones(n, m, dtype=torch.bool, device=x.device).triu(m - n + 1)
+            scores = scores.masked_fill(later, -math.inf)
+        return self.proj(rearrange(scores.softmax(-1) @ v, "b h n c -> b n (h c)"))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block. No dropout: the first ratio of PPO must be one."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.ln1, self.ln2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = CausalAttention(width, heads)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x, cache=None, start=0):
+        x = x + self.attn(self.ln1(x), cache, start)
+        return x + self.mlp(self.ln2(x))
+
+
+class MotionGPT(nn.Module):
+    """p(next token | text, tokens so far), T2M-GPT section 3.2: the text is the first position."""
+
+    def __init__(self, codes, text_dim, width, heads, base_layers, head_layers, block_size):
+        super().__init__()
+        self.codes, self.end, self.pad = codes, codes, codes + 1
+        self.heads, self.block_size = heads, block_size
+        self.trans_base = nn.ModuleDict({
+            "tok_emb": nn.Embedding(codes + 2, width), "cond_emb": nn.Linear(text_dim, width),
+            "blocks": nn.ModuleList(Block(width, heads) for _ in range(base_layers))})
+        self.trans_head = nn.ModuleDict({
+            "blocks": nn.ModuleList(Block(width, heads) for _ in range(head_layers)),
+            "ln_f": nn.LayerNorm(width), "head": nn.Linear(width, codes + 1, bias=False)})  # padding is no action
+        self.register_buffer("positions", sinusoid(block_size, width), persistent=False)
+
+    def forward(self, tokens, text):
+        """tokens (b n), text (b d) -> logits (b n+1 v), hidden (b n+1 c): of the layers before the head"""
+        x = torch.cat([self.trans_base["cond_emb"](text)[:, None], self.trans_base["tok_emb"](tokens)], 1)
+        return self.run(x + self.positions[: x.shape[1]])
+
+    def run(self, x, caches=None, start=0):
+        """Embedded positions (b n c) from `start` on -> logits (b n v), hidden (b n c)"""
+        base, head = self.trans_base["blocks"], self.trans_head["blocks"]
+        caches = caches or [None] * (len(base) + len(head))
+        for block, cache in zip(base, caches):
+            x = block(x, cache, start)
+        hidden = x
+        for block, cache in zip(head, caches[len(base):]):
+            x = block(x, cache, start)
+        return self.trans_head["head"](self.trans_head["ln_f"](x)), hidden
+
+    def empty_cache(self, b):
+        """Keys and values of every block for b sequences, to be filled."""
+        shape = (b, self.heads, self.block_size, self.positions.shape[1] // self.heads)
+        blocks = len(self.trans_base["blocks"]) + len(self.trans_head["blocks"])
+        return [tuple(self.positions.new_zeros(shape) for _ in "kv") for _ in range(blocks)]
+
+
+class Critic(nn.Module):
+    """V(s_t) from the features of the policy's first layers, or of a copy of its own (`separate`)."""
+
+    def __init__(self, gpt, kind):
+        super().__init__()
+        self.kind, width = kind, gpt.positions.shape[1]
+        self.trunk = copy.deepcopy(gpt).requires_grad_(True) if kind == "separate" else None
+        self.block, self.norm, self.value = Block(width, gpt.heads), nn.LayerNorm(width), nn.Linear(width, 1)
+
+    def forward(self, hidden, tokens, text):
+        """hidden (b n c) -> values (b n)"""
+        if self.kind == "separate":
+            hidden = self.trunk(tokens, text)[1]
+        elif self.kind == "shared-detach":  # InstructMotion section 4.1: the critic must not bend the policy
+            hidden = hidden.detach()
+        return self.value(self.norm(self.block(hidden)))[..., 0]
+# [/sync:policy]
+
+
+# ---- 4. Supervised pretraining, cached ---------------------------------------------------------------------
+
+# [sync:token_pretraining]
+def sequence_loss(logits, target, counts):
+    """Mean over samples of the mean cross-entropy over tokens and end (T2M-GPT). logits (b n v), target
+    (b n) with end and padding, counts (b)."""
+    mask = torch.arange(target.shape[1], device=target.device) <= counts[:, None]
+    loss = F.cross_entropy(logits.mT, target.clamp(max=logits.shape[-1] - 1), reduction="none")
+    return ((loss * mask).sum(1) / mask.sum(1)).mean()
+
+
+def train_gpt(gpt, text_encoder, vq, clips, args, device):
+    """Next-token prediction on captioned clips, some input tokens replaced (T2M-GPT section 3.2)."""
+    rows = [vq.tokenise(torch.from_numpy(c.features)[None].to(device), torch.tensor([len(c.features)],
+            device=device))[0][0] for c in clips]
+    counts = torch.tensor([len(row) for row in rows], device=device)
+    table = torch.full((len(rows), int(counts.max()) + 1), gpt.pad, device=device)
+    for k, row in enumerate(rows):
+        table[k, : len(row) + 1] = torch.cat([row, row.new_tensor([gpt.end])])
+    parameters = [*gpt.parameters(), *text_encoder.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=args.gpt_lr, betas=(0.9, 0.99), weight_decay=1e-2)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.gpt_lr, args.gpt_iterations,
+                                                    pct_start=max(0.05, 2 / max(args.gpt_iterations, 3)))
+    losses, bar = [], tqdm(range(args.gpt_iterations), desc="supervised gpt", mininterval=1.0)
+    for iteration in bar:
+        g = generator(args.base_seed, iteration, "gpt")
+        chosen = torch.randint(len(clips), (args.batch,), generator=g)
+        line = torch.rand(args.batch, generator=g).tolist()  # a random caption of each clip
+        captions = [clips[k].captions[int(u * len(clips[k].captions))] for k, u in zip(chosen, line)]
+        target = table[chosen.to(device)]
+        other = torch.randint(gpt.codes, target.shape, generator=g).to(device)
+        replaced = (torch.rand(target.shape, generator=g) >= args.keep).to(device) & (target < gpt.end)
+        tokens = torch.where(replaced, other, target)[:, :-1]
+        logits, _ = gpt(tokens, text_encoder(captions, args.word_drop, args.word_swap, g))
+        loss = sequence_loss(logits, target, counts[chosen.to(device)])
+        if not torch.isfinite(loss):
+            raise NonFiniteError(f"gpt: loss {loss.item()} at iteration {iteration}; lower --gpt-lr")
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        scheduler.step()
+        losses.append(loss.item())
+        bar.set_postfix(loss=f"{np.mean(losses[-100:]):.3f}", refresh=False)
+    return {"loss": float(np.mean(losses[-100:]))}
+# [/sync:token_pretraining]
+
+
+# ---- 5. Rewards --------------------------------------------------------------------------------------------
+
+
+def reward_terms(f_text, f_motion, f_paired):
+    """Squared distances of Eq. (2): to the text (b) and to the paired motion (b); embeddings (b c)."""
+    return (f_text - f_motion).square().sum(-1), (f_paired - f_motion).square().sum(-1)
+
+
+def motion_reward(text_distance, motion_distance, paired, lambda_t, lambda_m):
+    """InstructMotion Eq. (2), r <= 0, and its pseudo score: items without a motion get the mean motion term
+    of the paired ones, so that they are not better off. All (b); paired bool -> reward (b), pseudo score"""
+    motion_term = -lambda_m * motion_distance
+    pseudo = motion_term[paired].mean() if paired.any() else motion_term.new_zeros(())
+    return -lambda_t * text_distance + torch.where(paired, motion_term, pseudo), pseudo
+
+
+# ---- 6. The algorithm: pure functions, no I/O, no globals --------------------------------------------------
+# [sync:ppo]
+
+
+def action_logits(logits, first, shortest, temperature):
+    """Logits (b n v) of positions first, first + 1 ... as the policy uses them, float32 at least: over the
+    temperature, and without the end before `shortest` tokens. Rollout, update and reference all go through
+    here; a temperature or a ban in one of them alone makes every ratio wrong."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    early = torch.arange(first, first + logits.shape[1], device=logits.device) < shortest
+    end = torch.arange(logits.shape[2], device=logits.device) == logits.shape[2] - 1
+    return logits.masked_fill(early[:, None] & end, -math.inf)
+
+
+@torch.no_grad()
+def rollout(gpt, text, uniform, shortest, temperature):
+    """Sample a token sequence per row. text (b d), uniform (b n): the draws, one a token, so that a row does
+    not depend on the others -> tokens (b n) with end and padding, counts (b)"""
+    caches = gpt.empty_cache(len(text))
+    tokens = torch.full(uniform.shape, gpt.pad, device=text.device)
+    running = torch.ones(len(text), dtype=torch.bool, device=text.device)
+    x = gpt.trans_base["cond_emb"](text)[:, None] + gpt.positions[0]  # b 1 c
+    for t in range(uniform.shape[1]):
+        logits = action_logits(gpt.run(x, caches, t)[0], t, shortest, temperature)[:, 0]
+        cumulative = logits.double().softmax(-1).cumsum(-1)  # inverse transform sampling
+        token = (cumulative < uniform[:, t:t + 1] * cumulative[:, -1:]).sum(-1)
+        tokens[:, t] = torch.where(running, token, gpt.pad)
+        running = running & (token != gpt.end)
+        if t + 1 == uniform.shape[1] or not running.any():
+            break
+        x = (gpt.trans_base["tok_emb"](tokens[:, t]) + gpt.positions[t + 1])[:, None]
+    return tokens, (tokens < gpt.end).sum(1)
+
+
+def action_logps(logits, tokens, shortest, temperature):
+    """logits (b n v), tokens (b n) -> log-probability of each token (b n), entropy of its distribution (b n);
+    behind the end, where tokens are padding, the numbers mean nothing."""
+    logp = action_logits(logits, 0, shortest, temperature).log_softmax(-1)
+    entropy = -(logp.exp() * logp.clamp(min=-1e9)).sum(-1)
+    return logp.gather(-1, tokens.clamp(max=logits.shape[-1] - 1)[..., None])[..., 0], entropy
+
+
+def score_actions(gpt, critic, tokens, text, shortest, temperature):
+    """The actions under the current weights, in one teacher-forced pass: tokens (b n), text (b d) -> logp
+    (b n), entropy (b n), values (b n) or None without a critic. Used for old, new and reference alike."""
+    logits, hidden = gpt(tokens[:, :-1], text)
+    values = None if critic is None else critic(hidden, tokens[:, :-1], text)
+    return *action_logps(logits, tokens, shortest, temperature), values
+
+
+def token_rewards(r, logp_old, logp_ref, mask, kl_coef):
+    """InstructMotion Eq. (3) per token: -beta (logp_old - logp_ref), and r (b) at the last valid one. A value
+    may be negative, only its mean is a KL. No gradient flows: it is a reward. (b n) -> (b n)"""
+    rewards = -kl_coef * (logp_old - logp_ref) * mask
+    return rewards.scatter_add(1, mask.sum(1, keepdim=True) - 1, r[:, None].to(rewards.dtype))
+
+
+def gae(rewards, values, mask, gamma, gae_lambda):
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16) without bootstrap: the token limit is
+    part of the task. (b n) each -> advantages, returns, zero outside the mask"""
+    advantages, last = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
+    following = F.pad(values * mask, (0, 1))[:, 1:]
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * following[:, t] - values[:, t]
+        last = (delta + gamma * gae_lambda * last) * mask[:, t]
+        advantages[:, t] = last
+    return advantages, (advantages + values) * mask
+
+
+def whiten(advantages, mask, valid=None):
+    """Zero mean and unit variance over the valid tokens of the whole batch (`valid`, where this is a part of
+    it); never of the returns."""
+    valid = advantages[mask] if valid is None else valid
+    return (advantages - valid.mean()) / torch.sqrt(valid.var(correction=0) + 1e-8) * mask
+
+
+def clipped_loss(ratio, advantages, clip_range):
+    """InstructMotion Eq. (4) as a loss, per token: the pessimistic one of two (PPO eq. 7)."""
+    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1.0 - clip_range, 1.0 + clip_range))
+
+
+def ratio_stats(logratio, mask, clip_range):
+    """Sums over valid tokens of rho - 1 - log rho, which estimates KL(old || new) (Schulman 2020), and of
+    those whose ratio is outside the clip range: to be divided by their number."""
+    ratio = logratio.exp()
+    return {"approx_kl": (((ratio - 1) - logratio) * mask).sum(),
+            "clipfrac": (((ratio - 1).abs() > clip_range) & mask).sum()}
+
+
+def value_loss(values, returns, old=None, value_clip=0.0):
+    """InstructMotion Eq. (5) per token, with the usual 1/2. Not in the paper: with value_clip the worse of
+    this and of values kept that close to the old ones (PPO2)."""
+    loss = 0.5 * (values - returns).square()
+    if not value_clip:
+        return loss
+    return torch.maximum(loss, 0.5 * (old + (values - old).clamp(-value_clip, value_clip) - returns).square())
+# [/sync:ppo]
+
+
+# ---- 7. The run --------------------------------------------------------------------------------------------
+
+
+class Policy(NamedTuple):
+    """Everything that turns a caption into a motion."""
+    vq: tokenizer.VQVAE
+    text: object            # captions -> (b d), frozen
+    gpt: MotionGPT
+    reference: MotionGPT    # pi_ref: the supervised one, frozen; shares no weight with gpt
+    device: torch.device
+
+    @property
+    def limit(self):
+        """Tokens of the longest motion."""
+        return self.gpt.block_size - 1
+
+    @property
+    def shortest(self):
+        """Tokens of four frames, the least that has an embedding."""
+        return 4 // 2**self.vq.halvings
+
+
+def build_tokenizer(args, dataset, device):
+    """The tokenizer: published, cached, or trained on the train split -> frozen VQVAE, notes."""
+    if args.vq_checkpoint:
+        return tokenizer.load_published(args.vq_checkpoint, args.vq_statistics, dataset.skeleton.feature_dim, device)
+    return tokenizer.build(
+        dataset, codes=args.codes, code_dim=args.code_dim, width=args.vq_width, batch=args.batch,
+        frames_per_token=args.frames_per_token, iterations=args.vq_iterations, lr=args.vq_lr,
+        patch_weight=args.vq_patch_weight, seed=args.base_seed, cache_dir=args.cache_dir, use_cache=args.cache,
+        device=device)
+
+
+def build_gpt(args, dataset, vq, device):
+    """The supervised GPT and its text encoder: published, cached, or trained -> GPT, text, notes."""
+    clips = dataset.splits["train"]
+    if args.gpt_checkpoint:
+        text, _ = text_features(args.text_features, device)
+        state = published.read_state(args.gpt_checkpoint, "trans")
+        gpt = MotionGPT(**published.gpt_sizes(state, args.gpt_checkpoint, args.heads, PUBLISHED_BLOCK))
+        published.load_strict(gpt, state, args.gpt_checkpoint)
+        return evaluators.freeze(gpt.to(device)), text, {"published": args.gpt_checkpoint}
+    vocabulary = datasets.Vocabulary.from_captions([c for clip in clips for c in clip.captions])
+    text = TextEncoder(vocabulary, args.width, args.text_layers, args.heads)
+    block = max(len(clip.features) for clip in clips) // 2**vq.halvings + 2  # the text, and the end
+    gpt = MotionGPT(args.codes, args.width, args.width, args.heads, args.base_layers, args.head_layers, block)
+    runs.initialise(gpt, generator(args.base_seed, 0, "gpt"))
+    runs.initialise(text, generator(args.base_seed, 0, "text"))
+
+    def build():
+        notes = train_gpt(gpt.to(device), text.to(device), vq, clips, args, device)
+        return {"gpt": gpt.state_dict(), "text": text.state_dict(), **notes}
+
+    code = [inspect.getsource(part) for part in (CausalAttention, Block, MotionGPT, TextEncoder, sequence_loss,
+                                                 train_gpt)]
+    names = ("base_seed", "width", "heads", "base_layers", "head_layers", "text_layers", "gpt_iterations",
+             "gpt_lr", "keep", "batch", "word_drop", "word_swap")
+    key = [dataset.fingerprint, code, vq.state_dict(), {name: getattr(args, name) for name in names}]
+    stored = runs.cached(args.cache_dir, key, build, "gpt", args.cache)
+    gpt.load_state_dict(stored.pop("gpt"))
+    text.load_state_dict(stored.pop("text"))
+    print(f"  supervised gpt: loss {stored['loss']:.3f}")
+    return evaluators.freeze(gpt.to(device)), evaluators.freeze(text.to(device)), stored
+
+
+def policy_state(policy):
+    """What policy.pt holds beside the arguments: all networks, their sizes and words."""
+    gpt, vq, own = policy.gpt, policy.vq, isinstance(policy.text, TextEncoder)
+    return {"vq": vq.state_dict(), "gpt": gpt.state_dict(), "reference": policy.reference.state_dict(),
+            "text": policy.text.state_dict() if own else {}, "words": policy.text.vocabulary.words if own else [],
+            "heads": gpt.heads, "block_size": gpt.block_size}
+
+
+def load_policy(args, stored, device):
+    """The policy of a finished run, from policy.pt alone; a published one needs its text features as well."""
+    vq = tokenizer.VQVAE(**published.tokenizer_sizes(stored["vq"], args.load))
+    sizes = published.gpt_sizes(stored["gpt"], args.load, stored["heads"], stored["block_size"])
+    gpt, reference = MotionGPT(**sizes), MotionGPT(**sizes)
+    if stored["words"]:
+        text = TextEncoder(datasets.Vocabulary(stored["words"]), args.width, args.text_layers, args.heads)
+        text = evaluators.freeze(text.to(device))
+        text.load_state_dict(stored["text"])
+    else:
+        text, _ = text_features(args.text_features, device)
+    for part, name in ((vq, "vq"), (gpt, "gpt"), (reference, "reference")):
+        part.load_state_dict(stored[name])
+        evaluators.freeze(part.to(device))
+    return Policy(vq, text, gpt, reference, device)
+
+
+def generate(policy, gpt, captions, seed, iteration, purpose, indices, temperature):
+    """Sample a motion per caption -> motion (b t d) raw, lengths (b), tokens (b n), text (b d). Each sample
+    has random numbers of its own, so it does not depend on its batch, device or process."""
+    text = policy.text(captions)
+    draws = (torch.rand(policy.limit, generator=generator(seed, iteration, purpose, k)) for k in indices)
+    tokens, counts = rollout(gpt, text, torch.stack(list(draws)).to(policy.device), policy.shortest, temperature)
+    with torch.no_grad():
+        return *policy.vq.decode(tokens, counts), tokens, text
+
+
+def draw_prompts(args, clips, composed, iteration):
+    """The prompts of a rollout: captions (b) and the paired clip of each, None for composed captions."""
+    g = generator(args.seed, iteration, "prompts")
+    alone = round(args.batch_prompts * args.text_only_share)
+    rows = torch.randint(len(clips), (args.batch_prompts - alone,), generator=g).tolist()
+    lines = torch.rand(len(rows), generator=g).tolist()
+    captions = [clips[k].captions[int(u * len(clips[k].captions))] for k, u in zip(rows, lines)]
+    picked = torch.randint(max(len(composed), 1), (alone,), generator=g).tolist()
+    return captions + [composed[k] for k in picked], [clips[k] for k in rows] + [None] * alone
+
+
+@torch.no_grad()
+def collect(args, policy, clips, composed, iteration, rank, processes):
+    """Stage 1, roll out: one motion per prompt. Each process takes its share of the rows."""
+    captions, pairs = draw_prompts(args, clips, composed, iteration)
+    index = [k for k in range(args.batch_prompts) if k * processes // args.batch_prompts == rank]
+    captions, pairs = [captions[k] for k in index], [pairs[k] for k in index]
+    motion, lengths, tokens, text = generate(policy, policy.gpt, captions, args.seed, iteration, "rollout", index,
+                                             args.temperature)
+    mask = torch.cat([torch.ones_like(tokens[:, :1]) > 0, tokens[:, :-1] < policy.gpt.end], 1)  # codes and end
+    return dict(captions=captions, pairs=pairs, index=index, motion=motion, lengths=lengths, tokens=tokens,
+                text=text, mask=mask)
+
+
+@torch.no_grad()
+def score(args, policy, reward_model, batch, wrong, iteration):
+    """Stage 2, score -> r (b) of Eq. (2) and its parts, of this process's motions."""
+    if args.reward == "random":
+        r = torch.stack([torch.randn((), generator=generator(args.seed, iteration, "random_reward", k))
+                         for k in batch["index"]]).to(policy.device)
+        return r, {"text_term": r.mean(), "motion_term": 0 * r.mean(), "pseudo_score": 0 * r.mean()}
+    asked = [wrong[c] for c in batch["captions"]] if args.reward == "shuffled" else batch["captions"]
+    f_text, f_motion = reward_model.embed_text(asked), reward_model.embed_motion(batch["motion"], batch["lengths"])
+    paired, f_paired = torch.tensor([c is not None for c in batch["pairs"]], device=policy.device), f_motion
+    if paired.any():
+        real = datasets.collate([clip for clip in batch["pairs"] if clip is not None])
+        f_paired = f_motion.clone()
+        f_paired[paired] = reward_model.embed_motion(real.motion.to(policy.device), real.lengths.to(policy.device))
+        if args.reward == "shuffled":  # nothing of the right motion may leak in
+            f_paired[paired] = f_paired[paired].roll(1, 0)
+    unit = (F.normalize(f, dim=-1) for f in (f_text, f_motion, f_paired))
+    distances = [runs.all_gather_rows(d) for d in reward_terms(*unit)]
+    r, pseudo = motion_reward(*distances, runs.all_gather_rows(paired), args.lambda_t, args.lambda_m)
+    for value, caption in zip(r[batch["index"]].tolist(), batch["captions"]):
+        if not math.isfinite(value):
+            raise NonFiniteError(f"iteration {iteration}: reward {value} for {caption!r}")
+    parts = {"text_term": -args.lambda_t * distances[0].mean(), "pseudo_score": pseudo}
+    return r[batch["index"]], parts | {"motion_term": r.mean() - parts["text_term"]}
+
+
+def assess(args, policy, critic, batch, r, plan):
+    """Stage 3, judge every token: logp_old and values, in the very chunks of the first update so that its
+    ratios are exactly 1; rewards (Eq. 3), advantages and returns -> added to the batch, with numbers to log."""
+    tokens, text, mask = batch["tokens"], batch["text"], batch["mask"]
+    old, ref, values, entropy = (torch.zeros(tokens.shape, device=policy.device) for _ in range(4))
+    with torch.no_grad():
+        for rows in (rows for _, chunks in plan[0] for rows in chunks):
+            asked = tokens[rows], text[rows], policy.shortest, args.temperature
+            old[rows], entropy[rows], values[rows] = score_actions(policy.gpt, critic, *asked)
+            ref[rows], _, _ = score_actions(policy.reference, None, *asked)
+    rewards = token_rewards(r, old, ref, mask, args.kl_coef)
+    advantages, returns = gae(rewards, values, mask, args.gamma, args.gae_lambda)
+    batch |= dict(logp_old=old, values=values, returns=returns,
+                  advantages=whiten(advantages, mask, runs.all_gather_rows(advantages[mask])))
+    unexplained = (returns - values)[mask].var() / returns[mask].var().clamp(min=1e-12)
+    return {"kl_ref": ((old - ref) * mask).sum(1).mean(), "entropy": entropy[mask].mean(),
+            "explained_variance": 1 - unexplained, "length": batch["lengths"].float().mean(),
+            "truncated": (tokens[:, -1] < policy.gpt.end).float().mean(),
+            "distinct": torch.tensor(len(torch.unique(tokens, dim=0)) / len(tokens))}
+
+
+def update(args, policy, critic, batch, plan, optimizer, iteration, stop):
+    """Stage 4, update: clipped loss of the policy, squared loss of the critic -> values to log."""
+    actor, head = (group["params"] for group in optimizer.param_groups)
+    log, ratios = dict.fromkeys(("pg_loss", "vf_loss", "approx_kl", "clipfrac", "grad_norm", "vf_grad_norm"), 0.0), []
+    steps = [part for epoch in plan for part in epoch]
+    for _, chunks in steps:
+        optimizer.zero_grad()
+        valid = torch.tensor([[sum(batch["mask"][rows].sum().item() for rows in chunks)]])
+        total = runs.all_gather_rows(valid).sum().item()  # tokens of the minibatch, of all processes
+        for rows in chunks:
+            stop.check()
+            mask = batch["mask"][rows]
+            logp, _, values = score_actions(policy.gpt, critic, batch["tokens"][rows], batch["text"][rows],
+                                            policy.shortest, args.temperature)
+            logratio = torch.where(mask, logp - batch["logp_old"][rows], 0.0)
+            ratio = logratio.exp()  # b n
+            pg = (clipped_loss(ratio, batch["advantages"][rows], args.clip_range) * mask).sum() / total
+            vf = (value_loss(values, batch["returns"][rows], batch["values"][rows], args.value_clip) * mask).sum() / total
+            loss = pg + args.vf_coef * vf
+            if not torch.isfinite(loss):
+                raise NonFiniteError(f"iteration {iteration}: loss {loss.item()}; lower --lr")
+            loss.backward()
+            ratios.append(ratio.detach()[mask])
+            log["pg_loss"] += pg.item() / len(steps)
+            log["vf_loss"] += vf.item() / len(steps)
+            for name, value in ratio_stats(logratio.detach(), mask, args.clip_range).items():
+                log[name] += value.item() / (total * len(steps))
+        runs.all_reduce_grads([*actor, *head])
+        for name, parameters in (("grad_norm", actor), ("vf_grad_norm", head)):
+            norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
+            if not math.isfinite(norm):
+                raise NonFiniteError(f"iteration {iteration}: {name} {norm}; lower --lr")
+            log[name] += norm / len(steps)
+        optimizer.step()
+    first = torch.cat(ratios[: len(steps[0][1])] or [torch.ones(1)])
+    log["first_ratio_error"] = (first - 1).abs().max().item()
+    return runs.reduce_log(log, highest={"first_ratio_error", "grad_norm", "vf_grad_norm"})
+
+
+PUBLISHED_BLOCK = 51  # positions of T2M-GPT: the text and 50 tokens
+
+LOG_FIELDS = ("iteration", "reward", "text_term", "motion_term", "pseudo_score", "kl_ref", "entropy", "length",
+              "truncated", "distinct", "explained_variance", "pg_loss", "vf_loss", "approx_kl", "clipfrac",
+              "grad_norm", "vf_grad_norm", "first_ratio_error",
+              "val_reward", "val_judge", "val_oracle", "val_foot_skate", "val_jerk")
+
+
+def train(args, policy, scorers, clips, sets, folder, watch):
+    """The loop. The tokenizer, the text encoder and the reference never change; checkpoint.pt after every
+    iteration makes it resumable. -> the reward's scale"""
+    rank, processes = runs.world(policy.device)
+    composed = [clip.captions[0] for clip in sets["composed_train"]]
+    wrong = evaluators.wrong_captions(sorted({c for clip in clips for c in clip.captions} | set(composed)), args.seed)
+    critic = Critic(policy.gpt, args.critic).to(policy.device)
+    for part in (critic.block, critic.value):
+        runs.initialise(part, generator(args.seed, 0, "critic"))
+    nn.init.zeros_(critic.value.weight)  # V starts at 0
+    policy.gpt.requires_grad_(True)
+    optimizer = torch.optim.AdamW([{"params": list(policy.gpt.parameters()), "lr": args.lr},
+                                   {"params": list(critic.parameters()), "lr": args.critic_lr}],
+                                  betas=(0.9, 0.99), weight_decay=1e-6)
+    start, shown, path, scale = 0, {}, folder / "checkpoint.pt", args.reward_scale
+    shaping = runs.shaping_args(args) | {"starts from": runs.fingerprint(policy.reference.state_dict())}
+    if args.resume and path.exists():
+        state = runs.load_checkpoint(path, kind="ppo-run")
+        runs.require_same(path, state["args"], shaping)
+        policy.gpt.load_state_dict(state["gpt"])
+        critic.load_state_dict(state["critic"])
+        optimizer.load_state_dict(state["optimizer"])
+        start, scale = state["iteration"] + 1, state["scale"]
+    if not scale:
+        batch = collect(args, policy, clips, composed, -1, rank, processes)
+        r, _ = score(args, policy, scorers.reward_model, batch, wrong, -1)
+        scale = 1 / max(runs.all_gather_rows(r).std().item(), 1e-6)
+    if rank == 0:
+        log = runs.CsvLog(folder / "logs.csv", LOG_FIELDS, runs.fingerprint(shaping)[:16])
+        log.truncate_after(start - 1)
+    bar = tqdm(range(start, args.iterations), "ppo", args.iterations, initial=start, disable=rank > 0)
+    with runs.StopSignal() as stop:
+        for iteration in bar:
+            with watch.stage("rollout"):
+                batch = collect(args, policy, clips, composed, iteration, rank, processes)
+            stop.check()
+            with watch.stage("reward"):
+                r, parts = score(args, policy, scorers.reward_model, batch, wrong, iteration)
+            plan = [runs.minibatches(list(range(args.batch_prompts)), round(1 / args.minibatch_ratio), batch["index"],
+                                     args.micro_batch, generator(args.seed, iteration, "shuffle", epoch))
+                    for epoch in range(args.ppo_epochs)]
+            with watch.stage("update"), runs.nan_report(folder, policy.gpt, iteration, r):
+                parts |= assess(args, policy, critic, batch, scale * r, plan)
+                values = update(args, policy, critic, batch, plan, optimizer, iteration, stop)
+            row = dict.fromkeys(LOG_FIELDS) | values | {name: float(value) for name, value in parts.items()}
+            row |= {"iteration": iteration, "reward": runs.all_gather_rows(r).mean().item()}
+            if (iteration + 1) % args.eval_every == 0:
+                with watch.stage("validation"):
+                    val = reports.evaluate(sets["composed_val"], scorers, policy_sampler(args, policy, policy.gpt),
+                                           purpose="validation", benchmark=False)
+                row |= {name: val[name[4:]][0] for name in LOG_FIELDS if name.startswith("val_")}
+                shown |= {name: f"{row[name]:.3f}" for name in ("val_judge", "val_oracle")}
+            bar.set_postfix({"reward": f"{row['reward']:.3f}", "kl": f"{row['kl_ref']:.2f}", **shown}, refresh=False)
+            if rank == 0:
+                log.write(row)
+                runs.save_checkpoint(path, kind="ppo-run", data={
+                    "args": shaping, "iteration": iteration, "gpt": policy.gpt.state_dict(), "scale": scale,
+                    "critic": critic.state_dict(), "optimizer": optimizer.state_dict()})
+            stop.check()
+    runs.barrier()
+    policy.gpt.requires_grad_(False)
+    return scale
+
+
+# ---- 8. Evaluation and pictures ----------------------------------------------------------------------------
+
+
+def policy_sampler(args, policy, gpt):
+    """A GPT as a sampler for common/reports.py; it chooses its own lengths. Sample k of a call always uses
+    the same draws: base and tuned are compared in pairs."""
+    def sampler(captions, lengths, purpose, repeat):
+        parts = []
+        for rows in torch.arange(len(captions)).split(128):
+            asked = [captions[k] for k in rows]
+            parts.append(generate(policy, gpt, asked, args.seed, repeat, purpose, rows.tolist(), args.temperature))
+        longest = max(part[0].shape[1] for part in parts)
+        motion = torch.cat([F.pad(part[0], (0, 0, 0, longest - part[0].shape[1])) for part in parts])
+        return motion.cpu(), torch.cat([part[1] for part in parts]).cpu()
+    return sampler
+
+
+def reconstruction_sampler(policy, clips):
+    """What the codes alone lose: the clips themselves, through the tokenizer and back."""
+    @torch.no_grad()
+    def sampler(captions, lengths, purpose, repeat):
+        batch = datasets.collate(clips)
+        motion, _ = policy.vq.decode(*policy.vq.tokenise(batch.motion.to(policy.device),
+                                                         batch.lengths.to(policy.device)))
+        return motion.cpu(), lengths
+    return sampler
+
+
+def final_tables(args, policy, scorers, splits, sets):
+    """Paired val and test, then captions that have no motion: some that PPO saw, and those held back."""
+    base, tuned = policy_sampler(args, policy, policy.reference), policy_sampler(args, policy, policy.gpt)
+    tables = {}
+    for name, clips in {"paired_val": splits["val"], "paired_test": splits["test"], **sets}.items():
+        rows = {"base": base, "tuned": tuned}
+        if name.startswith("paired"):
+            rows = {"vq": reconstruction_sampler(policy, clips), **rows}
+        if name.endswith("test"):
+            rows[f"best of {args.best_of}"] = reports.best_of(base, args.best_of, scorers.reward_model)
+        tables[name] = reports.compare(name.replace("_", " "), clips[:300], scorers, rows, purpose=name,
+                                       repeats=args.eval_repeats)
+    return tables
+
+
+def write_motions(args, stored, folder, device):
+    """--prompt: GIF, joints and BVH of every caption, from policy.pt alone."""
+    policy = load_policy(args, stored, device)
+    chosen = {"before": policy_sampler(args, policy, policy.reference)} if args.compare else {}
+    chosen["after"] = policy_sampler(args, policy, policy.gpt)
+    reports.export(folder, args.prompt, 0, 0, features.SKELETONS[len(policy.vq.mean)], chosen)
+
+
+def composed_sets(dataset, count, *, seed, three_parts):
+    others = [c for split in ("val", "test") for clip in dataset.splits[split] for c in clip.captions]
+    train, held_back, report = prompts.novel_prompts(dataset.splits["train"], count, seed=seed, avoid=others)
+    third = len(held_back) // 3
+    empty = np.zeros((0, dataset.skeleton.feature_dim), np.float32)
+    return {f"composed_{name}": [datasets.Clip(p.caption, empty, [p.caption], [p.tokens], [p.attributes]) for p in part]
+            for name, part in (("train", train), ("val", held_back[:third]), ("test", held_back[third:]))}, report
+
+
+def main(argv):
+    """Prepare; then train, evaluate and draw, or do one of the things that need no training."""
+    args, watch = runs.parse_args(Args, TINY, argv, __doc__), runs.Stopwatch()
+    check_args(args)
+    stored = runs.load_checkpoint(args.load, kind="ppo-policy") if args.load else None
+    if stored:  # tokenizer, texts, scorers and data are those of the run that made it
+        args = runs.adopt_args(args, Args(**TINY) if args.tiny else Args(), stored["args"], args.load)
+    mode = "_prompt" if args.prompt else "_eval" if args.eval_only else ""
+    folder, reopen = runs.choose_folder(args, "ppo", mode)
+    device = runs.pick_device(args.device)
+    threads, (rank, _) = runs.pick_threads(runs.wanted_threads(args, folder)), runs.world(device)
+    if args.prompt:
+        write_motions(args, stored, runs.RunFolder(folder, reopen, args.overwrite), device)
+        return
+    with watch.stage("data"):
+        data = datasets.load_dataset(args.dataset, data_root=args.data_root, cache_dir=args.cache_dir, space="native",
+                                     seed=args.base_seed, clips=args.clips, use_cache=args.cache)
+        sets, counted = composed_sets(data, args.composed, seed=args.base_seed, three_parts=args.three_parts)
+    if args.write_prompts:
+        prompts.write(args.write_prompts, sets, counted)
+        return
+    folder = folder if rank else runs.RunFolder(folder, reopen, args.overwrite)
+    print(f"{device}, {threads} CPU thread(s)\n  data: {data.label}\n  composed captions: {counted}")
+    with watch.stage("reward model and judge"):
+        loss = ("infonce", None)
+        if args.reward_loss == "margin":
+            loss = f"margin {args.margin}", evaluators.margin_pairs(args.margin)
+        reward_model, judge, notes = evaluators.reward_and_judge(
+            [data], [data], saw=data.label, loss=loss, iterations=args.reward_iterations, seed=args.base_seed,
+            cache_dir=args.cache_dir, use_cache=args.cache, device=device)
+    scorers = reports.Scorers(reward_model, judge, data.skeleton)
+    with watch.stage("tokenizer"):
+        if not stored:
+            vq, notes["tokenizer"] = build_tokenizer(args, data, device)
+    with watch.stage("supervised gpt"):
+        if stored:
+            policy = load_policy(args, stored, device)
+        else:
+            gpt, text, notes["gpt"] = build_gpt(args, data, vq, device)
+            policy = Policy(vq, text, gpt, copy.deepcopy(gpt), device)
+    about = {"command": "python ppo_motion.py " + " ".join(argv), "seed": args.seed, "parts": notes,
+             "versions": runs.versions(), "data": {"source": data.label, "target": data.label},
+             "fingerprints": {"data": data.fingerprint}, "composed captions": counted, "threads": threads}
+    if not stored:
+        if rank == 0 and not (args.resume and (folder / "checkpoint.pt").exists()):
+            runs.save_json(folder / "args.json", {**about, "args": dataclasses.asdict(args)})
+        about["reward_scale"] = train(args, policy, scorers, data.splits["train"], sets, folder, watch)
+        if rank:
+            return
+        runs.save_checkpoint(folder / "policy.pt", kind="ppo-policy", keep_previous=False,
+                             data={"args": runs.shaping_args(args), **policy_state(policy)})
+    with watch.stage("evaluation"):
+        tables = final_tables(args, policy, scorers, data.splits, sets)
+    with watch.stage("pictures"):
+        before_after = {"before": policy_sampler(args, policy, policy.reference),
+                        "after": policy_sampler(args, policy, policy.gpt)}
+        reports.draw(folder, sets["composed_test"], scorers, before_after, curves=not stored)
+    motions = 0 if stored else args.iterations * args.batch_prompts
+    runs.finish(folder, watch, {**about, **tables, "counts": {"motions": motions}})
+
+
+if __name__ == "__main__":
+    runs.run_main(main)
