@@ -105,10 +105,11 @@ class Args:
     # prompts
     text_only_share: float = arg(0.5, "share of composed captions in a rollout (InstructMotion: 0 or 1/2)")
     composed: int = arg(3000, "sentences composed of the training captions", lowest=0)
-    three_parts: float = arg(0.2, "share of them made of three movements")
+    three_parts: float = arg(0.1, "share of them made of three movements")
+    together: float = arg(0.5, "share of the others whose two movements go on at once")
     # reward
     reward: str = arg("contrastive", "shuffled, random: controls", choices=("contrastive", "shuffled", "random"))
-    reward_loss: str = arg("margin", "what the reward encoders learn from: Eq. (1), or InfoNCE",
+    reward_loss: str = arg("infonce", "what the reward encoders learn from: Eq. (1), or InfoNCE",
                            choices=("margin", "infonce"))
     margin: float = arg(1.4, "margin of Eq. (1); unit-length embeddings are at most 2 apart (there: by hand)")
     reward_iterations: int = arg(900, "updates of the reward encoders and of the judge")
@@ -117,15 +118,19 @@ class Args:
     reward_scale: float = arg(0.0, "factor of the reward; 0: one over its spread under the supervised GPT")
     # update
     iterations: int = arg(200, "PPO iterations (InstructMotion: 40 000)")
-    batch_prompts: int = arg(128, "prompts of a rollout, one motion each (InstructMotion: 128)")
+    batch_prompts: int = arg(32, "prompts of a rollout (InstructMotion: 128)")
+    samples_per_prompt: int = arg(8, "motions of each; above 1 their mean reward is a baseline (InstructMotion: 1)")
+    kept_samples: int = arg(128, "motions of a rollout that are trained, the most unusual; 0: all", lowest=0)
     ppo_epochs: int = arg(2, "passes over a rollout (InstructMotion: 2)")
     minibatch_ratio: float = arg(1.0, "minibatch over batch (InstructMotion: 1)")
     micro_batch: int = arg(0, "motions per forward pass, 0: the whole minibatch; fewer save memory")
     lr: float = arg(3e-4, "learning rate of the policy (InstructMotion: 5e-6)")
     critic_lr: float = arg(1e-3, "learning rate of the critic")
+    warmup: int = arg(20, "iterations in which the policy's rate rises from 0, and the critic learns", lowest=0)
     critic: str = arg("shared-detach", "on detached policy features, on live ones, or on a copy of its own",
                       choices=("shared-detach", "shared", "separate"))
     kl_coef: float = arg(0.05, "beta, weight of the KL in the reward (InstructMotion: unknown)")
+    kl_loss: float = arg(0.3, "weight of the exact KL to the supervised GPT in the loss (InstructMotion: 0)")
     clip_range: float = arg(0.2, "eps (InstructMotion: unknown)")
     gamma: float = arg(1.0, "discount; episodes are finite")
     gae_lambda: float = arg(0.95, "lambda of GAE")
@@ -157,7 +162,7 @@ def check_args(args):
             (args.text_only_share == 1 and not args.lambda_t, "--lambda-t: above 0; without pairs no reward"),
             (not args.lambda_t and not args.lambda_m, "--lambda-t, --lambda-m: one of them above 0"),
             (not args.temperature, "--temperature: above 0"),
-            (not 0 <= args.three_parts <= 1, "--three-parts: 0 to 1"),
+            (max(args.three_parts, args.together) > 1, "--three-parts, --together: 0 to 1"),
             (args.width % args.heads or args.width % 2, "--width: even and a multiple of --heads"),
             (args.vq_checkpoint and not args.vq_statistics,
              "--vq-statistics: the folder of the tokenizer's own Mean.npy and Std.npy"),
@@ -369,19 +374,23 @@ def rollout(gpt, text, uniform, shortest, temperature):
 
 
 def action_logps(logits, tokens, shortest, temperature):
-    """logits (b n v), tokens (b n) -> log-probability of each token (b n), entropy of its distribution (b n);
+    """logits (b n v), tokens (b n) -> log-probability of each token (b n), and of every action (b n v);
     behind the end, where tokens are padding, the numbers mean nothing."""
-    logp = action_logits(logits, 0, shortest, temperature).log_softmax(-1)
-    entropy = -(logp.exp() * logp.clamp(min=-1e9)).sum(-1)
-    return logp.gather(-1, tokens.clamp(max=logits.shape[-1] - 1)[..., None])[..., 0], entropy
+    logps = action_logits(logits, 0, shortest, temperature).log_softmax(-1).clamp(min=-1e9)  # 0 x -inf is NaN
+    return logps.gather(-1, tokens.clamp(max=logits.shape[-1] - 1)[..., None])[..., 0], logps
 
 
 def score_actions(gpt, critic, tokens, text, shortest, temperature):
     """The actions under the current weights, in one teacher-forced pass: tokens (b n), text (b d) -> logp
-    (b n), entropy (b n), values (b n) or None without a critic. Used for old, new and reference alike."""
+    (b n), logps of all actions (b n v), values (b n) or None without a critic. For old, new and reference."""
     logits, hidden = gpt(tokens[:, :-1], text)
     values = None if critic is None else critic(hidden, tokens[:, :-1], text)
     return *action_logps(logits, tokens, shortest, temperature), values
+
+
+def exact_kl(logps, logps_ref):
+    """KL(pi || pi_ref) of each position, over all actions: (b n v) twice -> (b n)"""
+    return (logps.exp() * (logps - logps_ref)).sum(-1)
 
 
 def token_rewards(r, logp_old, logp_ref, mask, kl_coef):
@@ -539,17 +548,18 @@ def draw_prompts(args, clips, composed, iteration):
     alone = round(args.batch_prompts * args.text_only_share)
     rows = torch.randint(len(clips), (args.batch_prompts - alone,), generator=g).tolist()
     lines = torch.rand(len(rows), generator=g).tolist()
-    captions = [clips[k].captions[int(u * len(clips[k].captions))] for k, u in zip(rows, lines)]
+    drawn = [(clips[k].captions[int(u * len(clips[k].captions))], clips[k]) for k, u in zip(rows, lines)]
     picked = torch.randint(max(len(composed), 1), (alone,), generator=g).tolist()
-    return captions + [composed[k] for k in picked], [clips[k] for k in rows] + [None] * alone
+    drawn += [(composed[k], None) for k in picked]
+    return [prompt for prompt in drawn for _ in range(args.samples_per_prompt)]
 
 
 @torch.no_grad()
 def collect(args, policy, clips, composed, iteration, rank, processes):
     """Stage 1, roll out: one motion per prompt. Each process takes its share of the rows."""
-    captions, pairs = draw_prompts(args, clips, composed, iteration)
-    index = [k for k in range(args.batch_prompts) if k * processes // args.batch_prompts == rank]
-    captions, pairs = [captions[k] for k in index], [pairs[k] for k in index]
+    drawn, size = draw_prompts(args, clips, composed, iteration), args.samples_per_prompt
+    index = [k for k in range(len(drawn)) if k // size * processes // args.batch_prompts == rank]
+    captions, pairs = zip(*(drawn[k] for k in index))
     motion, lengths, tokens, text = generate(policy, policy.gpt, captions, args.seed, iteration, "rollout", index,
                                              args.temperature)
     mask = torch.cat([torch.ones_like(tokens[:, :1]) > 0, tokens[:, :-1] < policy.gpt.end], 1)  # codes and end
@@ -583,19 +593,37 @@ def score(args, policy, reward_model, batch, wrong, iteration):
     return r[batch["index"]], parts | {"motion_term": r.mean() - parts["text_term"]}
 
 
+def baseline(args, batch, r):
+    """Each prompt's mean reward is its baseline, where it has several motions, and only the motions that are
+    most unlike their group are trained. Not in the paper: a sample costs a fifth of its update.
+    -> the batch of those, their centred r, and the numbers of those of all processes"""
+    centred = runs.all_gather_rows(r)
+    if args.samples_per_prompt > 1:
+        groups = rearrange(centred, "(p g) -> p g", g=args.samples_per_prompt)
+        centred = (groups - groups.mean(1, keepdim=True)).flatten()
+    order = centred.abs().argsort(descending=True, stable=True)
+    kept = order[: args.kept_samples or None].sort().values.tolist()
+    rows = [row for row, k in enumerate(batch["index"]) if k in set(kept)]
+    part = {name: value[rows] if torch.is_tensor(value) else [value[row] for row in rows]
+            for name, value in batch.items()}
+    return part, centred[part["index"]], kept
+
+
 def assess(args, policy, critic, batch, r, plan):
     """Stage 3, judge every token: logp_old and values, in the very chunks of the first update so that its
     ratios are exactly 1; rewards (Eq. 3), advantages and returns -> added to the batch, with numbers to log."""
     tokens, text, mask = batch["tokens"], batch["text"], batch["mask"]
     old, ref, values, entropy = (torch.zeros(tokens.shape, device=policy.device) for _ in range(4))
+    logps_ref = torch.zeros(*tokens.shape, policy.gpt.codes + 1, device=policy.device)
     with torch.no_grad():
         for rows in (rows for _, chunks in plan[0] for rows in chunks):
             asked = tokens[rows], text[rows], policy.shortest, args.temperature
-            old[rows], entropy[rows], values[rows] = score_actions(policy.gpt, critic, *asked)
-            ref[rows], _, _ = score_actions(policy.reference, None, *asked)
+            old[rows], logps, values[rows] = score_actions(policy.gpt, critic, *asked)
+            entropy[rows] = -(logps.exp() * logps).sum(-1)
+            ref[rows], logps_ref[rows], _ = score_actions(policy.reference, None, *asked)
     rewards = token_rewards(r, old, ref, mask, args.kl_coef)
     advantages, returns = gae(rewards, values, mask, args.gamma, args.gae_lambda)
-    batch |= dict(logp_old=old, values=values, returns=returns,
+    batch |= dict(logp_old=old, logps_ref=logps_ref, values=values, returns=returns,
                   advantages=whiten(advantages, mask, runs.all_gather_rows(advantages[mask])))
     unexplained = (returns - values)[mask].var() / returns[mask].var().clamp(min=1e-12)
     return {"kl_ref": ((old - ref) * mask).sum(1).mean(), "entropy": entropy[mask].mean(),
@@ -616,13 +644,16 @@ def update(args, policy, critic, batch, plan, optimizer, iteration, stop):
         for rows in chunks:
             stop.check()
             mask = batch["mask"][rows]
-            logp, _, values = score_actions(policy.gpt, critic, batch["tokens"][rows], batch["text"][rows],
-                                            policy.shortest, args.temperature)
+            logp, logps, values = score_actions(policy.gpt, critic, batch["tokens"][rows], batch["text"][rows],
+                                                policy.shortest, args.temperature)
             logratio = torch.where(mask, logp - batch["logp_old"][rows], 0.0)
             ratio = logratio.exp()  # b n
             pg = (clipped_loss(ratio, batch["advantages"][rows], args.clip_range) * mask).sum() / total
             vf = (value_loss(values, batch["returns"][rows], batch["values"][rows], args.value_clip) * mask).sum() / total
             loss = pg + args.vf_coef * vf
+            if args.kl_loss:
+                kl = exact_kl(logps, batch["logps_ref"][rows])
+                loss = loss + args.kl_loss * (kl * mask).sum() / total
             if not torch.isfinite(loss):
                 raise NonFiniteError(f"iteration {iteration}: loss {loss.item()}; lower --lr")
             loss.backward()
@@ -689,11 +720,15 @@ def train(args, policy, scorers, clips, sets, folder, watch):
             stop.check()
             with watch.stage("reward"):
                 r, parts = score(args, policy, scorers.reward_model, batch, wrong, iteration)
-            plan = [runs.minibatches(list(range(args.batch_prompts)), round(1 / args.minibatch_ratio), batch["index"],
+            batch, centred, kept = baseline(args, batch, r)
+            plan = [runs.minibatches(kept, round(1 / args.minibatch_ratio), batch["index"],
                                      args.micro_batch, generator(args.seed, iteration, "shuffle", epoch))
                     for epoch in range(args.ppo_epochs)]
+            # Not in the paper: Adam's first steps have full size in every weight, noise or not. They alone
+            # cost four nats of KL and no reward comes of them.
+            optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (iteration + 1) / max(args.warmup, 1))
             with watch.stage("update"), runs.nan_report(folder, policy.gpt, iteration, r):
-                parts |= assess(args, policy, critic, batch, scale * r, plan)
+                parts |= assess(args, policy, critic, batch, scale * centred, plan)
                 values = update(args, policy, critic, batch, plan, optimizer, iteration, stop)
             row = dict.fromkeys(LOG_FIELDS) | values | {name: float(value) for name, value in parts.items()}
             row |= {"iteration": iteration, "reward": runs.all_gather_rows(r).mean().item()}
@@ -766,15 +801,6 @@ def write_motions(args, stored, folder, device):
     reports.export(folder, args.prompt, 0, 0, features.SKELETONS[len(policy.vq.mean)], chosen)
 
 
-def composed_sets(dataset, count, *, seed, three_parts):
-    others = [c for split in ("val", "test") for clip in dataset.splits[split] for c in clip.captions]
-    train, held_back, report = prompts.novel_prompts(dataset.splits["train"], count, seed=seed, avoid=others)
-    third = len(held_back) // 3
-    empty = np.zeros((0, dataset.skeleton.feature_dim), np.float32)
-    return {f"composed_{name}": [datasets.Clip(p.caption, empty, [p.caption], [p.tokens], [p.attributes]) for p in part]
-            for name, part in (("train", train), ("val", held_back[:third]), ("test", held_back[third:]))}, report
-
-
 def main(argv):
     """Prepare; then train, evaluate and draw, or do one of the things that need no training."""
     args, watch = runs.parse_args(Args, TINY, argv, __doc__), runs.Stopwatch()
@@ -792,9 +818,10 @@ def main(argv):
     with watch.stage("data"):
         data = datasets.load_dataset(args.dataset, data_root=args.data_root, cache_dir=args.cache_dir, space="native",
                                      seed=args.base_seed, clips=args.clips, use_cache=args.cache)
-        sets, counted = composed_sets(data, args.composed, seed=args.base_seed, three_parts=args.three_parts)
+        sets, counted = prompts.composed_sets(data, args.composed, seed=args.base_seed,
+                                              three_parts=args.three_parts, together=args.together)
     if args.write_prompts:
-        prompts.write(args.write_prompts, sets, counted)
+        prompts.write_sets(args.write_prompts, sets, counted)
         return
     folder = folder if rank else runs.RunFolder(folder, reopen, args.overwrite)
     print(f"{device}, {threads} CPU thread(s)\n  data: {data.label}\n  composed captions: {counted}")

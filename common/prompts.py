@@ -23,6 +23,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from common import datasets, wording
@@ -85,8 +86,7 @@ def conjugate(verb, form):
     if form == "past":
         return _PAST.get(verb, stem + ("d" if verb.endswith("e") else double + "ed"))
     if form == "ing":                                                           # lying, dancing, tiptoeing
-        return re.sub(r"ie$", "y", verb) + "ing" if verb.endswith("ie") else \
-            re.sub(r"(?<![eo])e$", "", verb) + double + "ing"
+        return (verb[:-2] + "y" if verb.endswith("ie") else re.sub(r"(?<![eo])e$", "", verb) + double) + "ing"
     return verb
 
 
@@ -99,6 +99,7 @@ def _forms(verbs):
 BOUND = {verb.partition(":")[0] for verb in _BOUND}
 VERBS = _forms([verb.partition(":")[0] for verb in _MOTIONS] + sorted(BOUND))
 _NO_VERB = ("", "")
+
 
 # ---- 2. Words ----------------------------------------------------------------------------------------------
 
@@ -136,8 +137,8 @@ _OBJECT = set("bring catch do extend get grab guide hit hold imitate lift make m
               "place open practice pull push put raise shake swing take touch use".split())
 _PARTICLES = set("up down out forward forwards back around in off over slowly quickly".split())
 _DANGLING = set("a an the and or but with of to from at for by into onto as than like towards toward in on "
-                "his her their its both some few couple through against between if very while hold grab "
-                "take bring put pick raise make use do get open".split())
+                "his her their its both some few couple through against between if very while above hold "
+                "grab take bring put pick raise make use do get open".split())
 _HURTS = {"push", "shove", "hit", "knock", "attack", "pull"}        # "a person pushed from behind" is passive
 
 # what a part must not hold, by the reason that is reported
@@ -147,7 +148,8 @@ _REFUSED = {reason: re.compile(rf"\b(?:{pattern})\b") for reason, pattern in {
     "refers back":
         r"it|them|him|again|another|others?|same|these|those|that|this|so|there|here|each|more|too|further|"
         r"original|initial|previous|opposite|rest of|afterwards|simultaneously|finally|later|our|us|my|your|"
-        r"red|blue|to (?:recover|regain|return)|back (?:to|down|up|in|into|on|onto|out|from|and(?! forth))|"
+        r"red|blue|screen|to (?:recover|regain|return)|"
+        r"back (?:to|down|up|in|into|on|onto|out|from|and(?! forth))|"
         r"(?:walk|goe?|run|jog|come?|turn|sit|stand|move?|bring|put|place?|head)(?:s|n?ing)? back|"
         r"(?:puts|places|brings) .*(?:down|back)|"
         r"start(?:ing)? (?:point|position|place|pose|stance|spot|location)|"
@@ -163,7 +165,9 @@ _REFUSED = {reason: re.compile(rf"\b(?:{pattern})\b") for reason, pattern in {
         r"(?:step|stand|dance)s (?:his|their|an)|the (?:turn|walk|move|stop)s|"
         r"(?:an?|the|in|large|larger|small) (?:counter)?clockwise$|"
         r"an? (?!few|couple|bit|lot|series)(?:\w+ )?steps|"
-        r"(?:with|around|by|pushes) (?:his|their|the) (?:left|right)$|(?:does|performs) some(?:thing| kind)",
+        r"(?:with|around|by|pushes) (?:his|their|the) (?:left|right)$|(?:does|performs) some(?:thing| kind)|"
+        r"(?:left|right) (?:food|feet)|both (?:hand|arm|leg|foot|feed)|(?:makes|does|performs) u|(?:casual|"
+        r"horizontal)$|(?:two|three|four|few|\d) step|a \d+ degrees",
 }.items()}
 
 
@@ -252,8 +256,8 @@ def _two_verbs(words, head, verbs):
         lemma, form = verbs.get(word, _NO_VERB)
         asked = {"to", "with", "by"} & set(words[:n])           # "bends to pick and throw", "with legs bent"
         if form == "present" and not (noun and lemma in _COUNTABLE) or \
-                form == "base" and not (noun or asked or lemma in _IDLE) or \
-                form == "past" and words[n - 1] == "and" and not asked:
+                form == "base" and not (noun or asked or lemma in _IDLE and words[n - 1] != "and") or \
+                form in ("past", "ing") and words[n - 1] == "and" and not asked:
             return True
         noun = 3 if word.isdigit() or light and word == "and" else \
             _COUNTS.get(word, 0 if form == "present" else max(noun - 1, 0))
@@ -386,8 +390,8 @@ _HANDS = set("""
 applaud arm beckon bicep box clap conduct elbow finger fist gesture greet guitar hand jab palm piano punch
 raise salute shoulder stir strum violin wave wipe wrist""".split())
 _WHOLE = set("""
-back bend bow cartwheel chair climb crawl dance fall floor ground handstand jack kneel lean lie pick roll
-seat sit swim waist""".split())
+back bend bow cartwheel chair climb crawl crouch dance duck fall floor ground handstand jack kneel lean lie
+pick roll seat sit swim waist""".split())
 _LOW = {"sit", "lie", "kneel", "crawl"}
 _RISES = re.compile(r"\b(?:(?:stand|get) (?:\w+ )?up|rise|from (?:an?|the) (?:kneel|sit|lie|ground|floor))\b")
 _LEMMAS = {lemma for lemma, _ in VERBS.values()} - _IDLE
@@ -455,8 +459,10 @@ def _sentence(template, subject, metas, tags):
     return " ".join(words), tokens
 
 
-def compose(metas, count, *, seed, known=(), tags=None, three_parts=0.2, max_words=20, subject="a person"):
+def compose(metas, count, *, seed, known=(), tags=None, three_parts=0.2, together=0.5, max_words=20,
+            subject="a person"):
     """At most `count` Prompts of two or, with probability three_parts, three meta motions, fixed by the seed.
+    Of two, a share `together` goes on at once, where feet and arms allow it, the others follow each other.
 
     known: captions that may not come out, by their words. tags: of word_tags, for the tokens. max_words: the
     text encoders cut what is longer.
@@ -473,7 +479,9 @@ def compose(metas, count, *, seed, known=(), tags=None, three_parts=0.2, max_wor
         first, then = chosen[0].attributes, chosen[1].attributes
         if number == 3:
             template, attributes = IN_TURN, {}
-        elif at_once < .5 and _at_once(*chosen):
+        elif at_once < together:
+            if not _at_once(*chosen):
+                continue
             # "a and b and c" would be one list
             template = TOGETHER[which < .5 and " and " not in chosen[0].text]
             attributes = first | then
@@ -530,11 +538,11 @@ def write(path, prompts):
     atomic_write(path, lambda tmp: Path(tmp).write_text(text, encoding="utf-8"))
 
 
-def _pipeline(items, count, seed, tags, avoid=(), retained=0.25, three_parts=0.2):
+def _pipeline(items, count, seed, tags, avoid=(), retained=0.25, **kind):
     captions = [caption for caption, _ in items]
     metas, why = decompose(items, tags)
-    prompts = compose(metas, count, seed=seed, known=[*captions, *avoid], tags=tags, three_parts=three_parts,
-                      subject=usual_words(captions)[0])
+    prompts = compose(metas, count, seed=seed, known=[*captions, *avoid], tags=tags,
+                      subject=usual_words(captions)[0], **kind)
     train, test = split(prompts, retained, seed)
     read = len({" ".join(caption.lower().split()) for caption in captions})
     return train, test, {
@@ -543,15 +551,28 @@ def _pipeline(items, count, seed, tags, avoid=(), retained=0.25, three_parts=0.2
         "retained": len(test)}
 
 
-def novel_prompts(clips, count, *, seed, avoid=(), retained=0.25, three_parts=0.2):
+def novel_prompts(clips, count, *, seed, avoid=(), retained=0.25, **kind):
     """(train, retained test, report) of at most `count` prompts from the captions of clips (datasets.Clip).
 
-    avoid: further captions that may not come out, those of the other splits. The report counts the distinct
+    avoid: further captions that may not come out, those of the other splits; kind: three_parts and together of
+    `compose`. The report counts the distinct
     captions, those that gave a meta motion, the meta motions, the parts that were not used by their reason,
     and the prompts: all, of the train part, and retained.
     """
     items = [item for clip in clips for item in zip(clip.captions, clip.attributes)]
-    return _pipeline(items, count, seed, word_tags(clips), avoid, retained, three_parts)
+    return _pipeline(items, count, seed, word_tags(clips), avoid, retained, **kind)
+
+
+def composed_sets(dataset, count, *, seed, **kind):
+    """Captions composed of those of the train split, as clips without a motion -> {"composed_train",
+    "composed_val", "composed_test": [Clip]}, report. No two of the sets share a pair of movements."""
+    others = [c for split_ in ("val", "test") for clip in dataset.splits[split_] for c in clip.captions]
+    train, held_back, report = novel_prompts(dataset.splits["train"], count, seed=seed, avoid=others, **kind)
+    val, test = split(held_back, 2 / 3, seed + 1)
+    empty = np.zeros((0, dataset.skeleton.feature_dim), np.float32)
+    sets = {f"composed_{name}": [datasets.Clip(p.caption, empty, [p.caption], [p.tokens], [p.attributes])
+                                 for p in part] for name, part in (("train", train), ("val", val), ("test", test))}
+    return sets, report | {name.removeprefix("composed_"): len(clips) for name, clips in sets.items()}
 
 
 def read_list(path):

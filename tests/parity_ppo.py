@@ -171,16 +171,18 @@ def check_extra(result, ref):
     import ppo_motion as ppo
 
     mask, actions = ref["mask"] > 0, ref["actions"]
-    logps = {}
+    taken, every = {}, {}
     for who in ("old", "new", "ref"):
         for name, temperature in (("temp1", 1.0), ("temp1p5", 1.5)):
-            logp, entropy = ppo.action_logps(ref[f"logits_{who}"], actions, 0, temperature)
+            logp, logps = ppo.action_logps(ref[f"logits_{who}"], actions, 0, temperature)
             result.compare(f"logp_{who}_{name}", logp * mask, ref[f"logp_{who}_{name}"], 1e-10)
             if name == "temp1":
-                logps[who] = logp
-                if who == "new":
-                    result.compare("entropy_new", entropy * mask, ref["entropy_new"], 1e-10)
-    rewards = ppo.token_rewards(ref["score"], logps["old"], logps["ref"], mask, ref["beta"].item())
+                taken[who], every[who] = logp, logps
+    result.compare("entropy_new", -(every["new"].exp() * every["new"]).sum(-1) * mask, ref["entropy_new"], 1e-10)
+    for p, q in (("old", "ref"), ("new", "old")):
+        kl = ppo.exact_kl(every[p], every[q]) * mask
+        result.compare(f"kl_full_{p}_{q}", kl, ref[f"kl_full_{p}_{q}"], 1e-10)
+    rewards = ppo.token_rewards(ref["score"], taken["old"], taken["ref"], mask, ref["beta"].item())
     result.compare("reward", rewards, ref["reward"], 1e-10)
     for key in [key for key in ref if key.startswith("gae/") and key.endswith("/advantage")]:
         gamma, gae_lambda = (float(part[1:]) for part in key.split("/")[1].split("_"))
@@ -193,8 +195,8 @@ def check_extra(result, ref):
     advantages, returns = ppo.gae(rewards, ref["old_value"], mask, 1.0, 0.9)
     white = ppo.whiten(advantages, mask)
     result.compare("advantage_whitened", white, ref["advantage_whitened"], 1e-10)
-    new = logps["new"].clone().requires_grad_()
-    ratio, n = (new - logps["old"]).exp(), mask.sum()
+    new = taken["new"].clone().requires_grad_()
+    ratio, n = (new - taken["old"]).exp(), mask.sum()
     result.compare("ratio", ratio * mask, ref["ratio"], 1e-10)
     each = ppo.clipped_loss(ratio, white, ref["clip"].item()) * mask
     result.compare("pg_each", each, ref["pg_each"], 1e-10)
