@@ -33,20 +33,19 @@ Read in this order: section 6 (the maths), 7 (the loop), 3 (the networks), then 
 
 import copy
 import dataclasses
-import inspect
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 from tqdm import tqdm
 
-from common import datasets, evaluators, features, prompts, published, reports, runs, tokenizer
-from common.evaluators import sinusoid
+from common import (datasets, evaluators, features, pretraining, prompts, published, reports, runs,
+                    tokenizer)
+from common.motion_gpt import Block, MotionGPT
 from common.runs import InputError, NonFiniteError, arg, generator
 from common.text import TextEncoder, text_features
 
@@ -80,12 +79,9 @@ class Args:
     clips: int = arg(2000, "embedded data: clips")
     # tokenizer (T2M-GPT: 512 codes of width 512, 4 frames a token, network width 512)
     codes: int = arg(256, "entries K of the codebook")
-    code_dim: int = arg(32, "their width")
     vq_width: int = arg(64, "width of encoder and decoder")
-    frames_per_token: int = arg(0, "2 or 4; 0: 2 at 12.5 frames a second, 4 at 20", choices=(0, 2, 4), lowest=0)
+    frames_per_token: int = arg(0, "2 or 4; 0: 4 at 20 frames a second, else 2", choices=(0, 2, 4), lowest=0)
     vq_iterations: int = arg(1200, "updates (T2M-GPT: 300 000)")
-    vq_lr: float = arg(2e-3, "peak learning rate (T2M-GPT: 2e-4)")
-    vq_patch_weight: float = arg(2.0, "weight of the error in whitened patches, without which no hand waves")
     # policy (T2M-GPT: 18 layers of width 1024, 16 heads, CLIP text)
     width: int = arg(64, "model width")
     heads: int = arg(4, "attention heads")
@@ -94,7 +90,7 @@ class Args:
     text_layers: int = arg(2, "layers of the text encoder, frozen in PPO")
     gpt_iterations: int = arg(1600, "supervised updates")
     gpt_lr: float = arg(2e-3, "peak learning rate of the supervised training")
-    keep: float = arg(0.5, "share of input tokens left as they are in supervised training (T2M-GPT: 0.5)")
+    keep: float = arg(0.8, "share of input tokens left as they are in supervised training (T2M-GPT: 0.5)")
     batch: int = arg(64, "clips per update of tokenizer and GPT")
     word_drop: float = arg(0.1, "share of words made unknown in supervised training")
     word_swap: float = arg(0.03, "share of words made any other: rare words must leave it unsure, not wrong")
@@ -108,7 +104,7 @@ class Args:
     three_parts: float = arg(0.1, "share of them made of three movements")
     together: float = arg(0.5, "share of the others whose two movements go on at once")
     # reward
-    reward: str = arg("contrastive", "shuffled, random: controls", choices=("contrastive", "shuffled", "random"))
+    reward: str = arg("encoders", "shuffled, random: controls", choices=("encoders", "shuffled", "random"))
     reward_loss: str = arg("infonce", "what the reward encoders learn from: Eq. (1), or InfoNCE",
                            choices=("margin", "infonce"))
     margin: float = arg(1.4, "margin of Eq. (1); unit-length embeddings are at most 2 apart (there: by hand)")
@@ -119,14 +115,14 @@ class Args:
     # update
     iterations: int = arg(200, "PPO iterations (InstructMotion: 40 000)")
     batch_prompts: int = arg(32, "prompts of a rollout (InstructMotion: 128)")
-    samples_per_prompt: int = arg(8, "motions of each; above 1 their mean reward is a baseline (InstructMotion: 1)")
+    samples_per_prompt: int = arg(8, "motions of each; their mean reward is a baseline (InstructMotion: 1)")
     kept_samples: int = arg(128, "motions of a rollout that are trained, the most unusual; 0: all", lowest=0)
     ppo_epochs: int = arg(2, "passes over a rollout (InstructMotion: 2)")
     minibatch_ratio: float = arg(1.0, "minibatch over batch (InstructMotion: 1)")
     micro_batch: int = arg(0, "motions per forward pass, 0: the whole minibatch; fewer save memory")
     lr: float = arg(3e-4, "learning rate of the policy (InstructMotion: 5e-6)")
     critic_lr: float = arg(1e-3, "learning rate of the critic")
-    warmup: int = arg(20, "iterations in which the policy's rate rises from 0, and the critic learns", lowest=0)
+    warmup: int = arg(20, "iterations in which the policy's rate rises from 0", lowest=0)
     critic: str = arg("shared-detach", "on detached policy features, on live ones, or on a copy of its own",
                       choices=("shared-detach", "shared", "separate"))
     kl_coef: float = arg(0.05, "beta, weight of the KL in the reward (InstructMotion: unknown)")
@@ -135,7 +131,6 @@ class Args:
     gamma: float = arg(1.0, "discount; episodes are finite")
     gae_lambda: float = arg(0.95, "lambda of GAE")
     vf_coef: float = arg(0.5, "weight of the value loss; matters with --critic shared only")
-    value_clip: float = arg(0.0, "clip of the value's change; 0: off, as in Eq. (5)")
     max_grad_norm: float = arg(1.0, "gradient norm clip, of policy and critic apart")
     temperature: float = arg(1.0, "of sampling and of every log-probability")
     # evaluation
@@ -175,95 +170,20 @@ def check_args(args):
 
 
 # ---- 3. The networks ---------------------------------------------------------------------------------------
-# The tokenizer, which reinforcement learning never touches, is in common/tokenizer.py. Names of layers follow
-# the published T2M-GPT weights.
+# Tokenizer and GPT are those of T2M-GPT, which this paper takes as given: common/tokenizer.py, motion_gpt.py.
 
 
-# [sync:policy]
-class CausalAttention(nn.Module):
-    """Each position looks at itself and back. With a cache (keys, values: b h n_max c) x is what follows
-    position `start`, and what came before is read from the cache."""
-
-    def __init__(self, width, heads):
-        super().__init__()
-        self.heads = heads
-        self.key, self.query, self.value, self.proj = (nn.Linear(width, width) for _ in range(4))
-
-    def forward(self, x, cache=None, start=0):
-        q, k, v = (rearrange(f(x), "b n (h c) -> b h n c", h=self.heads)
-                   for f in (self.query, self.key, self.value))
-        if cache is not None:
-            for kept, new in zip(cache, (k, v)):
-                kept[:, :, start:start + x.shape[1]] = new
-            k, v = (kept[:, :, :start + x.shape[1]] for kept in cache)
-        n, m = q.shape[2], k.shape[2]
-        scores = q @ k.mT / math.sqrt(q.shape[-1])  # b h n m
-        if n > 1:
-            later = torch.ones(n, m, dtype=torch.bool, device=x.device).triu(m - n + 1)
-            scores = scores.masked_fill(later, -math.inf)
-        return self.proj(rearrange(scores.softmax(-1) @ v, "b h n c -> b n (h c)"))
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block. No dropout: the first ratio of PPO must be one."""
-
-    def __init__(self, width, heads):
-        super().__init__()
-        self.ln1, self.ln2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attn = CausalAttention(width, heads)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-
-    def forward(self, x, cache=None, start=0):
-        x = x + self.attn(self.ln1(x), cache, start)
-        return x + self.mlp(self.ln2(x))
-
-
-class MotionGPT(nn.Module):
-    """p(next token | text, tokens so far), T2M-GPT section 3.2: the text is the first position."""
-
-    def __init__(self, codes, text_dim, width, heads, base_layers, head_layers, block_size):
-        super().__init__()
-        self.codes, self.end, self.pad = codes, codes, codes + 1
-        self.heads, self.block_size = heads, block_size
-        self.trans_base = nn.ModuleDict({
-            "tok_emb": nn.Embedding(codes + 2, width), "cond_emb": nn.Linear(text_dim, width),
-            "blocks": nn.ModuleList(Block(width, heads) for _ in range(base_layers))})
-        self.trans_head = nn.ModuleDict({
-            "blocks": nn.ModuleList(Block(width, heads) for _ in range(head_layers)),
-            "ln_f": nn.LayerNorm(width), "head": nn.Linear(width, codes + 1, bias=False)})  # padding is no action
-        self.register_buffer("positions", sinusoid(block_size, width), persistent=False)
-
-    def forward(self, tokens, text):
-        """tokens (b n), text (b d) -> logits (b n+1 v), hidden (b n+1 c): of the layers before the head"""
-        x = torch.cat([self.trans_base["cond_emb"](text)[:, None], self.trans_base["tok_emb"](tokens)], 1)
-        return self.run(x + self.positions[: x.shape[1]])
-
-    def run(self, x, caches=None, start=0):
-        """Embedded positions (b n c) from `start` on -> logits (b n v), hidden (b n c)"""
-        base, head = self.trans_base["blocks"], self.trans_head["blocks"]
-        caches = caches or [None] * (len(base) + len(head))
-        for block, cache in zip(base, caches):
-            x = block(x, cache, start)
-        hidden = x
-        for block, cache in zip(head, caches[len(base):]):
-            x = block(x, cache, start)
-        return self.trans_head["head"](self.trans_head["ln_f"](x)), hidden
-
-    def empty_cache(self, b):
-        """Keys and values of every block for b sequences, to be filled."""
-        shape = (b, self.heads, self.block_size, self.positions.shape[1] // self.heads)
-        blocks = len(self.trans_base["blocks"]) + len(self.trans_head["blocks"])
-        return [tuple(self.positions.new_zeros(shape) for _ in "kv") for _ in range(blocks)]
-
-
+# [sync:critic]
 class Critic(nn.Module):
     """V(s_t) from the features of the policy's first layers, or of a copy of its own (`separate`)."""
 
-    def __init__(self, gpt, kind):
+    def __init__(self, gpt, kind, g):
         super().__init__()
         self.kind, width = kind, gpt.positions.shape[1]
-        self.trunk = copy.deepcopy(gpt).requires_grad_(True) if kind == "separate" else None
         self.block, self.norm, self.value = Block(width, gpt.heads), nn.LayerNorm(width), nn.Linear(width, 1)
+        runs.initialise(self, g)
+        nn.init.zeros_(self.value.weight)  # V starts at 0
+        self.trunk = copy.deepcopy(gpt).requires_grad_(True) if kind == "separate" else None
 
     def forward(self, hidden, tokens, text):
         """hidden (b n c) -> values (b n)"""
@@ -272,55 +192,47 @@ class Critic(nn.Module):
         elif self.kind == "shared-detach":  # InstructMotion section 4.1: the critic must not bend the policy
             hidden = hidden.detach()
         return self.value(self.norm(self.block(hidden)))[..., 0]
-# [/sync:policy]
+# [/sync:critic]
 
 
-# ---- 4. Supervised pretraining, cached ---------------------------------------------------------------------
-
-# [sync:token_pretraining]
-def sequence_loss(logits, target, counts):
-    """Mean over samples of the mean cross-entropy over tokens and end (T2M-GPT). logits (b n v), target
-    (b n) with end and padding, counts (b)."""
-    mask = torch.arange(target.shape[1], device=target.device) <= counts[:, None]
-    loss = F.cross_entropy(logits.mT, target.clamp(max=logits.shape[-1] - 1), reduction="none")
-    return ((loss * mask).sum(1) / mask.sum(1)).mean()
+# ---- 4. What PPO starts from: tokenizer and supervised GPT, cached -----------------------------------------
 
 
-def train_gpt(gpt, text_encoder, vq, clips, args, device):
-    """Next-token prediction on captioned clips, some input tokens replaced (T2M-GPT section 3.2)."""
-    rows = [vq.tokenise(torch.from_numpy(c.features)[None].to(device), torch.tensor([len(c.features)],
-            device=device))[0][0] for c in clips]
-    counts = torch.tensor([len(row) for row in rows], device=device)
-    table = torch.full((len(rows), int(counts.max()) + 1), gpt.pad, device=device)
-    for k, row in enumerate(rows):
-        table[k, : len(row) + 1] = torch.cat([row, row.new_tensor([gpt.end])])
-    parameters = [*gpt.parameters(), *text_encoder.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=args.gpt_lr, betas=(0.9, 0.99), weight_decay=1e-2)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.gpt_lr, args.gpt_iterations,
-                                                    pct_start=max(0.05, 2 / max(args.gpt_iterations, 3)))
-    losses, bar = [], tqdm(range(args.gpt_iterations), desc="supervised gpt", mininterval=1.0)
-    for iteration in bar:
-        g = generator(args.base_seed, iteration, "gpt")
-        chosen = torch.randint(len(clips), (args.batch,), generator=g)
-        line = torch.rand(args.batch, generator=g).tolist()  # a random caption of each clip
-        captions = [clips[k].captions[int(u * len(clips[k].captions))] for k, u in zip(chosen, line)]
-        target = table[chosen.to(device)]
-        other = torch.randint(gpt.codes, target.shape, generator=g).to(device)
-        replaced = (torch.rand(target.shape, generator=g) >= args.keep).to(device) & (target < gpt.end)
-        tokens = torch.where(replaced, other, target)[:, :-1]
-        logits, _ = gpt(tokens, text_encoder(captions, args.word_drop, args.word_swap, g))
-        loss = sequence_loss(logits, target, counts[chosen.to(device)])
-        if not torch.isfinite(loss):
-            raise NonFiniteError(f"gpt: loss {loss.item()} at iteration {iteration}; lower --gpt-lr")
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        scheduler.step()
-        losses.append(loss.item())
-        bar.set_postfix(loss=f"{np.mean(losses[-100:]):.3f}", refresh=False)
-    return {"loss": float(np.mean(losses[-100:]))}
-# [/sync:token_pretraining]
+def build_tokenizer(args, dataset, device):
+    """The tokenizer: published, cached, or trained on the train split -> frozen VQVAE, notes."""
+    if args.vq_checkpoint:
+        width = dataset.skeleton.feature_dim
+        return tokenizer.load_published(args.vq_checkpoint, args.vq_statistics, width, device)
+    return tokenizer.build(
+        dataset, codes=args.codes, width=args.vq_width, frames_per_token=args.frames_per_token,
+        iterations=args.vq_iterations, batch=args.batch, seed=args.base_seed, cache_dir=args.cache_dir,
+        use_cache=args.cache, device=device)
+
+
+PUBLISHED_BLOCK = 51  # positions of T2M-GPT: the text and 50 tokens
+
+
+def build_gpt(args, dataset, vq, device):
+    """The supervised GPT and its text encoder: published, cached, or trained -> both frozen, notes."""
+    clips, path = dataset.splits["train"], args.gpt_checkpoint
+    if path:
+        text, _ = text_features(args.text_features, device)
+        state = published.read_state(path, "trans")
+        gpt = MotionGPT(**published.gpt_sizes(state, path, args.heads, PUBLISHED_BLOCK))
+        published.load_strict(gpt, state, path)
+        return evaluators.freeze(gpt.to(device)), text, {"published": path}
+    vocabulary = datasets.Vocabulary.from_captions([c for clip in clips for c in clip.captions])
+    text = TextEncoder(vocabulary, args.width, args.text_layers, args.heads).to(device)
+    block = max(len(clip.features) for clip in clips) // 2**vq.halvings + 2  # the text, and the end
+    gpt = MotionGPT(len(vq.quantizer.codebook), args.width, args.width, args.heads, args.base_layers,
+                    args.head_layers, block).to(device)
+
+    sizes = [args.width, args.heads, args.base_layers, args.head_layers, args.text_layers]
+    notes = pretraining.supervised(
+        gpt, text, vq, clips, [dataset.fingerprint, sizes], iterations=args.gpt_iterations, lr=args.gpt_lr,
+        keep=args.keep, batch=args.batch, word_drop=args.word_drop, word_swap=args.word_swap,
+        seed=args.base_seed, cache_dir=args.cache_dir, use_cache=args.cache, device=device)
+    return evaluators.freeze(gpt), evaluators.freeze(text), notes
 
 
 # ---- 5. Rewards --------------------------------------------------------------------------------------------
@@ -451,93 +363,41 @@ class Policy(NamedTuple):
     text: object            # captions -> (b d), frozen
     gpt: MotionGPT
     reference: MotionGPT    # pi_ref: the supervised one, frozen; shares no weight with gpt
+    shortest: int           # tokens of four frames, the least that has an embedding
     device: torch.device
-
-    @property
-    def limit(self):
-        """Tokens of the longest motion."""
-        return self.gpt.block_size - 1
-
-    @property
-    def shortest(self):
-        """Tokens of four frames, the least that has an embedding."""
-        return 4 // 2**self.vq.halvings
-
-
-def build_tokenizer(args, dataset, device):
-    """The tokenizer: published, cached, or trained on the train split -> frozen VQVAE, notes."""
-    if args.vq_checkpoint:
-        return tokenizer.load_published(args.vq_checkpoint, args.vq_statistics, dataset.skeleton.feature_dim, device)
-    return tokenizer.build(
-        dataset, codes=args.codes, code_dim=args.code_dim, width=args.vq_width, batch=args.batch,
-        frames_per_token=args.frames_per_token, iterations=args.vq_iterations, lr=args.vq_lr,
-        patch_weight=args.vq_patch_weight, seed=args.base_seed, cache_dir=args.cache_dir, use_cache=args.cache,
-        device=device)
-
-
-def build_gpt(args, dataset, vq, device):
-    """The supervised GPT and its text encoder: published, cached, or trained -> GPT, text, notes."""
-    clips = dataset.splits["train"]
-    if args.gpt_checkpoint:
-        text, _ = text_features(args.text_features, device)
-        state = published.read_state(args.gpt_checkpoint, "trans")
-        gpt = MotionGPT(**published.gpt_sizes(state, args.gpt_checkpoint, args.heads, PUBLISHED_BLOCK))
-        published.load_strict(gpt, state, args.gpt_checkpoint)
-        return evaluators.freeze(gpt.to(device)), text, {"published": args.gpt_checkpoint}
-    vocabulary = datasets.Vocabulary.from_captions([c for clip in clips for c in clip.captions])
-    text = TextEncoder(vocabulary, args.width, args.text_layers, args.heads)
-    block = max(len(clip.features) for clip in clips) // 2**vq.halvings + 2  # the text, and the end
-    gpt = MotionGPT(args.codes, args.width, args.width, args.heads, args.base_layers, args.head_layers, block)
-    runs.initialise(gpt, generator(args.base_seed, 0, "gpt"))
-    runs.initialise(text, generator(args.base_seed, 0, "text"))
-
-    def build():
-        notes = train_gpt(gpt.to(device), text.to(device), vq, clips, args, device)
-        return {"gpt": gpt.state_dict(), "text": text.state_dict(), **notes}
-
-    code = [inspect.getsource(part) for part in (CausalAttention, Block, MotionGPT, TextEncoder, sequence_loss,
-                                                 train_gpt)]
-    names = ("base_seed", "width", "heads", "base_layers", "head_layers", "text_layers", "gpt_iterations",
-             "gpt_lr", "keep", "batch", "word_drop", "word_swap")
-    key = [dataset.fingerprint, code, vq.state_dict(), {name: getattr(args, name) for name in names}]
-    stored = runs.cached(args.cache_dir, key, build, "gpt", args.cache)
-    gpt.load_state_dict(stored.pop("gpt"))
-    text.load_state_dict(stored.pop("text"))
-    print(f"  supervised gpt: loss {stored['loss']:.3f}")
-    return evaluators.freeze(gpt.to(device)), evaluators.freeze(text.to(device)), stored
 
 
 def policy_state(policy):
     """What policy.pt holds beside the arguments: all networks, their sizes and words."""
-    gpt, vq, own = policy.gpt, policy.vq, isinstance(policy.text, TextEncoder)
-    return {"vq": vq.state_dict(), "gpt": gpt.state_dict(), "reference": policy.reference.state_dict(),
-            "text": policy.text.state_dict() if own else {}, "words": policy.text.vocabulary.words if own else [],
-            "heads": gpt.heads, "block_size": gpt.block_size}
+    own = isinstance(policy.text, TextEncoder)
+    parts = {name: getattr(policy, name).state_dict() for name in ("vq", "gpt", "reference")}
+    return parts | {"text": policy.text.state_dict() if own else {}, "heads": policy.gpt.heads,
+                    "words": policy.text.vocabulary.words if own else [], "block_size": policy.gpt.block_size}
 
 
 def load_policy(args, stored, device):
     """The policy of a finished run, from policy.pt alone; a published one needs its text features as well."""
     vq = tokenizer.VQVAE(**published.tokenizer_sizes(stored["vq"], args.load))
     sizes = published.gpt_sizes(stored["gpt"], args.load, stored["heads"], stored["block_size"])
-    gpt, reference = MotionGPT(**sizes), MotionGPT(**sizes)
+    parts = {"vq": vq, "gpt": MotionGPT(**sizes), "reference": MotionGPT(**sizes)}
     if stored["words"]:
-        text = TextEncoder(datasets.Vocabulary(stored["words"]), args.width, args.text_layers, args.heads)
-        text = evaluators.freeze(text.to(device))
-        text.load_state_dict(stored["text"])
-    else:
-        text, _ = text_features(args.text_features, device)
-    for part, name in ((vq, "vq"), (gpt, "gpt"), (reference, "reference")):
+        vocabulary = datasets.Vocabulary(stored["words"])
+        parts["text"] = TextEncoder(vocabulary, args.width, args.text_layers, args.heads)
+    for name, part in parts.items():
         part.load_state_dict(stored[name])
         evaluators.freeze(part.to(device))
-    return Policy(vq, text, gpt, reference, device)
+    text = parts.pop("text", None) or text_features(args.text_features, device)[0]
+    return Policy(**parts, text=text, shortest=4 // 2**vq.halvings, device=device)
 
 
 def generate(policy, gpt, captions, seed, iteration, purpose, indices, temperature):
     """Sample a motion per caption -> motion (b t d) raw, lengths (b), tokens (b n), text (b d). Each sample
     has random numbers of its own, so it does not depend on its batch, device or process."""
     text = policy.text(captions)
-    draws = (torch.rand(policy.limit, generator=generator(seed, iteration, purpose, k)) for k in indices)
-    tokens, counts = rollout(gpt, text, torch.stack(list(draws)).to(policy.device), policy.shortest, temperature)
+    draws = (torch.rand(gpt.block_size - 1, generator=generator(seed, iteration, purpose, k))
+             for k in indices)
+    uniform = torch.stack(list(draws)).to(policy.device)
+    tokens, counts = rollout(gpt, text, uniform, policy.shortest, temperature)
     with torch.no_grad():
         return *policy.vq.decode(tokens, counts), tokens, text
 
@@ -560,9 +420,9 @@ def collect(args, policy, clips, composed, iteration, rank, processes):
     drawn, size = draw_prompts(args, clips, composed, iteration), args.samples_per_prompt
     index = [k for k in range(len(drawn)) if k // size * processes // args.batch_prompts == rank]
     captions, pairs = zip(*(drawn[k] for k in index))
-    motion, lengths, tokens, text = generate(policy, policy.gpt, captions, args.seed, iteration, "rollout", index,
-                                             args.temperature)
-    mask = torch.cat([torch.ones_like(tokens[:, :1]) > 0, tokens[:, :-1] < policy.gpt.end], 1)  # codes and end
+    motion, lengths, tokens, text = generate(policy, policy.gpt, captions, args.seed, iteration, "rollout",
+                                             index, args.temperature)
+    mask = F.pad(tokens[:, :-1] < policy.gpt.end, (1, 0), value=True)  # codes and the end
     return dict(captions=captions, pairs=pairs, index=index, motion=motion, lengths=lengths, tokens=tokens,
                 text=text, mask=mask)
 
@@ -573,16 +433,18 @@ def score(args, policy, reward_model, batch, wrong, iteration):
     if args.reward == "random":
         r = torch.stack([torch.randn((), generator=generator(args.seed, iteration, "random_reward", k))
                          for k in batch["index"]]).to(policy.device)
-        return r, {"text_term": r.mean(), "motion_term": 0 * r.mean(), "pseudo_score": 0 * r.mean()}
+        return r, {"text_term": 0.0, "motion_term": 0.0, "pseudo_score": 0.0}
     asked = [wrong[c] for c in batch["captions"]] if args.reward == "shuffled" else batch["captions"]
-    f_text, f_motion = reward_model.embed_text(asked), reward_model.embed_motion(batch["motion"], batch["lengths"])
+    f_text = reward_model.embed_text(asked)
+    f_motion = reward_model.embed_motion(batch["motion"], batch["lengths"])
     paired, f_paired = torch.tensor([c is not None for c in batch["pairs"]], device=policy.device), f_motion
     if paired.any():
         real = datasets.collate([clip for clip in batch["pairs"] if clip is not None])
         f_paired = f_motion.clone()
-        f_paired[paired] = reward_model.embed_motion(real.motion.to(policy.device), real.lengths.to(policy.device))
+        real = reward_model.embed_motion(real.motion.to(policy.device), real.lengths.to(policy.device))
         if args.reward == "shuffled":  # nothing of the right motion may leak in
-            f_paired[paired] = f_paired[paired].roll(1, 0)
+            real = real.roll(args.samples_per_prompt, 0)
+        f_paired[paired] = real
     unit = (F.normalize(f, dim=-1) for f in (f_text, f_motion, f_paired))
     distances = [runs.all_gather_rows(d) for d in reward_terms(*unit)]
     r, pseudo = motion_reward(*distances, runs.all_gather_rows(paired), args.lambda_t, args.lambda_m)
@@ -611,7 +473,7 @@ def baseline(args, batch, r):
 
 def assess(args, policy, critic, batch, r, plan):
     """Stage 3, judge every token: logp_old and values, in the very chunks of the first update so that its
-    ratios are exactly 1; rewards (Eq. 3), advantages and returns -> added to the batch, with numbers to log."""
+    ratios are exactly 1; rewards (Eq. 3), advantages, returns -> added to the batch, with numbers to log."""
     tokens, text, mask = batch["tokens"], batch["text"], batch["mask"]
     old, ref, values, entropy = (torch.zeros(tokens.shape, device=policy.device) for _ in range(4))
     logps_ref = torch.zeros(*tokens.shape, policy.gpt.codes + 1, device=policy.device)
@@ -632,10 +494,14 @@ def assess(args, policy, critic, batch, r, plan):
             "distinct": torch.tensor(len(torch.unique(tokens, dim=0)) / len(tokens))}
 
 
+TRAINED = ("tokens", "text", "mask", "logp_old", "logps_ref", "returns", "advantages")
+
+
 def update(args, policy, critic, batch, plan, optimizer, iteration, stop):
     """Stage 4, update: clipped loss of the policy, squared loss of the critic -> values to log."""
     actor, head = (group["params"] for group in optimizer.param_groups)
-    log, ratios = dict.fromkeys(("pg_loss", "vf_loss", "approx_kl", "clipfrac", "grad_norm", "vf_grad_norm"), 0.0), []
+    names = ("pg_loss", "vf_loss", "approx_kl", "clipfrac", "grad_norm", "vf_grad_norm")
+    log, ratios = dict.fromkeys(names, 0.0), []
     steps = [part for epoch in plan for part in epoch]
     for _, chunks in steps:
         optimizer.zero_grad()
@@ -643,16 +509,17 @@ def update(args, policy, critic, batch, plan, optimizer, iteration, stop):
         total = runs.all_gather_rows(valid).sum().item()  # tokens of the minibatch, of all processes
         for rows in chunks:
             stop.check()
-            mask = batch["mask"][rows]
-            logp, logps, values = score_actions(policy.gpt, critic, batch["tokens"][rows], batch["text"][rows],
+            part = {name: batch[name][rows] for name in TRAINED}
+            logp, logps, values = score_actions(policy.gpt, critic, part["tokens"], part["text"],
                                                 policy.shortest, args.temperature)
-            logratio = torch.where(mask, logp - batch["logp_old"][rows], 0.0)
+            mask = part["mask"]
+            logratio = torch.where(mask, logp - part["logp_old"], 0.0)
             ratio = logratio.exp()  # b n
-            pg = (clipped_loss(ratio, batch["advantages"][rows], args.clip_range) * mask).sum() / total
-            vf = (value_loss(values, batch["returns"][rows], batch["values"][rows], args.value_clip) * mask).sum() / total
+            pg = (clipped_loss(ratio, part["advantages"], args.clip_range) * mask).sum() / total
+            vf = (value_loss(values, part["returns"]) * mask).sum() / total
             loss = pg + args.vf_coef * vf
             if args.kl_loss:
-                kl = exact_kl(logps, batch["logps_ref"][rows])
+                kl = exact_kl(logps, part["logps_ref"])
                 loss = loss + args.kl_loss * (kl * mask).sum() / total
             if not torch.isfinite(loss):
                 raise NonFiniteError(f"iteration {iteration}: loss {loss.item()}; lower --lr")
@@ -674,11 +541,9 @@ def update(args, policy, critic, batch, plan, optimizer, iteration, stop):
     return runs.reduce_log(log, highest={"first_ratio_error", "grad_norm", "vf_grad_norm"})
 
 
-PUBLISHED_BLOCK = 51  # positions of T2M-GPT: the text and 50 tokens
-
-LOG_FIELDS = ("iteration", "reward", "text_term", "motion_term", "pseudo_score", "kl_ref", "entropy", "length",
-              "truncated", "distinct", "explained_variance", "pg_loss", "vf_loss", "approx_kl", "clipfrac",
-              "grad_norm", "vf_grad_norm", "first_ratio_error",
+LOG_FIELDS = ("iteration", "reward", "text_term", "motion_term", "pseudo_score", "kl_ref", "entropy",
+              "length", "truncated", "distinct", "explained_variance", "pg_loss", "vf_loss", "approx_kl",
+              "clipfrac", "grad_norm", "vf_grad_norm", "first_ratio_error",
               "val_reward", "val_judge", "val_oracle", "val_foot_skate", "val_jerk")
 
 
@@ -687,11 +552,9 @@ def train(args, policy, scorers, clips, sets, folder, watch):
     iteration makes it resumable. -> the reward's scale"""
     rank, processes = runs.world(policy.device)
     composed = [clip.captions[0] for clip in sets["composed_train"]]
-    wrong = evaluators.wrong_captions(sorted({c for clip in clips for c in clip.captions} | set(composed)), args.seed)
-    critic = Critic(policy.gpt, args.critic).to(policy.device)
-    for part in (critic.block, critic.value):
-        runs.initialise(part, generator(args.seed, 0, "critic"))
-    nn.init.zeros_(critic.value.weight)  # V starts at 0
+    known = sorted({c for clip in clips for c in clip.captions} | set(composed))
+    wrong = evaluators.wrong_captions(known, args.seed)
+    critic = Critic(policy.gpt, args.critic, generator(args.seed, 0, "critic")).to(policy.device)
     policy.gpt.requires_grad_(True)
     optimizer = torch.optim.AdamW([{"params": list(policy.gpt.parameters()), "lr": args.lr},
                                    {"params": list(critic.parameters()), "lr": args.critic_lr}],
@@ -734,11 +597,12 @@ def train(args, policy, scorers, clips, sets, folder, watch):
             row |= {"iteration": iteration, "reward": runs.all_gather_rows(r).mean().item()}
             if (iteration + 1) % args.eval_every == 0:
                 with watch.stage("validation"):
-                    val = reports.evaluate(sets["composed_val"], scorers, policy_sampler(args, policy, policy.gpt),
-                                           purpose="validation", benchmark=False)
+                    sampler = policy_sampler(args, policy, policy.gpt)
+                    val = reports.evaluate(sets["composed_val"], scorers, sampler, purpose="validation")
                 row |= {name: val[name[4:]][0] for name in LOG_FIELDS if name.startswith("val_")}
                 shown |= {name: f"{row[name]:.3f}" for name in ("val_judge", "val_oracle")}
-            bar.set_postfix({"reward": f"{row['reward']:.3f}", "kl": f"{row['kl_ref']:.2f}", **shown}, refresh=False)
+            shown |= {name: f"{row[name]:.3f}" for name in ("reward", "kl_ref")}
+            bar.set_postfix(shown, refresh=False)
             if rank == 0:
                 log.write(row)
                 runs.save_checkpoint(path, kind="ppo-run", data={
@@ -760,21 +624,9 @@ def policy_sampler(args, policy, gpt):
         parts = []
         for rows in torch.arange(len(captions)).split(128):
             asked = [captions[k] for k in rows]
-            parts.append(generate(policy, gpt, asked, args.seed, repeat, purpose, rows.tolist(), args.temperature))
-        longest = max(part[0].shape[1] for part in parts)
-        motion = torch.cat([F.pad(part[0], (0, 0, 0, longest - part[0].shape[1])) for part in parts])
-        return motion.cpu(), torch.cat([part[1] for part in parts]).cpu()
-    return sampler
-
-
-def reconstruction_sampler(policy, clips):
-    """What the codes alone lose: the clips themselves, through the tokenizer and back."""
-    @torch.no_grad()
-    def sampler(captions, lengths, purpose, repeat):
-        batch = datasets.collate(clips)
-        motion, _ = policy.vq.decode(*policy.vq.tokenise(batch.motion.to(policy.device),
-                                                         batch.lengths.to(policy.device)))
-        return motion.cpu(), lengths
+            parts.append(generate(policy, gpt, asked, args.seed, repeat, purpose, rows.tolist(),
+                                  args.temperature))
+        return tuple(torch.cat([part[k] for part in parts]).cpu() for k in (0, 1))
     return sampler
 
 
@@ -785,7 +637,7 @@ def final_tables(args, policy, scorers, splits, sets):
     for name, clips in {"paired_val": splits["val"], "paired_test": splits["test"], **sets}.items():
         rows = {"base": base, "tuned": tuned}
         if name.startswith("paired"):
-            rows = {"vq": reconstruction_sampler(policy, clips), **rows}
+            rows = {"vq": tokenizer.reconstruction(policy.vq, clips, policy.device), **rows}
         if name.endswith("test"):
             rows[f"best of {args.best_of}"] = reports.best_of(base, args.best_of, scorers.reward_model)
         tables[name] = reports.compare(name.replace("_", " "), clips[:300], scorers, rows, purpose=name,
@@ -816,8 +668,9 @@ def main(argv):
         write_motions(args, stored, runs.RunFolder(folder, reopen, args.overwrite), device)
         return
     with watch.stage("data"):
-        data = datasets.load_dataset(args.dataset, data_root=args.data_root, cache_dir=args.cache_dir, space="native",
-                                     seed=args.base_seed, clips=args.clips, use_cache=args.cache)
+        data = datasets.load_dataset(
+            args.dataset, space="native", clips=args.clips, seed=args.base_seed, data_root=args.data_root,
+            cache_dir=args.cache_dir, use_cache=args.cache)
         sets, counted = prompts.composed_sets(data, args.composed, seed=args.base_seed,
                                               three_parts=args.three_parts, together=args.together)
     if args.write_prompts:
@@ -841,7 +694,7 @@ def main(argv):
             policy = load_policy(args, stored, device)
         else:
             gpt, text, notes["gpt"] = build_gpt(args, data, vq, device)
-            policy = Policy(vq, text, gpt, copy.deepcopy(gpt), device)
+            policy = Policy(vq, text, gpt, copy.deepcopy(gpt), 4 // 2**vq.halvings, device)
     about = {"command": "python ppo_motion.py " + " ".join(argv), "seed": args.seed, "parts": notes,
              "versions": runs.versions(), "data": {"source": data.label, "target": data.label},
              "fingerprints": {"data": data.fingerprint}, "composed captions": counted, "threads": threads}

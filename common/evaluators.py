@@ -698,16 +698,18 @@ def retrieval_score(model, clips, *, pool=32, seed=0):
             | {f"R{k}_same": value for k, value in enumerate(same, 1)} | {"pool": pool, "chance": 1 / pool})
 
 
-def reward_and_judge(seen, domains, *, saw, iterations, seed, cache_dir, use_cache, device, loss=("infonce", None)):
+def reward_and_judge(seen, domains, *, saw, iterations, seed, cache_dir, use_cache, device,
+                     loss=("infonce", None)):
     """The scorer that is optimised, and the judge that never is: other family, seed and half of the clips.
 
     seen: data sets that the reward model learns from (`saw` is their name for the notes); the judge learns
     from all `domains`, by InfoNCE. They share no clip. loss: name and function for train_retrieval, of the
-    reward model. Cached. -> reward model, judge, {"reward" and "judge": what it saw, and how well it finds the
-    motion of a caption among 32 of the last domain's val split}.
+    reward model. Cached. -> reward model, judge, {"reward" and "judge": what it saw, and how well it finds
+    the motion of a caption among 32 of the last domain's val split}.
     """
     models, notes, validation = [], {}, domains[-1].splits["val"]
-    wanted = (("reward", "transformer", seen, saw, loss), ("judge", "bigru", domains, "all", ("infonce", None)))
+    wanted = (("reward", "transformer", seen, saw, loss),
+              ("judge", "bigru", domains, "all", ("infonce", None)))
     for number, (name, family, read, title, (loss_name, function)) in enumerate(wanted):
         clips = [clip for domain in read for clip in half(domain.splits["train"], number)]
 
@@ -716,11 +718,12 @@ def reward_and_judge(seen, domains, *, saw, iterations, seed, cache_dir, use_cac
             return {"model": model.export(), "retrieval": retrieval_score(model, validation)}
 
         code = [inspect.getsource(sys.modules[__name__]), inspect.getsource(patches)]
-        key = [[domain.fingerprint for domain in read], domains[-1].fingerprint, family, loss_name, number, seed,
-               iterations, code]
+        key = [[domain.fingerprint for domain in read], domains[-1].fingerprint, family, loss_name, number,
+               seed, iterations, code]
         stored = cached(cache_dir, key, build, name, use_cache)
         models.append(freeze(RetrievalModel.load(stored["model"]).to(device)))
-        notes[name] = {"family": family, "loss": loss_name, "saw": f"{len(clips)} train clips of {title} (half {number})",
+        notes[name] = {"family": family, "loss": loss_name,
+                       "saw": f"{len(clips)} train clips of {title} (half {number})",
                        "target_val_retrieval": stored["retrieval"]}
         print(f"  {name}: {family}, saw {notes[name]['saw']}; "
               f"R@1 on target val {stored['retrieval']['R1']:.2f}")

@@ -554,8 +554,8 @@ def _pipeline(items, count, seed, tags, avoid=(), retained=0.25, **kind):
 def novel_prompts(clips, count, *, seed, avoid=(), retained=0.25, **kind):
     """(train, retained test, report) of at most `count` prompts from the captions of clips (datasets.Clip).
 
-    avoid: further captions that may not come out, those of the other splits; kind: three_parts and together of
-    `compose`. The report counts the distinct
+    avoid: further captions that may not come out, those of the other splits; kind: three_parts and together
+    of `compose`. The report counts the distinct
     captions, those that gave a meta motion, the meta motions, the parts that were not used by their reason,
     and the prompts: all, of the train part, and retained.
     """
@@ -570,9 +570,26 @@ def composed_sets(dataset, count, *, seed, **kind):
     train, held_back, report = novel_prompts(dataset.splits["train"], count, seed=seed, avoid=others, **kind)
     val, test = split(held_back, 2 / 3, seed + 1)
     empty = np.zeros((0, dataset.skeleton.feature_dim), np.float32)
-    sets = {f"composed_{name}": [datasets.Clip(p.caption, empty, [p.caption], [p.tokens], [p.attributes])
-                                 for p in part] for name, part in (("train", train), ("val", val), ("test", test))}
+    sets = {}
+    for name, part in (("train", train), ("val", val), ("test", test)):
+        sets[f"composed_{name}"] = [datasets.Clip(p.caption, empty, [p.caption], [p.tokens], [p.attributes])
+                                    for p in part]
     return sets, report | {name.removeprefix("composed_"): len(clips) for name, clips in sets.items()}
+
+
+def write_sets(path, sets, report, show=20):
+    """--write-prompts: composed_sets into files, PATH for training and PATH_retained for those held back; the
+    counts and some examples are printed."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise InputError(f"--write-prompts {path}: no such folder; make it first")
+    lines = {name: [Prompt(c.captions[0], c.tokens[0], c.attributes[0], ()) for c in clips]
+             for name, clips in sets.items()}
+    write(path, lines["composed_train"])
+    write(path.with_stem(path.stem + "_retained"), lines["composed_val"] + lines["composed_test"])
+    print(f"composed captions: {report}")
+    for prompt in lines["composed_train"][:show]:
+        print(f"  {prompt.caption}")
 
 
 def read_list(path):

@@ -1,4 +1,5 @@
-"""Published T2M-GPT weights (github.com/Mael-zys/T2M-GPT): read without executing anything, loaded strictly."""
+"""Published T2M-GPT weights (github.com/Mael-zys/T2M-GPT): read without executing anything, loaded strictly.
+"""
 import re
 from pathlib import Path
 
@@ -18,8 +19,8 @@ def read_state(path, name):
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; correct the path of the checkpoint") from None
     except Exception as error:  # a damaged zip or a forbidden pickle fails in a dozen ways
-        raise InputError(f"{path}: does not load with weights_only=True ({type(error).__name__}); save its state "
-                         "dict again as plain tensors") from error
+        raise InputError(f"{path}: does not load with weights_only=True ({type(error).__name__}); save its "
+                         "state dict again as plain tensors") from error
     if not isinstance(stored, dict) or not isinstance(stored.get(name), dict):
         raise InputError(f"{path}: holds no {name!r}; is it a T2M-GPT checkpoint of the other kind?")
     state = {key.removeprefix("module.").removeprefix("vqvae."): value for key, value in stored[name].items()}
@@ -51,11 +52,12 @@ def tokenizer_sizes(state, path):
     levels = {key.split(".")[2] for key in state if re.match(r"encoder\.model\.\d+\.0\.weight", key)}
     return dict(feature_dim=size(state, path, "encoder.model.0.weight", 1),
                 width=size(state, path, "encoder.model.0.weight"), halvings=len(levels),
-                code_dim=size(state, path, "quantizer.codebook", 1), codes=size(state, path, "quantizer.codebook"))
+                code_dim=size(state, path, "quantizer.codebook", 1),
+                codes=size(state, path, "quantizer.codebook"))
 
 
 def gpt_sizes(state, path, heads, block_size):
-    """The arguments of ppo_motion.MotionGPT that fit the weights. The files do not tell the heads."""
+    """The arguments of motion_gpt.MotionGPT that fit the weights. The files do not tell the heads."""
     def layers(part):
         return len({key.split(".")[2] for key in state if key.startswith(f"{part}.blocks.")})
     return dict(codes=size(state, path, "trans_head.head.weight") - 1, heads=heads, block_size=block_size,
@@ -74,6 +76,6 @@ def read_statistics(folder, feature_dim):
         except (ValueError, OSError, EOFError):
             array = None
         if array is None or array.shape != (feature_dim,) or not np.isfinite(array).all():
-            raise InputError(f"{folder}: needs {name} with {feature_dim} finite numbers, those of the tokenizer")
+            raise InputError(f"{folder}: needs {name} of the tokenizer, {feature_dim} finite numbers")
         found.append(torch.from_numpy(np.float32(array)))
     return found

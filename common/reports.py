@@ -23,8 +23,8 @@ from common import datasets, evaluators, features, oracle, render, runs
 
 COLUMNS = ("reward", "judge", "oracle", "oracle_all", "r_precision_top1", "r_precision_top3", "fid",
            "mm_dist", "diversity", "multimodality", "distinct", "length_error", "foot_skate", "jerk")
-CURVES = (("reward",), ("val_reward",), ("val_judge",), ("val_oracle",), ("kl_base",), ("kl_ref",), ("val_jerk",),
-          ("distinct",))  # columns of logs.csv, where it has them
+CURVES = (("reward",), ("val_reward",), ("val_judge",), ("val_oracle",), ("kl_base",), ("kl_ref",),
+          ("val_jerk",), ("distinct",))  # columns of logs.csv, where it has them
 PAIRED = ("reward", "judge", "oracle", "oracle_all", "foot_skate", "jerk")
 
 
@@ -132,8 +132,8 @@ def best_of(sampler, count, reward_model):
 
 
 def variety(clips, scorers, sampler, *, prompts=32, samples=10, seed=0):
-    """`samples` motions for each of the first `prompts` clips -> {"multimodality": mean distance of two motions
-    of a prompt (the papers take 100 x 30), "distinct": share of a prompt's motions that are not repeated}, as
+    """`samples` motions for each of the first `prompts` clips -> {"multimodality": mean distance of two of a
+    prompt (the papers take 100 x 30), "distinct": share of a prompt's motions that are not repeated}, as
     [value, 0]: one repeat has no interval."""
     captions, _, lengths = questions(clips[:prompts], 0)
     made = [sampler(captions, lengths, "multimodality", n) for n in range(samples)]
@@ -144,7 +144,8 @@ def variety(clips, scorers, sampler, *, prompts=32, samples=10, seed=0):
         scorers.judge, motion.to(device), lengths.to(device),
         generator=runs.generator(seed, 0, "multimodality"), times=samples // 2)
     # Equal up to rounding: a batch of another size may round its last bits another way.
-    differ = (motion[:, :, None] - motion[:, None]).abs().amax((-1, -2)) > 1e-3 * scorers.skeleton.units_per_metre
+    limit = 1e-3 * scorers.skeleton.units_per_metre
+    differ = (motion[:, :, None] - motion[:, None]).abs().amax((-1, -2)) > limit
     first = [[all(differ[p, g, :g]) for g in range(samples)] for p in range(len(motion))]
     return {"multimodality": [float(value), 0.0], "distinct": [float(np.mean(first)), 0.0]}
 

@@ -44,9 +44,10 @@ def file_features(path, device="cpu"):
         with np.load(path, allow_pickle=False) as file:
             captions, vectors = file["captions"].tolist(), torch.from_numpy(np.float32(file["vectors"]))
     except (OSError, ValueError, KeyError, EOFError) as error:
-        raise InputError(f"{path}: needs the arrays captions (n strings) and vectors (n d): {error}") from error
+        raise InputError(f"{path}: needs arrays captions (n strings), vectors (n d): {error}") from error
     if vectors.ndim != 2 or len(captions) != len(vectors) or not torch.isfinite(vectors).all():
-        raise InputError(f"{path}: {len(captions)} captions for finite vectors of shape {tuple(vectors.shape)}?")
+        raise InputError(f"{path}: {len(captions)} captions, vectors {tuple(vectors.shape)}; give each a "
+                         "finite vector")
     rows = {caption: k for k, caption in enumerate(captions)}
 
     def text(asked):
@@ -63,7 +64,8 @@ def clip_features(device="cpu"):
     try:
         import clip
     except ImportError:
-        raise InputError("--text-features: name a .npz of captions and vectors; CLIP is not installed") from None
+        raise InputError("--text-features: name a .npz of captions and vectors; CLIP is not "
+                         "installed") from None
     model, _ = clip.load("ViT-B/32", device=device, jit=False)
 
     @torch.no_grad()

@@ -99,7 +99,8 @@ class VQVAE(nn.Module):
     def nearest(self, latents):
         """latents (... c) -> number of the nearest code (...), the first of equally near ones"""
         book = self.quantizer.codebook
-        return (latents.square().sum(-1, keepdim=True) - 2 * latents @ book.T + book.square().sum(-1)).argmin(-1)
+        squares = latents.square().sum(-1, keepdim=True), book.square().sum(-1)
+        return (squares[0] - 2 * latents @ book.T + squares[1]).argmin(-1)
 
     def reconstruct(self, latents, counts):
         """latents or codes' vectors (b n c) -> x (b t d) normalised, zero behind the ends"""
@@ -171,7 +172,7 @@ def train_tokenizer(vq, clips, skeleton, *, iterations, lr, batch, patch_weight,
     optimizer = torch.optim.AdamW(vq.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, iterations,
                                                     pct_start=max(0.05, 2 / max(iterations, 3)))
-    codebook_size = len(vq.quantizer.codebook)
+    codebook_size, positions = len(vq.quantizer.codebook), features.blocks(skeleton)["positions"]
     log, bar, book = [], tqdm(range(iterations), desc="tokenizer", mininterval=1.0), None
     for iteration in bar:
         g = generator(seed, iteration, "tokenizer")
@@ -186,7 +187,7 @@ def train_tokenizer(vq, clips, skeleton, *, iterations, lr, batch, patch_weight,
         numbers = vq.nearest(latents)
         codes = vq.quantizer.codebook[numbers]
         recon = vq.reconstruct(latents + (codes - latents).detach(), counts)  # straight through
-        loss = vq_loss(*vq_loss_parts(x, recon, latents, codes, counts, features.blocks(skeleton)["positions"]))
+        loss = vq_loss(*vq_loss_parts(x, recon, latents, codes, counts, positions))
         # Not in the paper: the same error in whitened patches of four frames. Waves, claps and punches are
         # small and fast; by the features alone they cost so little that the codes forget them.
         error = rearrange(recon - x, "b (n f) d -> b n (f d)", f=4) @ whitened.basis / whitened.scale
@@ -203,12 +204,23 @@ def train_tokenizer(vq, clips, skeleton, *, iterations, lr, batch, patch_weight,
         bar.set_postfix(loss=f"{log[-1][0]:.3f}", dead=dead, perplexity=f"{log[-1][2]:.0f}", refresh=False)
     return dict(zip(("loss", "dead", "perplexity"), np.mean(log[-50:], 0).tolist()))
 
-def build(dataset, *, codes, code_dim, width, frames_per_token, iterations, lr, batch, patch_weight, seed, cache_dir,
-          use_cache, device):
+def reconstruction(vq, clips, device):
+    """A sampler for common/reports.py: the clips themselves, through the tokenizer and back. What the codes
+    alone lose."""
+    @torch.no_grad()
+    def sampler(captions, lengths, purpose, repeat):
+        part = datasets.collate(clips)
+        motion, _ = vq.decode(*vq.tokenise(part.motion.to(device), part.lengths.to(device)))
+        return motion.cpu(), lengths
+    return sampler
+
+
+def build(dataset, *, codes, width, frames_per_token, iterations, batch, seed, cache_dir, use_cache, device,
+          code_dim=32, lr=2e-3, patch_weight=2.0):
     """A tokenizer trained on the data set's train split, or its copy in the cache -> frozen VQVAE, notes.
 
-    frames_per_token: 2 or 4; 0: a fifth or a sixth of a second, 4 at 20 frames a second and 2 at 12.5. (T2M-GPT
-    takes 4 for both; on KIT's frame rate that costs a fifth of the motions, see results/ppo.md.)
+    frames_per_token: 2 or 4; 0: 4 at 20 frames a second and 2 at 12.5. (T2M-GPT takes 4 for both; at KIT's
+    rate that costs a fifth of the motions.) patch_weight: of the error in whitened patches.
     """
     skeleton, clips = dataset.skeleton, dataset.splits["train"]
     halvings = (frames_per_token or (4 if skeleton.fps > 15 else 2)) // 2
@@ -220,8 +232,8 @@ def build(dataset, *, codes, code_dim, width, frames_per_token, iterations, lr, 
                                 patch_weight=patch_weight, seed=seed, device=device)
         return {"model": vq.state_dict(), **notes}
 
-    code = [inspect.getsource(part) for part in (VQVAE, walk, EMACodebook, vq_loss_parts, vq_loss, train_tokenizer,
-                                                 patches)]
+    parts = (VQVAE, walk, EMACodebook, vq_loss_parts, vq_loss, train_tokenizer, patches)
+    code = [inspect.getsource(part) for part in parts]
     key = [dataset.fingerprint, code, BLOCK_WEIGHTS, halvings, codes, code_dim, width, iterations, lr, batch,
            patch_weight, seed]
     stored = runs.cached(cache_dir, key, train, "tokenizer", use_cache)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from common import evaluators, published, tokenizer
+from common import evaluators, motion_gpt, pretraining, published, tokenizer
 from tests.parity_ddpo import Rows
 
 
@@ -78,7 +78,8 @@ def check_codebook(result, ref):
         (through.sum() + commit).backward()
         result.compare("grad_x_of_sum_plus_commit", rearrange(x.grad, "b n c -> b c n"),
                        part["grad_x_of_sum_plus_commit"], 1e-6)
-        result.compare("perplexity", tokenizer.perplexity(codes.flatten(), len(first)), part["perplexity"], 1e-5)
+        used = tokenizer.perplexity(codes.flatten(), len(first))
+        result.compare("perplexity", used, part["perplexity"], 1e-5)
         rows = rearrange(x.detach(), "b n c -> (b n) c")
         book.update(rows, codes.flatten(), rows[: len(first)])
         result.compare("codebook_after", vq.quantizer.codebook, part["codebook_after"], 1e-6)
@@ -87,13 +88,13 @@ def check_codebook(result, ref):
 
 
 def check_gpt(result, ref):
-    """MotionGPT of ppo_motion.py: whole sequences, cached decoding, losses, gradients."""
+    """MotionGPT of common/motion_gpt.py: whole sequences, cached decoding, losses, gradients."""
     import ppo_motion as ppo
 
     state = {key.removeprefix("sd/"): value for key, value in ref.items() if key.startswith("sd/")}
     table = state["trans_base.pos_embed.embed"]
     state = {key: value for key, value in state.items() if not published.NO_WEIGHTS.search(key)}
-    gpt = ppo.MotionGPT(**published.gpt_sizes(state, "reference", 4, len(table)))
+    gpt = motion_gpt.MotionGPT(**published.gpt_sizes(state, "reference", 4, len(table)))
     published.load_strict(gpt, state, "reference")
     result.compare("positions", gpt.positions, table[:, 0], 1e-6)
     prefix, text = ref["prefix"], ref["text_feature"][: len(ref["prefix"])]
@@ -118,11 +119,11 @@ def check_gpt(result, ref):
     _, lengths = greedy(ppo, gpt, ref["text_feature_end_first"], 3)
     result.compare("end_first", lengths, torch.zeros_like(lengths), 0)  # the public code raises here
     target, counts = ref["train_target"], ref["train_len"]
-    result.compare("loss_clean", ppo.sequence_loss(gpt(target[:, :-1], text)[0], target, counts),
+    result.compare("loss_clean", pretraining.sequence_loss(gpt(target[:, :-1], text)[0], target, counts),
                    ref["loss_clean"], 1e-5)
     kept = ref["train_keep"] * target[:, :-1] + (1 - ref["train_keep"]) * ref["train_rand"]
     result.compare("train_input_corrupted", kept, ref["train_input_corrupted"], 0)
-    loss = ppo.sequence_loss(gpt(kept, text)[0], target, counts)
+    loss = pretraining.sequence_loss(gpt(kept, text)[0], target, counts)
     result.compare("loss_corrupt", loss, ref["loss_corrupt"], 1e-5)
     loss.backward()
     gradients = dict(gpt.named_parameters())
@@ -160,8 +161,8 @@ def check_math(result, ref):
     result.compare("vf_loss_clipped", clipped, ref["out/vf_loss_clipped"], 1e-10)
     result.compare("total_clipped", pg + weight * clipped, ref["out/total_clipped"], 1e-10)
     for field, value in ppo.ratio_stats(logratio, mask, clip).items():
-        result.compare(field, value.double() / n, ref[{"approx_kl": "out/approx_kl_k3", "clipfrac": "out/clipfrac"}[field]],
-                       1e-10)
+        name = {"approx_kl": "out/approx_kl_k3", "clipfrac": "out/clipfrac"}[field]
+        result.compare(field, value.double() / n, ref[name], 1e-10)
     kl = ((ref["old_logp"] - ref["ref_logp"]) * mask).sum(1)
     result.compare("kl_to_ref_per_sequence", kl, ref["out/kl_to_ref_per_sequence"], 1e-10)
 
@@ -178,7 +179,8 @@ def check_extra(result, ref):
             result.compare(f"logp_{who}_{name}", logp * mask, ref[f"logp_{who}_{name}"], 1e-10)
             if name == "temp1":
                 taken[who], every[who] = logp, logps
-    result.compare("entropy_new", -(every["new"].exp() * every["new"]).sum(-1) * mask, ref["entropy_new"], 1e-10)
+    entropy = -(every["new"].exp() * every["new"]).sum(-1) * mask
+    result.compare("entropy_new", entropy, ref["entropy_new"], 1e-10)
     for p, q in (("old", "ref"), ("new", "old")):
         kl = ppo.exact_kl(every[p], every[q]) * mask
         result.compare(f"kl_full_{p}_{q}", kl, ref[f"kl_full_{p}_{q}"], 1e-10)
