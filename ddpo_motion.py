@@ -105,7 +105,7 @@ class Args:
                            choices=("source", "both"))
     reward_iterations: int = arg(900, "updates of the reward model and of the judge")
     # update
-    iterations: int = arg(240, "RL iterations (DDPO: 100-200 epochs)")
+    iterations: int = arg(200, "RL iterations (DDPO: 100-200 epochs)")
     prompts_per_iteration: int = arg(24, "prompts P of one rollout")
     samples_per_prompt: int = arg(16, "samples G of each prompt; the group is the baseline")
     kept_samples: int = arg(128, "samples of a rollout that are trained, by |advantage|; 0: all", lowest=0)

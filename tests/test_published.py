@@ -235,9 +235,10 @@ def test_statistics_of_either_spelling(tmp_path, names):
 
 
 def test_statistics_that_do_not_fit_are_named(tmp_path):
-    assert "needs mean.npy with 9" in message(published.read_statistics, tmp_path / "nothing", WIDTH)
+    found = message(published.read_statistics, tmp_path / "nothing", WIDTH)
+    assert "needs mean.npy of the tokenizer, 9 finite numbers" in found
     np.save(tmp_path / "Mean.npy", np.zeros(WIDTH))
-    assert "needs std.npy with 9" in message(published.read_statistics, tmp_path, WIDTH)
+    assert "needs std.npy of the tokenizer, 9" in message(published.read_statistics, tmp_path, WIDTH)
     for broken in (np.ones(WIDTH + 1), np.ones((1, WIDTH)), np.full(WIDTH, np.nan), np.full(WIDTH, np.inf)):
         folder = statistics(tmp_path, std=broken)
         assert "needs std.npy" in message(published.read_statistics, folder, WIDTH)

@@ -543,6 +543,25 @@ def test_devices_and_threads(monkeypatch):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize(("speed_up", "chosen"), ((1.4, 1), (1.9, 2)))
+def test_a_second_thread_must_be_worth_it(monkeypatch, speed_up, chosen):
+    """Two threads suffer ten times more from another process than one: they are taken for a clear gain."""
+    before, now = torch.get_num_threads(), [0.0]
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(runs.os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
+
+    def clock():
+        now[0] += 1.0 if threads[-1] == 1 else 1.0 / speed_up
+        return now[0]
+
+    monkeypatch.setattr(runs.time, "perf_counter", clock)
+    assert runs.pick_threads() == chosen
+    assert torch.get_num_threads() == chosen and before >= 1
+
+
 def test_stopwatch_adds_up(monkeypatch):
     clock = iter([0.0, 1.0, 5.0, 7.5, 8.0, 9.0])
     monkeypatch.setattr(runs.time, "perf_counter", lambda: next(clock))
