@@ -148,10 +148,13 @@ def check_args(args):
     """Stop at once on settings that cannot work, naming the flag and the fix."""
     modes = bool(args.prompt) or args.eval_only
     count = 1 / args.minibatch_ratio if args.minibatch_ratio > 0 else 0.0
+    motions = args.batch_prompts * args.samples_per_prompt
+    kept = args.kept_samples if args.kept_samples and args.samples_per_prompt > 1 else motions
     for wrong, message in (
             (args.batch_prompts < 2 * runs.process_count(), "--batch-prompts: at least two per process"),
-            (count < 1 or count % 1 or args.batch_prompts % int(count),
-             "--minibatch-ratio: 1, 1/2, 1/4 ... so that it divides --batch-prompts"),
+            (kept > motions, f"--kept-samples: at most prompts x samples of a rollout, {motions}"),
+            (count < 1 or count % 1 or kept % int(max(count, 1)),
+             f"--minibatch-ratio: 1, 0.5, 0.25 ... so that it divides the {kept} motions trained"),
             (not 0 <= args.text_only_share <= 1, "--text-only-share: 0 to 1"),
             (args.text_only_share and not args.composed, "--composed: at least 1, or --text-only-share 0"),
             (args.text_only_share == 1 and not args.lambda_t, "--lambda-t: above 0; without pairs no reward"),
@@ -216,9 +219,13 @@ def build_gpt(args, dataset, vq, device):
     """The supervised GPT and its text encoder: published, cached, or trained -> both frozen, notes."""
     clips, path = dataset.splits["train"], args.gpt_checkpoint
     if path:
-        text, _ = text_features(args.text_features, device)
+        text, text_dim = text_features(args.text_features, device)
         state = published.read_state(path, "trans")
-        gpt = MotionGPT(**published.gpt_sizes(state, path, args.heads, PUBLISHED_BLOCK))
+        sizes = published.gpt_sizes(state, path, args.heads, PUBLISHED_BLOCK)
+        if (sizes["codes"], sizes["text_dim"]) != (len(vq.quantizer.codebook), text_dim):
+            raise InputError(f"{path}: for {sizes['codes']} codes and {sizes['text_dim']} text features, here "
+                             f"are {len(vq.quantizer.codebook)} and {text_dim}")
+        gpt = MotionGPT(**sizes)
         published.load_strict(gpt, state, path)
         return evaluators.freeze(gpt.to(device)), text, {"published": path}
     vocabulary = datasets.Vocabulary.from_captions([c for clip in clips for c in clip.captions])
@@ -460,11 +467,12 @@ def baseline(args, batch, r):
     most unlike their group are trained. Not in the paper: a sample costs a fifth of its update.
     -> the batch of those, their centred r, and the numbers of those of all processes"""
     centred = runs.all_gather_rows(r)
+    kept = list(range(len(centred)))
     if args.samples_per_prompt > 1:
         groups = rearrange(centred, "(p g) -> p g", g=args.samples_per_prompt)
         centred = (groups - groups.mean(1, keepdim=True)).flatten()
-    order = centred.abs().argsort(descending=True, stable=True)
-    kept = order[: args.kept_samples or None].sort().values.tolist()
+        order = centred.abs().argsort(descending=True, stable=True)
+        kept = order[: args.kept_samples or None].sort().values.tolist()
     rows = [row for row, k in enumerate(batch["index"]) if k in set(kept)]
     part = {name: value[rows] if torch.is_tensor(value) else [value[row] for row in rows]
             for name, value in batch.items()}
@@ -491,7 +499,7 @@ def assess(args, policy, critic, batch, r, plan):
     return {"kl_ref": ((old - ref) * mask).sum(1).mean(), "entropy": entropy[mask].mean(),
             "explained_variance": 1 - unexplained, "length": batch["lengths"].float().mean(),
             "truncated": (tokens[:, -1] < policy.gpt.end).float().mean(),
-            "distinct": torch.tensor(len(torch.unique(tokens, dim=0)) / len(tokens))}
+            "distinct": torch.tensor(len(torch.unique(tokens, dim=0)) / max(len(tokens), 1))}
 
 
 TRAINED = ("tokens", "text", "mask", "logp_old", "logps_ref", "returns", "advantages")

@@ -1,6 +1,7 @@
 """Published T2M-GPT weights (github.com/Mael-zys/T2M-GPT): read without executing anything, loaded strictly.
 """
 import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +24,18 @@ def read_state(path, name):
                          "state dict again as plain tensors") from error
     if not isinstance(stored, dict) or not isinstance(stored.get(name), dict):
         raise InputError(f"{path}: holds no {name!r}; is it a T2M-GPT checkpoint of the other kind?")
+    strange = [key for key, value in stored[name].items()
+               if not isinstance(key, str) or not torch.is_tensor(value)]
+    if strange:
+        raise InputError(f"{path}: {strange[0]!r} is no weight; save its state dict alone")
     state = {key.removeprefix("module.").removeprefix("vqvae."): value for key, value in stored[name].items()}
     return {key: value for key, value in state.items() if not NO_WEIGHTS.search(key)}
 
 
 def size(state, path, key, axis=0):
     """Size of an axis of a weight; InputError if the weight is not there."""
-    if key not in state:
-        raise InputError(f"{path}: has no {key}; is it a T2M-GPT checkpoint of the other kind?")
+    if key not in state or state[key].ndim <= axis:
+        raise InputError(f"{path}: has no fitting {key}; is it a T2M-GPT checkpoint of the other kind?")
     return state[key].shape[axis]
 
 
@@ -44,7 +49,7 @@ def load_strict(module, state, path, free=()):
     if wrong:
         more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise InputError(f"{path}: {'; '.join(wrong[:5])}{more}")
-    module.load_state_dict(state, strict=not free)
+    module.load_state_dict({key: value for key, value in module.state_dict().items() if key in free} | state)
 
 
 def tokenizer_sizes(state, path):
@@ -57,12 +62,16 @@ def tokenizer_sizes(state, path):
 
 
 def gpt_sizes(state, path, heads, block_size):
-    """The arguments of motion_gpt.MotionGPT that fit the weights. The files do not tell the heads."""
+    """The arguments of motion_gpt.MotionGPT that fit the weights. The files do not tell the heads: the
+    published width of 1024 has 16, another width those asked for."""
     def layers(part):
         return len({key.split(".")[2] for key in state if key.startswith(f"{part}.blocks.")})
+    width = size(state, path, "trans_base.cond_emb.weight")
+    heads = 16 if width == 1024 else heads
+    if width % heads:
+        raise InputError(f"{path}: a width of {width} does not split into {heads} heads; correct --heads")
     return dict(codes=size(state, path, "trans_head.head.weight") - 1, heads=heads, block_size=block_size,
-                text_dim=size(state, path, "trans_base.cond_emb.weight", 1),
-                width=size(state, path, "trans_base.cond_emb.weight"),
+                text_dim=size(state, path, "trans_base.cond_emb.weight", 1), width=width,
                 base_layers=layers("trans_base"), head_layers=layers("trans_head"))
 
 
@@ -73,9 +82,10 @@ def read_statistics(folder, feature_dim):
         path = next((p for p in sorted(Path(folder).glob("*.npy")) if p.name.lower() == name), None)
         try:
             array = None if path is None else np.load(path, allow_pickle=False)
-        except (ValueError, OSError, EOFError):
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile):
             array = None
-        if array is None or array.shape != (feature_dim,) or not np.isfinite(array).all():
+        sound = isinstance(array, np.ndarray) and array.shape == (feature_dim,) and array.dtype.kind in "fiu"
+        if not sound or not np.isfinite(array).all() or (name == "std.npy" and (array <= 0).any()):
             raise InputError(f"{folder}: needs {name} of the tokenizer, {feature_dim} finite numbers")
         found.append(torch.from_numpy(np.float32(array)))
     return found

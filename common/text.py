@@ -3,6 +3,7 @@
 A source of text features is a function `text(captions) -> (b d)` float32 on its device; it never changes
 while reinforcement learning goes on.
 """
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +43,9 @@ def file_features(path, device="cpu"):
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            captions, vectors = file["captions"].tolist(), torch.from_numpy(np.float32(file["vectors"]))
-    except (OSError, ValueError, KeyError, EOFError) as error:
+            captions = np.atleast_1d(file["captions"]).tolist()
+            vectors = torch.from_numpy(np.atleast_1d(np.float32(file["vectors"])))
+    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: needs arrays captions (n strings), vectors (n d): {error}") from error
     if vectors.ndim != 2 or len(captions) != len(vectors) or not torch.isfinite(vectors).all():
         raise InputError(f"{path}: {len(captions)} captions, vectors {tuple(vectors.shape)}; give each a "

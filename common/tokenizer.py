@@ -164,7 +164,8 @@ def perplexity(codes, codebook_size):
 def train_tokenizer(vq, clips, skeleton, *, iterations, lr, batch, patch_weight, seed, device):
     """Learn codes for the clips -> {"loss", "dead", "perplexity"}, means of the last 50 updates: codes that
     were dead and replaced in an update, and how many are in even use."""
-    whitened = patches.PatchCodec(4, skeleton.feature_dim, 64).to(device)
+    count = sum(len(clip.features) // 4 for clip in clips)  # components of few patches would have no spread
+    whitened = patches.PatchCodec(4, skeleton.feature_dim, min(64, max(1, count // 4))).to(device)
     statistics = datasets.Statistics.from_clips(clips, role="generator")
     whitened.fit(clips, statistics, features.block_weights(skeleton, BLOCK_WEIGHTS))
     vq.mean.copy_(whitened.mean)

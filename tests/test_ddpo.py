@@ -14,7 +14,7 @@ import torch
 from einops import rearrange
 
 import ddpo_motion as ddpo
-from common import datasets, lora, runs, samplers
+from common import datasets, evaluators, lora, runs, samplers
 from common.runs import InputError, generator
 
 CAPTIONS = ["a person walks forward", "someone turns left slowly", "a man waves",
@@ -344,9 +344,9 @@ def test_samples_do_not_depend_on_batch_or_process_count():
 
 def test_wrong_prompts_is_a_fixed_assignment_without_fixed_points():
     prompts = [f"prompt {k}" for k in range(50)]
-    wrong = ddpo.wrong_prompts(prompts, 3)
+    wrong = evaluators.wrong_captions(prompts, 3)
     assert sorted(wrong.values()) == sorted(prompts) and all(a != b for a, b in wrong.items())
-    assert wrong == ddpo.wrong_prompts(prompts, 3) != ddpo.wrong_prompts(prompts, 4)
+    assert wrong == evaluators.wrong_captions(prompts, 3) != evaluators.wrong_captions(prompts, 4)
 
 
 def test_rewards_stay_with_their_samples():

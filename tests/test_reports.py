@@ -43,12 +43,19 @@ class Sampler:
     def __call__(self, captions, lengths, purpose, repeat):
         self.calls.append((captions, lengths.tolist(), purpose, repeat))
         g = runs.generator(0, repeat, f"{self.name} {purpose}")
-        return torch.randn(len(captions), int(lengths.max()), 263, generator=g)
+        return torch.randn(len(captions), int(lengths.max()), 263, generator=g), lengths
 
 
 def copy_of(clips):
     """A sampler that hands back the data."""
-    return lambda captions, lengths, purpose, repeat: collate(clips).motion
+    return lambda captions, lengths, purpose, repeat: (collate(clips).motion, lengths)
+
+
+def longer(sampler):
+    """The same motions with four frames more: a sampler that chooses its own lengths."""
+    def own(captions, lengths, purpose, repeat):
+        return sampler(captions, lengths + 4, purpose, repeat)
+    return own
 
 
 # ---- Numbers -----------------------------------------------------------------------------------------------
@@ -115,7 +122,7 @@ def test_evaluate_asks_caption_r_of_every_clip_in_its_own_length(clips, scorers)
     row = reports.evaluate(clips, scorers, sampler, purpose="look", repeats=3)
     lengths = [12, 16, 20, 24, 12, 16]
     assert sampler.calls == [([clip.captions[r % 2] for clip in clips], lengths, "look", r) for r in range(3)]
-    motions = [Sampler("policy")([""] * 6, torch.tensor(lengths), "look", r) for r in range(3)]
+    motions = [Sampler("policy")([""] * 6, torch.tensor(lengths), "look", r)[0] for r in range(3)]
     rewards = torch.stack([scorers.reward_model.similarity(m, torch.tensor(lengths), c[0])
                            for m, c in zip(motions, sampler.calls)], 1)
     np.testing.assert_allclose(row["_prompts"]["reward"], rewards.mean(1), atol=1e-6)
@@ -130,27 +137,70 @@ def test_evaluate_asks_caption_r_of_every_clip_in_its_own_length(clips, scorers)
 def test_best_of_picks_the_best_for_each_prompt(clips, scorers):
     captions, _, lengths = reports.questions(clips, 0)
     inner = Sampler("base")
-    best = reports.best_of(inner, 5, scorers.reward_model)(captions, lengths, "test", 2)
+    best, made = reports.best_of(inner, 5, scorers.reward_model)(captions, lengths, "test", 2)
+    assert made is lengths
     assert [call[2:] for call in inner.calls] == [(f"test try {n}", 2) for n in range(5)]
-    tries = [Sampler("base")(captions, lengths, f"test try {n}", 2) for n in range(5)]
+    tries = [Sampler("base")(captions, lengths, f"test try {n}", 2)[0] for n in range(5)]
     scores = torch.stack([scorers.reward_model.similarity(motion, lengths, captions) for motion in tries])
     winners = scores.argmax(0).tolist()
     assert len(set(winners)) > 1
     assert all(torch.equal(best[k], tries[n][k]) for k, n in enumerate(winners))
 
 
+@torch.no_grad()
+def test_best_of_motions_of_different_lengths(clips, scorers):
+    """The best try keeps its own length, and is padded to the longest."""
+    captions, _, lengths = reports.questions(clips, 0)
+
+    def sampler(captions, asked, purpose, repeat):
+        made = asked + 4 * int(purpose[-1])
+        g = runs.generator(0, repeat, purpose)
+        return torch.randn(len(captions), int(made.max()), 263, generator=g), made
+
+    best, made = reports.best_of(sampler, 3, scorers.reward_model)(captions, lengths, "test", 0)
+    tries = [sampler(captions, lengths, f"test try {n}", 0) for n in range(3)]
+    scores = torch.stack([scorers.reward_model.similarity(motion, own, captions) for motion, own in tries])
+    winners = scores.argmax(0).tolist()
+    assert len(set(winners)) > 1 and best.shape[1] == 32
+    for k, n in enumerate(winners):
+        assert made[k] == lengths[k] + 4 * n
+        assert torch.equal(best[k, :tries[n][0].shape[1]], tries[n][0][k])
+
+
+@pytest.mark.filterwarnings("ignore:FID of 6")
+def test_a_sampler_that_chooses_its_lengths_has_a_length_error(clips, scorers):
+    row = reports.evaluate(clips, scorers, longer(Sampler("policy")), repeats=2)
+    assert row["length_error"] == [4.0, 0.0]
+    assert "length_error" not in reports.evaluate(clips, scorers, Sampler("policy"))
+
+
+def test_captions_without_motion_have_the_metrics_that_need_none(clips, scorers):
+    empty = [Clip("composed", np.zeros((0, 263), np.float32), ["a person waves"], [[]], [{}]) for _ in range(3)]
+
+    def sampler(captions, lengths, purpose, repeat):
+        return Sampler("policy")(captions, torch.full((len(captions),), 16), purpose, repeat)
+
+    row = reports.evaluate(empty, scorers, sampler)
+    assert "fid" not in row and "length_error" not in row and math.isfinite(row["judge"][0])
+    rows = reports.compare("toy", empty, scorers, {"base": sampler, "tuned": sampler}, purpose="x", repeats=1)
+    assert "gt" not in rows and rows["gain"]["judge"][0] == 0.0
+
+
 def test_multimodality_is_a_distance_within_prompts(clips, scorers):
     sampler = Sampler("base")
-    value = reports.multimodality(clips, scorers, sampler, prompts=3, samples=4)
+    found = reports.variety(clips, scorers, sampler, prompts=3, samples=4)
+    value = found["multimodality"]
     asked = [(len(captions), purpose, repeat) for captions, _, purpose, repeat in sampler.calls]
     assert asked == [(3, "multimodality", n) for n in range(4)]
     captions, _, lengths = reports.questions(clips[:3], 0)
-    motions = [Sampler("base")(captions, lengths, "multimodality", n) for n in range(4)]
+    motions = [Sampler("base")(captions, lengths, "multimodality", n)[0] for n in range(4)]
     latents = torch.stack([evaluators.embed(scorers.judge, m, lengths)[0] for m in motions])  # g p c
     first, second = evaluators.draw_pairs(4, 2, runs.generator(0, 0, "multimodality"))
     distance = float((latents[first] - latents[second]).norm(dim=-1).mean())
     assert distance > 0.1 and value == [pytest.approx(distance, abs=1e-6), 0.0]
-    assert reports.multimodality(clips, scorers, copy_of(clips[:3]), prompts=3)[0] == 0.0
+    assert found["distinct"] == [1.0, 0.0]
+    same = reports.variety(clips, scorers, copy_of(clips[:3]), prompts=3)
+    assert same == {"multimodality": [0.0, 0.0], "distinct": [pytest.approx(0.1), 0.0]}, "one of ten is new"
 
 
 @pytest.mark.filterwarnings("ignore:FID of 6")
@@ -165,6 +215,7 @@ def test_compare(clips, scorers, capsys):
     assert [call[2:] for call in best.calls] == [("test", 0), ("test", 1)], "asked what the others are asked"
     assert {name for name, row in rows.items() if "multimodality" in row} == {"base", "tuned"}
     assert rows["tuned"].pop("multimodality") == [0.0, 0.0]
+    assert rows["tuned"].pop("distinct") == [pytest.approx(0.1), 0.0]
     # NaN, the oracle's answer where nothing is asked, differs from itself
     text = {name: {k: str(v) for k, v in row.items()} for name, row in rows.items()}
     assert text["tuned"] == text["gt"], "the data against itself"
@@ -184,9 +235,9 @@ def test_print_table(capsys):
     reports.print_table("title", {"base": base, "gain": {"jerk": [-3.0, 0.5]}})
     blank, title, header, base, gain = capsys.readouterr().out.splitlines()
     assert (blank, title) == ("", "title")
-    assert header.split() == [name.replace("r_precision_", "r_") for name in reports.COLUMNS]
-    assert base == "base      " + f"{'0.123 +-0.010':>17s}" + 11 * f"{'-':>17s}"
-    assert gain == "gain      " + 11 * f"{'-':>17s}" + f"{'-3.000 +-0.500':>17s}"
+    assert header.split() == ["reward", "oracle", "jerk"], "columns that some row has"
+    assert base == "base      " + f"{'0.123 +-0.010':>17s}" + 2 * f"{'-':>17s}"
+    assert gain == "gain      " + 2 * f"{'-':>17s}" + f"{'-3.000 +-0.500':>17s}"
 
 
 def write_results(folder, seed, base, gain, judge, seconds, memory):
@@ -206,10 +257,9 @@ def test_summary_of_two_seeds(tmp_path):
     lines = reports.summary(folders).splitlines()
     assert lines[0] == "2 run(s), seeds 0, 1; data: embedded humanml3d -> embedded kit"
     assert "    python ddpo_motion.py --seed 1" in lines and "**target, test**" in lines
-    rest = " | -" * 10 + " |"
     # 0.2 and 0.6: mean 0.4, sample sd 0.4 / sqrt(2); 0.3 and 0.1: mean 0.2, sd 0.2 / sqrt(2)
-    assert "| base | 0.400 (0.283) | 0.500" + rest in lines
-    assert "| gain | +0.200 (0.141) | +0.100 (0.000)" + rest in lines
+    assert "| base | 0.400 (0.283) | 0.500 |" in lines
+    assert "| gain | +0.200 (0.141) | +0.100 (0.000) |" in lines
     assert "Above zero beyond their own 95 % interval over prompts in every run: reward." in lines
     assert lines[-1] == "Seconds (mean): rollout 15; peak memory 900 MB."
 

@@ -548,8 +548,8 @@ def test_base_and_training_never_see_a_target_motion(finished, tmp_path, monkeyp
     scorers_of, train, score = evaluators.reward_and_judge, ddpo.train, ddpo.retrieval_reward
     asked, lengths, parts = [], [], {}
 
-    def then_hide(source, target, **options):
-        scorers = scorers_of(source, target, **options)
+    def then_hide(seen, domains, **options):
+        scorers, target = scorers_of(seen, domains, **options), domains[-1]
         for clip in (clip for clips in target.splits.values() for clip in clips):
             clip.features = Untouchable(len(clip.features))  # main() sizes its arrays by the longest clip
         with pytest.raises((AssertionError, TypeError)):
@@ -610,9 +610,10 @@ def train_scorers(finished, cache, monkeypatch, *flags):
         source, target = datasets.load_pair(
             args.source, args.dataset, clips=(args.source_clips, args.target_clips), data_root=args.data_root,
             cache_dir=args.cache_dir, seed=args.base_seed)
+        seen = [source] if args.reward_data == "source" else [source, target]
         reward_model, *_ = evaluators.reward_and_judge(
-            source, target, reward_data=args.reward_data, iterations=3, seed=0, cache_dir=cache,
-            use_cache=True, device=torch.device("cpu"))
+            seen, [source, target], saw=args.reward_data, iterations=3, seed=0, cache_dir=cache, use_cache=True,
+            device=torch.device("cpu"))
     return saw, source, target, reward_model, keys
 
 
