@@ -223,7 +223,7 @@ def build_gpt(args, dataset, vq, device):
         state = published.read_state(path, "trans")
         sizes = published.gpt_sizes(state, path, args.heads, PUBLISHED_BLOCK)
         if (sizes["codes"], sizes["text_dim"]) != (len(vq.quantizer.codebook), text_dim):
-            raise InputError(f"{path}: for {sizes['codes']} codes and {sizes['text_dim']} text features, here "
+            raise InputError(f"{path}: for {sizes['codes']} codes, {sizes['text_dim']} text features; here "
                              f"are {len(vq.quantizer.codebook)} and {text_dim}")
         gpt = MotionGPT(**sizes)
         published.load_strict(gpt, state, path)

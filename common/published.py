@@ -35,7 +35,8 @@ def read_state(path, name):
 def size(state, path, key, axis=0):
     """Size of an axis of a weight; InputError if the weight is not there."""
     if key not in state or state[key].ndim <= axis:
-        raise InputError(f"{path}: has no fitting {key}; is it a T2M-GPT checkpoint of the other kind?")
+        raise InputError(f"{path}: has no {key}, or not of its shape; is it a checkpoint of the other "
+                         "kind?")
     return state[key].shape[axis]
 
 

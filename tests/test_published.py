@@ -176,7 +176,7 @@ def test_files_of_the_other_kind(tmp_path):
     mixed = published.read_state(save(tmp_path / "mixed.pth", net=own_gpt().state_dict()), "net")
     assert "has no encoder.model.0.weight" in message(published.tokenizer_sizes, mixed, "mixed.pth")
     mixed = published.read_state(save(tmp_path / "mixed.pth", trans=vq_state(own_vq())), "trans")
-    assert "has no trans_head.head.weight" in message(published.gpt_sizes, mixed, "mixed.pth", 2, 6)
+    assert "has no trans_base.cond_emb.weight" in message(published.gpt_sizes, mixed, "mixed.pth", 2, 6)
 
 
 @pytest.mark.parametrize("content", [b"", b"not weights", b"PK\x03\x04 half a zip"])

@@ -175,7 +175,8 @@ def test_a_sampler_that_chooses_its_lengths_has_a_length_error(clips, scorers):
 
 
 def test_captions_without_motion_have_the_metrics_that_need_none(clips, scorers):
-    empty = [Clip("composed", np.zeros((0, 263), np.float32), ["a person waves"], [[]], [{}]) for _ in range(3)]
+    nothing = np.zeros((0, 263), np.float32)
+    empty = [Clip("composed", nothing, ["a person waves"], [[]], [{}]) for _ in range(3)]
 
     def sampler(captions, lengths, purpose, repeat):
         return Sampler("policy")(captions, torch.full((len(captions),), 16), purpose, repeat)

@@ -612,8 +612,8 @@ def train_scorers(finished, cache, monkeypatch, *flags):
             cache_dir=args.cache_dir, seed=args.base_seed)
         seen = [source] if args.reward_data == "source" else [source, target]
         reward_model, *_ = evaluators.reward_and_judge(
-            seen, [source, target], saw=args.reward_data, iterations=3, seed=0, cache_dir=cache, use_cache=True,
-            device=torch.device("cpu"))
+            seen, [source, target], saw=args.reward_data, iterations=3, seed=0, cache_dir=cache,
+            use_cache=True, device=torch.device("cpu"))
     return saw, source, target, reward_model, keys
 
 
