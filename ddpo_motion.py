@@ -371,11 +371,13 @@ def group_advantages(rewards, adv_clip):
     return (centred / (centred.square().mean().sqrt() + 1e-4)).clamp(-adv_clip, adv_clip)
 
 
+# [sync:strongest]
 def strongest(advantages, count):
     """Numbers, in order, of the `count` samples with the largest |advantage|; 0: of all. Not in the paper: a
     sample costs a quarter of its update, and those near their group's mean teach little (Xu et al. 2025)."""
     order = advantages.abs().argsort(descending=True, stable=True)
     return order[: count or len(order)].sort().values.tolist()
+# [/sync:strongest]
 
 
 def clipped_loss(ratio, advantages, clip_range):

@@ -1,7 +1,7 @@
 """Supervised training of a token model on captioned clips (T2M-GPT, Zhang et al. 2023, section 3.2).
 
-The network comes from the script; here it learns to predict the next token, with its text encoder. What
-reinforcement learning does to it afterwards is the script's subject.
+The network (motion_gpt.py) learns to predict the next token, together with its text encoder. What
+reinforcement learning does to it afterwards is the scripts' subject.
 """
 import inspect
 import sys

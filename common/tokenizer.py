@@ -14,6 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from common import datasets, features, patches, published, runs
+from common.evaluators import freeze, length_mask
 from common.runs import InputError, NonFiniteError, generator
 
 # Without weights the few root numbers vanish among 251 and nobody turns; the rotations repeat what the
@@ -48,7 +49,7 @@ def walk(layers, x, lengths):
     """What lies behind the end of a row is set to zero before each convolution that looks sideways, as the
     layer's own padding would be: a row gives the same in any batch. Zeroing the codes alone is not enough."""
     for layer in layers:
-        inside = (torch.arange(x.shape[2], device=x.device) < lengths[:, None])[:, None]  # b 1 t
+        inside = length_mask(lengths, x.shape[2])[:, None]  # b 1 t
         if isinstance(layer, nn.Sequential):
             x, lengths = walk(layer, x, lengths)
         elif isinstance(layer, Stack):
@@ -105,8 +106,7 @@ class VQVAE(nn.Module):
     def reconstruct(self, latents, counts):
         """latents or codes' vectors (b n c) -> x (b t d) normalised, zero behind the ends"""
         x, lengths = self.decoder(rearrange(latents, "b n c -> b c n"), counts)
-        inside = torch.arange(x.shape[2], device=x.device) < lengths[:, None]
-        return rearrange(x, "b d t -> b t d") * inside[..., None]
+        return rearrange(x, "b d t -> b t d") * length_mask(lengths, x.shape[2])[..., None]
 
     def tokenise(self, motion, lengths):
         """motion (b t d) raw, lengths (b) -> codes (b n), counts (b)"""
@@ -115,9 +115,9 @@ class VQVAE(nn.Module):
 
     def decode(self, codes, counts):
         """codes (b n), any number behind the end, counts (b) -> motion (b t d) raw, lengths (b) in frames"""
-        inside = torch.arange(codes.shape[1], device=codes.device) < counts[:, None]
-        x = self.reconstruct(self.quantizer.codebook[codes * inside], counts)
+        x = self.reconstruct(self.quantizer.codebook[codes * length_mask(counts, codes.shape[1])], counts)
         return x * self.std + self.mean, counts * 2**self.halvings
+
 
 # ---- 2. Codebook, loss, training ---------------------------------------------------------------------------
 
@@ -146,7 +146,7 @@ def vq_loss_parts(x, recon, latents, codes, counts, positions):
     (b n c); positions: slice of features -> three scalars"""
     frames = counts.sum() * (x.shape[1] // latents.shape[1])
     error = F.smooth_l1_loss(recon, x, reduction="none").sum((0, 1)) / frames  # d
-    inside = torch.arange(latents.shape[1], device=x.device) < counts[:, None]
+    inside = length_mask(counts, latents.shape[1])
     return error.mean(), error[positions].mean(), (latents - codes.detach()).square()[inside].mean()
 
 
@@ -181,7 +181,7 @@ def train_tokenizer(vq, clips, skeleton, *, iterations, lr, batch, patch_weight,
         x, lengths = part.motion.to(device), part.lengths.to(device)
         x = (x - vq.mean) / vq.std * part.mask.to(device)[..., None]
         latents, counts = vq.encode(x, lengths)
-        inside = torch.arange(latents.shape[1], device=device) < counts[:, None]
+        inside = length_mask(counts, latents.shape[1])
         rows = latents.detach()[inside]
         fresh = rows[torch.randint(len(rows), (codebook_size,), generator=g).to(device)]
         book = book or EMACodebook(vq.quantizer.codebook, fresh)
@@ -204,6 +204,7 @@ def train_tokenizer(vq, clips, skeleton, *, iterations, lr, batch, patch_weight,
         log.append([loss.item(), dead, perplexity(numbers[inside], codebook_size).item()])
         bar.set_postfix(loss=f"{log[-1][0]:.3f}", dead=dead, perplexity=f"{log[-1][2]:.0f}", refresh=False)
     return dict(zip(("loss", "dead", "perplexity"), np.mean(log[-50:], 0).tolist()))
+
 
 def reconstruction(vq, clips, device):
     """A sampler for common/reports.py: the clips themselves, through the tokenizer and back. What the codes
@@ -240,7 +241,7 @@ def build(dataset, *, codes, width, frames_per_token, iterations, batch, seed, c
     stored = runs.cached(cache_dir, key, train, "tokenizer", use_cache)
     vq.load_state_dict(stored.pop("model"))
     print("  tokenizer: " + ", ".join(f"{name} {value:.3g}" for name, value in stored.items()))
-    return vq.to(device).eval().requires_grad_(False), stored
+    return freeze(vq.to(device)), stored
 
 
 def load_published(path, statistics, feature_dim, device):
@@ -252,4 +253,4 @@ def load_published(path, statistics, feature_dim, device):
     published.load_strict(vq, state, path, free=("mean", "std"))
     for own, given in zip((vq.mean, vq.std), published.read_statistics(statistics, feature_dim)):
         own.copy_(given)
-    return vq.to(device).eval().requires_grad_(False), {"published": str(path)}
+    return freeze(vq.to(device)), {"published": str(path)}

@@ -24,13 +24,7 @@ CAPTIONS = ["a person walks forward", "someone turns left slowly", "a man waves"
 COMPOSED = ["a person walks forward and claps", "a man waves then turns left", "a person jumps and waves"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Networks of this size are many times slower on several threads, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def normal(*shape, k=0, dtype=torch.float32):

@@ -13,13 +13,7 @@ from common.runs import InputError, generator
 WIDTH = 9
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Networks of this size are many times slower on several threads, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def normal(*shape, k=0):

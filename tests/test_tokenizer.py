@@ -18,13 +18,7 @@ WIDTH = 251  # features of a KIT frame
 LENGTHS = (12, 28, 4, 20)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Networks of this size are many times slower on several threads, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def normal(*shape, k=0):
