@@ -597,35 +597,29 @@ LOG_FIELDS = ("iteration", "reward", "group_std", "frac_zero_std", "loss", "appr
               "val_reward", "val_judge", "val_oracle", "val_foot_skate", "val_jerk")
 
 
-def train(args, policy, scorers, source, target, folder, watch):
-    """The loop. Only the adapters change; checkpoint.pt after every iteration makes it resumable."""
-    rank, processes = runs.world(policy.device)
+def train(start, policy, scorers, source, target, folder):
+    """The loop. Only the adapters change."""
+    args, (rank, processes) = start.args, runs.world(policy.device)
     prompts = sorted({c for clip in target.splits["train"] for c in clip.captions})  # text, no motion
     table = datasets.length_table(source.splits["train"])
     wrong = evaluators.wrong_captions(prompts, args.seed)
     parameters = list(lora.lora_parameters(policy.model))
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-    start, shown, path = 0, {}, folder / "checkpoint.pt"
-    shaping = runs.shaping_args(args) | {"data read": source.fingerprint + target.fingerprint}
     tracker = PromptTracker(buffer_size=32, min_count=16)  # DDPO code
-    if args.resume and path.exists():
-        state = runs.load_checkpoint(path, kind="ddpo-run")
-        runs.require_same(path, state["args"], shaping)
-        lora.load_lora(policy.model, state["lora"])
-        optimizer.load_state_dict(state["optimizer"])
-        start, tracker.rewards = state["iteration"] + 1, state["tracker"]
-    if rank == 0:
-        log = runs.CsvLog(folder / "logs.csv", LOG_FIELDS, runs.fingerprint(shaping)[:16])
-        log.truncate_after(start - 1)
+    watch, shown = start.watch, {}
+    origin = {"data read": source.fingerprint + target.fingerprint}
     print(f"  {len(prompts)} prompts; {args.prompts_per_iteration} x {args.samples_per_prompt} motions an "
           f"iteration; {args.steps - args.skip_last} of {args.steps} steps trained, "
           f"{lora.count(parameters)} of {lora.count(policy.model.parameters())} weights")
-    bar = tqdm(range(start, args.iterations), "ddpo", args.iterations, initial=start, disable=rank > 0)
-    with runs.StopSignal() as stop:
-        for iteration in bar:
+    with runs.Loop("ddpo", start, folder, LOG_FIELDS, origin) as loop:
+        if loop.state:
+            lora.load_lora(policy.model, loop.state["lora"])
+            optimizer.load_state_dict(loop.state["optimizer"])
+            tracker.rewards = loop.state["tracker"]
+        for iteration in loop:
             with watch.stage("rollout"):
                 batch = collect(args, policy, prompts, table, iteration, rank, processes)
-            stop.check()
+            loop.check()
             with watch.stage("reward"):
                 own = score(args, policy, scorers.reward_model, batch, wrong, iteration)
                 rewards = runs.all_gather_rows(own)
@@ -636,7 +630,7 @@ def train(args, policy, scorers, source, target, folder, watch):
                     advantages = torch.from_numpy(tracker.update(batch["asked"], rewards.numpy())).float()
                     advantages = advantages.clamp(-args.adv_clip, args.adv_clip)
             with watch.stage("update"), runs.nan_report(folder, policy.model, iteration, rewards):
-                values = update(args, policy, batch, advantages, optimizer, iteration, stop)
+                values = update(args, policy, batch, advantages, optimizer, iteration, loop)
             row = dict.fromkeys(LOG_FIELDS) | values | {
                 "iteration": iteration, "reward": rewards.mean().item(),
                 "group_std": groups.std(1).mean().item(),
@@ -646,15 +640,10 @@ def train(args, policy, scorers, source, target, folder, watch):
                     val = reports.evaluate(target.splits["val"], scorers, policy_sampler(args, policy),
                                            purpose="validation", benchmark=False)
                 row |= {name: val[name[4:]][0] for name in LOG_FIELDS if name.startswith("val_")}
-                shown |= {name: f"{row[name]:.3f}" for name in ("val_judge", "val_oracle")}
-            bar.set_postfix({"reward": f"{row['reward']:.3f}", **shown}, refresh=False)
-            if rank == 0:
-                log.write(row)
-                runs.save_checkpoint(path, kind="ddpo-run", data={
-                    "args": shaping, "iteration": iteration, "lora": lora.lora_state(policy.model),
-                    "optimizer": optimizer.state_dict(), "tracker": tracker.rewards})
-            stop.check()
-    runs.barrier()
+                shown = {name: row[name] for name in ("val_judge", "val_oracle")}
+            loop.end(row, {"reward": row["reward"], **shown},
+                     {"lora": lora.lora_state(policy.model), "optimizer": optimizer.state_dict(),
+                      "tracker": tracker.rewards})
 
 
 # ---- 8. Evaluation and pictures ----------------------------------------------------------------------------
@@ -689,24 +678,17 @@ BASE_ARGS = ("base_seed", "width", "layers", "heads", "text_layers", "patch", "p
 
 def main(argv):
     """Prepare; then train, evaluate and draw, or do one of the two things a finished adapter is for."""
-    args, watch = runs.parse_args(Args, TINY, argv, __doc__), runs.Stopwatch()
-    check_args(args)
-    adapter = runs.load_checkpoint(args.load, kind="ddpo-adapter") if args.load else None
-    if adapter:  # base, scorers and data are those of the run that made it
-        args = runs.adopt_args(args, Args(**TINY) if args.tiny else Args(), adapter["args"], args.load)
-    mode = "_prompt" if args.prompt else "_eval" if args.eval_only else ""
-    folder, reopen = runs.choose_folder(args, "ddpo", mode)
-    device = runs.pick_device(args.device)
-    threads, (rank, _) = runs.pick_threads(runs.wanted_threads(args, folder)), runs.world(device)
+    start = runs.prepare(Args, TINY, argv, __doc__, method="ddpo", product="ddpo-adapter", check=check_args)
+    args, adapter, device, rank, watch = start.args, start.stored, start.device, start.rank, start.watch
     if args.prompt:
-        write_prompts(args, adapter, runs.RunFolder(folder, reopen, args.overwrite), device)
+        write_prompts(args, adapter, start.open_folder(), device)
         return
     with watch.stage("data"):
         source, target = datasets.load_pair(
             args.source, args.dataset, clips=(args.source_clips, args.target_clips), data_root=args.data_root,
             cache_dir=args.cache_dir, seed=args.base_seed, use_cache=args.cache)
-    folder = folder if rank else runs.RunFolder(folder, reopen, args.overwrite)
-    print(f"{device}, {threads} CPU thread(s)\n  source: {source.label}\n  target: {target.label}")
+    folder = start.open_folder()
+    print(f"{device}, {start.threads} CPU thread(s)\n  source: {source.label}\n  target: {target.label}")
     with watch.stage("reward model and judge"):
         reward_model, judge, notes = evaluators.reward_and_judge(
             [source] if args.reward_data == "source" else [source, target], [source, target],
@@ -724,11 +706,12 @@ def main(argv):
             policy = make_policy(args, model, tokens, device)
     about = {"command": "python ddpo_motion.py " + " ".join(argv), "seed": args.seed, "parts": notes,
              "versions": runs.versions(), "data": {"source": source.label, "target": target.label},
-             "fingerprints": {"source": source.fingerprint, "target": target.fingerprint}, "threads": threads}
+             "fingerprints": {"source": source.fingerprint, "target": target.fingerprint},
+             "threads": start.threads}
     if not adapter:
         if rank == 0 and not (args.resume and (folder / "checkpoint.pt").exists()):
             runs.save_json(folder / "args.json", {**about, "args": dataclasses.asdict(args)})
-        train(args, policy, scorers, source, target, folder, watch)
+        train(start, policy, scorers, source, target, folder)
         if rank:
             return
         runs.save_checkpoint(folder / "adapter.pt", kind="ddpo-adapter", keep_previous=False, data={

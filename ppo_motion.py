@@ -41,7 +41,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
-from tqdm import tqdm
 
 from common import (datasets, evaluators, features, pretraining, prompts, published, reports, runs,
                     tokenizer)
@@ -102,7 +101,7 @@ class Args:
     text_only_share: float = arg(0.5, "share of composed captions in a rollout (InstructMotion: 0 or 1/2)")
     composed: int = arg(3000, "sentences composed of the training captions", lowest=0)
     three_parts: float = arg(0.1, "share of them made of three movements")
-    together: float = arg(0.5, "share of the others whose two movements go on at once")
+    together: float = arg(0.67, "share of the others whose two movements go on at once")
     # reward
     reward: str = arg("encoders", "shuffled, random: controls", choices=("encoders", "shuffled", "random"))
     reward_loss: str = arg("infonce", "what the reward encoders learn from: Eq. (1), or InfoNCE",
@@ -150,6 +149,7 @@ def check_args(args):
     count = 1 / args.minibatch_ratio if args.minibatch_ratio > 0 else 0.0
     motions = args.batch_prompts * args.samples_per_prompt
     kept = args.kept_samples if args.kept_samples and args.samples_per_prompt > 1 else motions
+    paired = args.batch_prompts - round(args.batch_prompts * args.text_only_share)
     for wrong, message in (
             (args.batch_prompts < 2 * runs.process_count(), "--batch-prompts: at least two per process"),
             (kept > motions, f"--kept-samples: at most prompts x samples of a rollout, {motions}"),
@@ -159,6 +159,7 @@ def check_args(args):
             (args.text_only_share and not args.composed, "--composed: at least 1, or --text-only-share 0"),
             (args.text_only_share == 1 and not args.lambda_t, "--lambda-t: above 0; without pairs no reward"),
             (not args.lambda_t and not args.lambda_m, "--lambda-t, --lambda-m: one of them above 0"),
+            (args.reward == "shuffled" and paired == 1, "--reward shuffled: two paired prompts, or none"),
             (not args.temperature, "--temperature: above 0"),
             (max(args.three_parts, args.together) > 1, "--three-parts, --together: 0 to 1"),
             (args.width % args.heads or args.width % 2, "--width: even and a multiple of --heads"),
@@ -360,6 +361,12 @@ def value_loss(values, returns, old=None, value_clip=0.0):
 # [/sync:ppo]
 
 
+def schedule(iteration, iterations, warmup):
+    """Factor of the policy's learning rate. Not in the paper: Adam's first steps have full size in every
+    weight, noise or not, so it rises over `warmup` iterations; it falls to zero, to settle, over all."""
+    return min(1.0, (iteration + 1) / max(warmup, 1)) * (1 - iteration / iterations)
+
+
 # [sync:strongest]
 def strongest(advantages, count):
     """Numbers, in order, of the `count` samples with the largest |advantage|; 0: of all. Not in the paper: a
@@ -424,6 +431,8 @@ def draw_prompts(args, clips, composed, iteration):
     rows = torch.randint(len(clips), (args.batch_prompts - alone,), generator=g).tolist()
     lines = torch.rand(len(rows), generator=g).tolist()
     drawn = [(clips[k].captions[int(u * len(clips[k].captions))], clips[k]) for k, u in zip(rows, lines)]
+    if args.reward == "shuffled":  # nothing of the right motion may leak in
+        drawn = [(caption, clip) for (caption, _), (_, clip) in zip(drawn, drawn[1:] + drawn[:1])]
     picked = torch.randint(max(len(composed), 1), (alone,), generator=g).tolist()
     drawn += [(composed[k], None) for k in picked]
     return [prompt for prompt in drawn for _ in range(args.samples_per_prompt)]
@@ -457,8 +466,6 @@ def score(args, policy, reward_model, batch, wrong, iteration):
         real = datasets.collate([clip for clip in batch["pairs"] if clip is not None])
         f_paired = f_motion.clone()
         real = reward_model.embed_motion(real.motion.to(policy.device), real.lengths.to(policy.device))
-        if args.reward == "shuffled":  # nothing of the right motion may leak in
-            real = real.roll(args.samples_per_prompt, 0)
         f_paired[paired] = real
     unit = (F.normalize(f, dim=-1) for f in (f_text, f_motion, f_paired))
     distances = [runs.all_gather_rows(d) for d in reward_terms(*unit)]
@@ -563,10 +570,9 @@ LOG_FIELDS = ("iteration", "reward", "text_term", "motion_term", "pseudo_score",
               "val_reward", "val_judge", "val_oracle", "val_foot_skate", "val_jerk")
 
 
-def train(args, policy, scorers, clips, sets, folder, watch):
-    """The loop. The tokenizer, the text encoder and the reference never change; checkpoint.pt after every
-    iteration makes it resumable. -> the reward's scale"""
-    rank, processes = runs.world(policy.device)
+def train(start, policy, scorers, clips, sets, folder):
+    """The loop. The tokenizer, the text encoder and the reference never change -> the reward's scale"""
+    args, (rank, processes) = start.args, runs.world(policy.device)
     composed = [clip.captions[0] for clip in sets["composed_train"]]
     known = sorted({c for clip in clips for c in clip.captions} | set(composed))
     wrong = evaluators.wrong_captions(known, args.seed)
@@ -575,57 +581,42 @@ def train(args, policy, scorers, clips, sets, folder, watch):
     optimizer = torch.optim.AdamW([{"params": list(policy.gpt.parameters()), "lr": args.lr},
                                    {"params": list(critic.parameters()), "lr": args.critic_lr}],
                                   betas=(0.9, 0.99), weight_decay=1e-6)
-    start, shown, path, scale = 0, {}, folder / "checkpoint.pt", args.reward_scale
-    shaping = runs.shaping_args(args) | {"starts from": runs.fingerprint(policy.reference.state_dict())}
-    if args.resume and path.exists():
-        state = runs.load_checkpoint(path, kind="ppo-run")
-        runs.require_same(path, state["args"], shaping)
-        policy.gpt.load_state_dict(state["gpt"])
-        critic.load_state_dict(state["critic"])
-        optimizer.load_state_dict(state["optimizer"])
-        start, scale = state["iteration"] + 1, state["scale"]
-    if not scale:
-        batch = collect(args, policy, clips, composed, -1, rank, processes)
-        r, _ = score(args, policy, scorers.reward_model, batch, wrong, -1)
-        scale = 1 / max(runs.all_gather_rows(r).std().item(), 1e-6)
-    if rank == 0:
-        log = runs.CsvLog(folder / "logs.csv", LOG_FIELDS, runs.fingerprint(shaping)[:16])
-        log.truncate_after(start - 1)
-    bar = tqdm(range(start, args.iterations), "ppo", args.iterations, initial=start, disable=rank > 0)
-    with runs.StopSignal() as stop:
-        for iteration in bar:
+    parts = {"gpt": policy.gpt, "critic": critic, "optimizer": optimizer}
+    watch, scale, shown = start.watch, args.reward_scale, {}
+    origin = {"starts from": runs.fingerprint(policy.reference.state_dict())}
+    with runs.Loop("ppo", start, folder, LOG_FIELDS, origin) as loop:
+        if loop.state:
+            scale = loop.state["scale"]
+            for name, part in parts.items():
+                part.load_state_dict(loop.state[name])
+        if not scale:
+            batch = collect(args, policy, clips, composed, -1, rank, processes)
+            r, _ = score(args, policy, scorers.reward_model, batch, wrong, -1)
+            scale = 1 / max(runs.all_gather_rows(r).std().item(), 1e-6)
+        for iteration in loop:
             with watch.stage("rollout"):
                 batch = collect(args, policy, clips, composed, iteration, rank, processes)
-            stop.check()
+            loop.check()
             with watch.stage("reward"):
-                r, parts = score(args, policy, scorers.reward_model, batch, wrong, iteration)
+                r, log = score(args, policy, scorers.reward_model, batch, wrong, iteration)
             batch, centred, kept = baseline(args, batch, r)
             plan = [runs.minibatches(kept, round(1 / args.minibatch_ratio), batch["index"],
                                      args.micro_batch, generator(args.seed, iteration, "shuffle", epoch))
                     for epoch in range(args.ppo_epochs)]
-            # Not in the paper: Adam's first steps have full size in every weight, noise or not. They alone
-            # cost four nats of KL and no reward comes of them.
-            optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (iteration + 1) / max(args.warmup, 1))
+            optimizer.param_groups[0]["lr"] = args.lr * schedule(iteration, args.iterations, args.warmup)
             with watch.stage("update"), runs.nan_report(folder, policy.gpt, iteration, r):
-                parts |= assess(args, policy, critic, batch, scale * centred, plan)
-                values = update(args, policy, critic, batch, plan, optimizer, iteration, stop)
-            row = dict.fromkeys(LOG_FIELDS) | values | {name: float(value) for name, value in parts.items()}
+                log |= assess(args, policy, critic, batch, scale * centred, plan)
+                log |= update(args, policy, critic, batch, plan, optimizer, iteration, loop)
+            row = dict.fromkeys(LOG_FIELDS) | {name: float(value) for name, value in log.items()}
             row |= {"iteration": iteration, "reward": runs.all_gather_rows(r).mean().item()}
             if (iteration + 1) % args.eval_every == 0:
                 with watch.stage("validation"):
                     sampler = policy_sampler(args, policy, policy.gpt)
                     val = reports.evaluate(sets["composed_val"], scorers, sampler, purpose="validation")
                 row |= {name: val[name[4:]][0] for name in LOG_FIELDS if name.startswith("val_")}
-                shown |= {name: f"{row[name]:.3f}" for name in ("val_judge", "val_oracle")}
-            shown |= {name: f"{row[name]:.3f}" for name in ("reward", "kl_ref")}
-            bar.set_postfix(shown, refresh=False)
-            if rank == 0:
-                log.write(row)
-                runs.save_checkpoint(path, kind="ppo-run", data={
-                    "args": shaping, "iteration": iteration, "gpt": policy.gpt.state_dict(), "scale": scale,
-                    "critic": critic.state_dict(), "optimizer": optimizer.state_dict()})
-            stop.check()
-    runs.barrier()
+                shown = {name: row[name] for name in ("val_judge", "val_oracle")}
+            loop.end(row, {"reward": row["reward"], "kl_ref": row["kl_ref"], **shown},
+                     {"scale": scale, **{name: part.state_dict() for name, part in parts.items()}})
     policy.gpt.requires_grad_(False)
     return scale
 
@@ -671,17 +662,10 @@ def write_motions(args, stored, folder, device):
 
 def main(argv):
     """Prepare; then train, evaluate and draw, or do one of the things that need no training."""
-    args, watch = runs.parse_args(Args, TINY, argv, __doc__), runs.Stopwatch()
-    check_args(args)
-    stored = runs.load_checkpoint(args.load, kind="ppo-policy") if args.load else None
-    if stored:  # tokenizer, texts, scorers and data are those of the run that made it
-        args = runs.adopt_args(args, Args(**TINY) if args.tiny else Args(), stored["args"], args.load)
-    mode = "_prompt" if args.prompt else "_eval" if args.eval_only else ""
-    folder, reopen = runs.choose_folder(args, "ppo", mode)
-    device = runs.pick_device(args.device)
-    threads, (rank, _) = runs.pick_threads(runs.wanted_threads(args, folder)), runs.world(device)
+    start = runs.prepare(Args, TINY, argv, __doc__, method="ppo", product="ppo-policy", check=check_args)
+    args, stored, device, rank, watch = start.args, start.stored, start.device, start.rank, start.watch
     if args.prompt:
-        write_motions(args, stored, runs.RunFolder(folder, reopen, args.overwrite), device)
+        write_motions(args, stored, start.open_folder(), device)
         return
     with watch.stage("data"):
         data = datasets.load_dataset(
@@ -692,8 +676,8 @@ def main(argv):
     if args.write_prompts:
         prompts.write_sets(args.write_prompts, sets, counted)
         return
-    folder = folder if rank else runs.RunFolder(folder, reopen, args.overwrite)
-    print(f"{device}, {threads} CPU thread(s)\n  data: {data.label}\n  composed captions: {counted}")
+    folder = start.open_folder()
+    print(f"{device}, {start.threads} CPU thread(s)\n  data: {data.label}\n  composed captions: {counted}")
     with watch.stage("reward model and judge"):
         loss = ("infonce", None)
         if args.reward_loss == "margin":
@@ -713,11 +697,12 @@ def main(argv):
             policy = Policy(vq, text, gpt, copy.deepcopy(gpt), 4 // 2**vq.halvings, device)
     about = {"command": "python ppo_motion.py " + " ".join(argv), "seed": args.seed, "parts": notes,
              "versions": runs.versions(), "data": {"source": data.label, "target": data.label},
-             "fingerprints": {"data": data.fingerprint}, "composed captions": counted, "threads": threads}
+             "fingerprints": {"data": data.fingerprint}, "composed captions": counted,
+             "threads": start.threads}
     if not stored:
         if rank == 0 and not (args.resume and (folder / "checkpoint.pt").exists()):
             runs.save_json(folder / "args.json", {**about, "args": dataclasses.asdict(args)})
-        about["reward_scale"] = train(args, policy, scorers, data.splits["train"], sets, folder, watch)
+        about["reward_scale"] = train(start, policy, scorers, data.splits["train"], sets, folder)
         if rank:
             return
         runs.save_checkpoint(folder / "policy.pt", kind="ppo-policy", keep_previous=False,
@@ -728,7 +713,7 @@ def main(argv):
         before_after = {"before": policy_sampler(args, policy, policy.reference),
                         "after": policy_sampler(args, policy, policy.gpt)}
         reports.draw(folder, sets["composed_test"], scorers, before_after, curves=not stored)
-    motions = 0 if stored else args.iterations * args.batch_prompts
+    motions = 0 if stored else args.iterations * args.batch_prompts * args.samples_per_prompt
     runs.finish(folder, watch, {**about, **tables, "counts": {"motions": motions}})
 
 

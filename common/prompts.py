@@ -398,7 +398,7 @@ _LEMMAS = {lemma for lemma, _ in VERBS.values()} - _IDLE
 TOGETHER = ("{0} while {1-ing}", "{0} and {1}")
 SEQUENCES = ("{0} then {1}", "{0} and then {1}")
 IN_TURN = "{0}, then {1} and then {2}"
-PATIENCE = 1000         # draws without a new prompt, after which few are left to be found
+PATIENCE = 5000         # draws without a new prompt, after which few are left to be found
 
 
 def _verb_at(meta):
@@ -459,10 +459,10 @@ def _sentence(template, subject, metas, tags):
     return " ".join(words), tokens
 
 
-def compose(metas, count, *, seed, known=(), tags=None, three_parts=0.2, together=0.5, max_words=20,
+def compose(metas, count, *, seed, known=(), tags=None, three_parts=0.2, together=2 / 3, max_words=20,
             subject="a person"):
     """At most `count` Prompts of two or, with probability three_parts, three meta motions, fixed by the seed.
-    Of two, a share `together` goes on at once, where feet and arms allow it, the others follow each other.
+    Of two, a share `together` goes on at once, while such pairs are easily found; the others take turns.
 
     known: captions that may not come out, by their words. tags: of word_tags, for the tokens. max_words: the
     text encoders cut what is longer.
@@ -470,8 +470,9 @@ def compose(metas, count, *, seed, known=(), tags=None, three_parts=0.2, togethe
     taken = {tuple(datasets.words(caption)) for caption in known}
     g, prompts, waited = generator(seed, 0, "novel prompts"), [], 0
     while len(metas) > 1 and len(prompts) < count and waited < PATIENCE:
+        if waited % 50 == 0:        # one kind of sentence, until parts are found for it or seem not to exist
+            three, at_once, which = torch.rand(3, generator=g).tolist()
         waited += 1
-        three, at_once, which = torch.rand(3, generator=g).tolist()
         number = 2 + (three < three_parts)
         chosen = [metas[k] for k in torch.randint(len(metas), (number,), generator=g).tolist()]
         if not _possible(chosen):

@@ -25,10 +25,12 @@ import sys
 import time
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 MASK64 = (1 << 64) - 1
 DISK_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
@@ -491,6 +493,94 @@ def wanted_threads(args, folder):
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"{folder / 'args.json'}: cannot be read ({error}); name --threads") from error
     return args.threads or None
+
+
+class Start(NamedTuple):
+    """What every mode of a script begins with; see `prepare`."""
+    args: object
+    stored: dict | None     # what --load names, for the modes that train nothing
+    path: Path              # the run folder, not made yet
+    reopen: bool            # whether that folder may exist
+    device: torch.device
+    threads: int
+    rank: int               # of this process; 0 writes the files
+    watch: "Stopwatch"
+
+    def open_folder(self):
+        """The run folder, made and locked by the first process -> RunFolder, or the path elsewhere."""
+        return self.path if self.rank else RunFolder(self.path, self.reopen, self.args.overwrite)
+
+
+def prepare(cls, tiny, argv, description, *, method, product, check):
+    """The command line of a script, checked, and what it decides -> Start.
+
+    method: prefix of run folders; product: kind of the file that --load reads; check(args) raises InputError.
+    With --load, data, networks and scorers are those of the run that made the file.
+    """
+    watch, args = Stopwatch(), parse_args(cls, tiny, argv, description)
+    check(args)
+    stored = load_checkpoint(args.load, kind=product) if args.load else None
+    if stored:
+        args = adopt_args(args, cls(**tiny) if args.tiny else cls(), stored["args"], args.load)
+    mode = "_prompt" if args.prompt else "_eval" if args.eval_only else ""
+    path, reopen = choose_folder(args, method, mode)
+    device = pick_device(args.device)
+    threads = pick_threads(wanted_threads(args, path))
+    return Start(args, stored, path, reopen, device, threads, world(device)[0], watch)
+
+
+class Loop:
+    """The frame of a training loop: progress bar, logs.csv, checkpoint.pt after every iteration, --resume,
+    and Ctrl-C, which stops at the next `check`, where all is saved.
+
+        with runs.Loop("ppo", start, folder, LOG_FIELDS, starts_from) as loop:
+            if loop.state: ...                  # what the interrupted run had saved
+            for iteration in loop:
+                ...
+                loop.end(row, shown, state)
+
+    starts_from: a dict of what else must be the same for --resume, besides the arguments.
+    """
+
+    def __init__(self, method, start, folder, fields, starts_from):
+        args, self.rank, self.stop = start.args, start.rank, StopSignal()
+        self.method, self.iterations, self.first, self.state = method, args.iterations, 0, None
+        self.path, self.kind = folder / "checkpoint.pt", f"{method}-run"
+        self.shaping = shaping_args(args) | starts_from
+        if args.resume and self.path.exists():
+            self.state = load_checkpoint(self.path, kind=self.kind)
+            require_same(self.path, self.state["args"], self.shaping)
+            self.first = self.state["iteration"] + 1
+        if self.rank == 0:
+            self.log = CsvLog(folder / "logs.csv", fields, fingerprint(self.shaping)[:16])
+            self.log.truncate_after(self.first - 1)
+
+    def __enter__(self):
+        self.stop.__enter__()
+        return self
+
+    def __iter__(self):
+        self.bar = tqdm(range(self.first, self.iterations), self.method, self.iterations, initial=self.first,
+                        disable=self.rank > 0)
+        yield from self.bar
+
+    def check(self):
+        """Raise Interrupted if a signal has come; what was saved last is then where --resume goes on."""
+        self.stop.check()
+
+    def end(self, row, shown, state):
+        """Close an iteration: a row of the log, numbers for the bar, and the state for a checkpoint."""
+        self.bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()}, refresh=False)
+        if self.rank == 0:
+            self.log.write(row)
+            save_checkpoint(self.path, kind=self.kind,
+                            data={"args": self.shaping, "iteration": row["iteration"], **state})
+        self.check()
+
+    def __exit__(self, kind, *exc):
+        self.stop.__exit__(kind, *exc)
+        if kind is None:
+            barrier()
 
 
 @contextlib.contextmanager

@@ -1,19 +1,26 @@
-"""What the sampler costs beside the network it calls: `python -m tests.bench rollout [--guidance-scale W]`.
+"""What sampling costs beside the network it calls: `python -m tests.bench rollout [--guidance-scale W]`.
 
+Diffusion:
     A  ddpo_motion's rollout of one batch: noise of every sample, captions encoded, N steps, all states kept
     B  the N denoiser forwards of that batch alone, on the very states that A went through
+Tokens, one motion and 32 at a time:
+    A  each token from a forward pass over the whole sequence so far, as the public T2M-GPT code samples
+    B  ppo_motion's rollout of the same tokens, with cached keys and values
 
 The two run in turns (A B A B ...), after one round of warming up, with the default Args and random weights
-(the time does not depend on them). The ratio of the two minima is the overhead of the sampler; it is not
-printed if one of the two varies by more than 20 %, because then the machine was busy with something else.
+(the time does not depend on them). The ratio of the two minima is the overhead of the sampler, or the gain
+of the cache; it is not printed if one of the two varies by more than 20 %, because then the machine was busy
+with something else.
 Seconds are for reading; what can be asserted is counted in test_bench.py.
 """
 import argparse
+import math
 import time
 
 import torch
 
 import ddpo_motion as ddpo
+import ppo_motion as ppo
 from common import datasets, runs
 
 WORDS = "a person walks forward slowly then turns left and waves with the right hand"
@@ -93,6 +100,44 @@ def time_rollout(args, batch, tokens, rounds):
     print("\n".join(report(names, interleave((rollout, forwards), rounds))))
 
 
+def make_gpt(args, tokens):
+    """The GPT of default size with random weights, for so many tokens."""
+    gpt = ppo.MotionGPT(args.codes, args.width, args.width, args.heads, args.base_layers, args.head_layers,
+                        tokens + 1)
+    runs.initialise(gpt, runs.generator(args.base_seed, 0, "gpt"))
+    return gpt.eval()
+
+
+@torch.no_grad()
+def recompute(gpt, text, uniform, shortest, temperature):
+    """ppo_motion.rollout without its cache: a pass over all there is, for every token. No row ends early."""
+    tokens = torch.full(uniform.shape, gpt.pad)
+    for t in range(uniform.shape[1]):
+        logits = ppo.action_logits(gpt(tokens[:, :t], text)[0], 0, shortest, temperature)[:, -1]
+        cumulative = logits.double().softmax(-1).cumsum(-1)
+        tokens[:, t] = (cumulative < uniform[:, t:t + 1] * cumulative[:, -1:]).sum(-1)
+    return tokens
+
+
+def time_cache(args, batch, tokens, rounds):
+    """Print the comparison A / B of token sampling; the end token is not allowed, so both do equal work."""
+    gpt, g = make_gpt(args, tokens), runs.generator(0, 0, "bench")
+    text, uniform = torch.randn(batch, args.width, generator=g), torch.rand(batch, tokens, generator=g)
+
+    def whole():
+        return recompute(gpt, text, uniform, tokens, 1.0)
+
+    def cached():
+        return ppo.rollout(gpt, text, uniform, tokens, 1.0)[0]
+
+    same = (whole() == cached()).float().mean().item()
+    layers = args.base_layers + args.head_layers
+    print(f"\nbatch {batch}, {tokens} tokens; width {args.width}, {layers} layers; "
+          f"{math.floor(same * 1000) / 10} % of the tokens are the same")
+    print("\n".join(report(("A whole sequence every time", "B with the cache"),
+                           interleave((whole, cached), rounds))))
+
+
 def main(argv=None):
     """Command line of the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -100,6 +145,7 @@ def main(argv=None):
     parser.add_argument("--batch", type=int, default=128, help="motions of a rollout (default 128 = 16 x 8)")
     parser.add_argument("--tokens", type=int, default=20, help="tokens of a motion (default 20 = 80 frames)")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of A and B, at least 5 (default 7)")
+    parser.add_argument("--gpt-tokens", type=int, default=50, help="of the token policy (T2M-GPT: 50)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--guidance-scale", type=float, default=1.0, help="1.0: one forward a step; else two")
     options = parser.parse_args(argv)
@@ -108,6 +154,8 @@ def main(argv=None):
     runs.pick_threads(options.threads)
     args = ddpo.Args(guidance_scale=options.guidance_scale)
     time_rollout(args, options.batch, options.tokens, options.rounds)
+    for batch in (1, 32):
+        time_cache(ppo.Args(), batch, options.gpt_tokens, options.rounds)
 
 
 if __name__ == "__main__":

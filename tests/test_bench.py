@@ -1,8 +1,10 @@
-"""What a rollout and an update cost, in calls of the denoiser; the seconds are in `python -m tests.bench`."""
+"""What a rollout and an update cost, in calls and FLOPs; the seconds are in `python -m tests.bench`."""
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import ddpo_motion as ddpo
+import ppo_motion as ppo
 from common.runs import InputError
 from tests import bench
 
@@ -42,6 +44,32 @@ def test_rescoring_all_steps_is_one_call(trained, order, guidance, rows):
     assert calls == [rows * trained] and logp.shape == (BATCH, trained)
 
 
+def flops(function, *args):
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        function(*args)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("batch", (1, 5))
+def test_a_cached_rollout_costs_one_forward_pass(batch):
+    tokens = 50
+    gpt, text = bench.make_gpt(ppo.Args(), tokens), torch.randn(batch, ppo.Args().width)
+    uniform = torch.full((batch, tokens), 0.5)
+    cached = flops(ppo.rollout, gpt, text, uniform, tokens, 1.0)
+    once = flops(gpt, torch.zeros(batch, tokens - 1, dtype=torch.long), text)
+    # below one: a step sees only what came before, a whole pass multiplies the masked half as well
+    assert 0.9 < cached / once <= 1.0
+    assert flops(bench.recompute, gpt, text, uniform, tokens, 1.0) > 20 * once
+
+
+def test_the_cache_changes_no_token():
+    gpt, g = bench.make_gpt(ppo.Args(), 20), torch.Generator().manual_seed(0)
+    text, uniform = torch.randn(4, ppo.Args().width, generator=g), torch.rand(4, 20, generator=g)
+    whole = bench.recompute(gpt, text, uniform, 20, 1.0)
+    assert len(whole.unique()) > 20
+    assert torch.equal(ppo.rollout(gpt, text, uniform, 20, 1.0)[0], whole)
+
+
 def test_counting_ends_with_the_block():
     args, policy = small()
     with bench.CountedCalls(policy.model) as calls:
@@ -66,11 +94,14 @@ def test_a_ratio_needs_a_small_spread():
 
 
 def test_command_line(capsys):
-    bench.main(["rollout", "--batch", "2", "--tokens", "3", "--rounds", "5"])
+    bench.main(["rollout", "--batch", "2", "--tokens", "3", "--gpt-tokens", "4", "--rounds", "5"])
     lines = capsys.readouterr().out.splitlines()
     assert "1 thread(s)" in lines[0] and "batch 2, 3 tokens of 4 frames, 5 steps" in lines[0]
     args = ddpo.Args()
     assert f"width {args.width}, {args.layers} layers" in lines[0] and "parameters" in lines[0]
-    assert len(lines) == 4 and "5 rounds" in lines[2] and "ratio" in lines[3]
+    assert len(lines) == 14 and "5 rounds" in lines[2] and "ratio" in lines[3]
+    for first, batch in ((5, 1), (10, 32)):
+        assert lines[first].startswith(f"batch {batch}, 4 tokens") and "100.0 % of the tok" in lines[first]
+        assert "5 rounds" in lines[first + 2] and "ratio" in lines[first + 3]
     with pytest.raises(InputError, match="--rounds"):
         bench.main(["rollout", "--rounds", "4"])

@@ -332,40 +332,20 @@ def test_the_shuffled_reward_asks_for_other_texts_and_other_motions():
     s = scored("shuffled", wrong=wrong)
     clips = s.batch["pairs"][:3]
     assert len({clip.name for clip in clips}) == 3
+    assert all(caption not in clip.captions for caption, clip in zip(s.batch["captions"], clips))
     s.batch["captions"] = [wrong[caption] for caption in s.batch["captions"]]
     for k in range(3):
-        text, motion, other = one_by_one(s.model, s.batch, k, clips[k - 1])
+        text, motion, other = one_by_one(s.model, s.batch, k)
         expected = -0.4 * (text - motion).square().sum() - 2.0 * (other - motion).square().sum()
         torch.testing.assert_close(s.result[0][k], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_shuffled_reward_leaks_no_motion_to_a_group():
-    """With several motions a prompt the neighbour's clip is the own one: the control would be none."""
+    """With several motions a prompt, the motion of the sample before is the own one: no control at all."""
     args = arguments(batch_prompts=3, samples_per_prompt=4, text_only_share=0.0, reward="shuffled")
-    policy, clips = tiny_policy(), tiny_clips()
-    batch, met = ppo.collect(args, policy, clips, COMPOSED, 0, 0, 1), []
-    assert len({clip.name for clip in batch["pairs"]}) == 3
-
-    class Names:
-        """Embeds a motion as its clip's number, the text and the samples as nothing."""
-        def embed_text(self, captions):
-            return torch.ones(len(captions), 6)
-
-        def embed_motion(self, motion, lengths):
-            own = [k for row in motion for k, c in enumerate(clips)
-                   if torch.equal(row[:8], torch.from_numpy(c.features[:8]))]
-            return torch.eye(6)[own] if own else torch.ones(len(motion), 6)
-    terms = ppo.reward_terms
-
-    def spy(f_text, f_motion, f_paired):
-        met.extend(f_paired.argmax(1).tolist())
-        return terms(f_text, f_motion, f_paired)
-    ppo.reward_terms = spy
-    try:
-        ppo.score(args, policy, Names(), batch, {c: c for c in batch["captions"]}, 0)
-    finally:
-        ppo.reward_terms = terms
-    assert len(met) == 12 and all(clips[k] is not clip for k, clip in zip(met, batch["pairs"]))
+    drawn = ppo.draw_prompts(args, tiny_clips(), COMPOSED, 0)
+    assert len(drawn) == 12 and len({clip.name for _, clip in drawn}) == 3
+    assert all(caption not in clip.captions for caption, clip in drawn)
 
 
 def test_the_random_reward_knows_nothing():
@@ -846,6 +826,11 @@ def test_broken_numbers_stop_the_update():
         step(s)
 
 
+def test_the_learning_rate_rises_then_falls_to_nothing():
+    assert [ppo.schedule(k, 4, 0) for k in range(5)] == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert [ppo.schedule(k, 10, 4) for k in (0, 1, 3, 5)] == pytest.approx([0.25, 0.5 * 0.9, 0.7, 0.5])
+
+
 # ---- the loop ----------------------------------------------------------------------------------------------
 
 
@@ -877,8 +862,8 @@ def test_training_moves_policy_and_critic_only(changes, tmp_path, monkeypatch):
                      **changes)
     empty = np.zeros((0, WIDTH), np.float32)
     sets = {"composed_train": [datasets.Clip(c, empty, [c], [[]], [{}]) for c in COMPOSED]}
-    scale = ppo.train(args, policy, SimpleNamespace(reward_model=frozen["reward"]), clips, sets, tmp_path,
-                      runs.Stopwatch())
+    began = runs.Start(args, None, tmp_path, False, torch.device("cpu"), 1, 0, runs.Stopwatch())
+    scale = ppo.train(began, policy, SimpleNamespace(reward_model=frozen["reward"]), clips, sets, tmp_path)
     assert 0 < scale < math.inf
     for name, part in frozen.items():
         assert all(torch.equal(value, before[name][key]) for key, value in part.state_dict().items()), name
@@ -887,7 +872,7 @@ def test_training_moves_policy_and_critic_only(changes, tmp_path, monkeypatch):
     critic, values = critics[0]
     assert len(optimizers) == 1 and len(critics) == 3
     rates = [group["lr"] for group in optimizers[0].param_groups]  # of the third of three iterations
-    assert rates == [pytest.approx(args.lr * (0.5 if args.warmup else 1.0)), args.critic_lr]
+    assert rates == [pytest.approx(args.lr * (0.5 if args.warmup else 1.0) / 3), args.critic_lr]
     held = [id(p) for group in optimizers[0].param_groups for p in group["params"]]
     wanted = [id(p) for part in (policy.gpt, critic) for p in part.parameters()]
     assert sorted(held) == sorted(wanted) and len(set(held)) == len(held)
