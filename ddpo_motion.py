@@ -260,12 +260,6 @@ class MotionDiffusion(nn.Module):
 
 # ---- 4. The base model: supervised pretraining on the source, cached ---------------------------------------
 
-# Without weights the four root numbers vanish among 263 and the model never learns to turn; the rotations
-# repeat what the positions say. Not in the paper; older code does it with "feat_bias".
-BLOCK_WEIGHTS = {"root_rotation": 4.0, "root_velocity": 4.0, "root_height": 4.0, "rotations": 0.4,
-                 "contacts": 0.5}
-
-
 # [sync:pretraining]
 def train_base(model, clips, args, device):
     """Predict x_start from x_t at a random timestep (MDM eq. 2), some captions dropped for guidance."""
@@ -479,13 +473,14 @@ def build_base(args, source, device):
     runs.initialise(model, generator(args.base_seed, 0, "initialise"))
 
     def build():
-        weights = features.block_weights(source.skeleton, BLOCK_WEIGHTS)
+        weights = features.block_weights(source.skeleton, features.PATCH_WEIGHTS)
         kept = model.codec.fit(clips, datasets.Statistics.from_clips(clips, role="generator"), weights)
         losses = train_base(model.to(device), clips, args, device)
         return {"model": model.state_dict(), "variance_kept": kept, "loss": float(np.mean(losses[-100:]))}
 
     code = [inspect.getsource(part) for part in (Attention, Layer, MotionDiffusion, train_base, patches)]
-    key = [source.fingerprint, code, BLOCK_WEIGHTS, {name: getattr(args, name) for name in BASE_ARGS}]
+    shaping = {name: getattr(args, name) for name in BASE_ARGS}
+    key = [source.fingerprint, code, features.PATCH_WEIGHTS, shaping]
     stored = runs.cached(args.cache_dir, key, build, "base", args.cache)
     model.load_state_dict(stored.pop("model"))
     print(f"  base: loss {stored['loss']:.4f}; patches keep {stored['variance_kept']:.1%} of the variance")

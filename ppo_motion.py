@@ -108,32 +108,32 @@ class Args:
                            choices=("margin", "infonce"))
     margin: float = arg(1.4, "margin of Eq. (1); unit-length embeddings are at most 2 apart (there: by hand)")
     reward_iterations: int = arg(900, "updates of the reward encoders and of the judge")
-    lambda_t: float = arg(0.4, "weight of the distance to the text (InstructMotion: 0.4)")
+    lambda_t: float = arg(2.0, "weight of the distance to the text (InstructMotion: 0.4)")
     lambda_m: float = arg(2.0, "weight of the distance to the paired motion (InstructMotion: 2.0)")
     reward_scale: float = arg(0.0, "factor of the reward; 0: one over its spread under the supervised GPT")
     # update
-    iterations: int = arg(200, "PPO iterations (InstructMotion: 40 000)")
+    iterations: int = arg(300, "PPO iterations (InstructMotion: 40 000)")
     batch_prompts: int = arg(32, "prompts of a rollout (InstructMotion: 128)")
-    samples_per_prompt: int = arg(8, "motions of each; their mean reward is a baseline (InstructMotion: 1)")
+    samples_per_prompt: int = arg(16, "motions of each, rewarded for being better than the others (there: 1)")
     kept_samples: int = arg(128, "motions of a rollout that are trained, the most unusual; 0: all", lowest=0)
     ppo_epochs: int = arg(2, "passes over a rollout (InstructMotion: 2)")
     minibatch_ratio: float = arg(1.0, "minibatch over batch (InstructMotion: 1)")
     micro_batch: int = arg(0, "motions per forward pass, 0: the whole minibatch; fewer save memory")
-    lr: float = arg(3e-4, "learning rate of the policy (InstructMotion: 5e-6)")
+    lr: float = arg(1.5e-4, "highest learning rate of the policy (InstructMotion: 5e-6)")
     critic_lr: float = arg(1e-3, "learning rate of the critic")
     warmup: int = arg(20, "iterations in which the policy's rate rises from 0", lowest=0)
     critic: str = arg("shared-detach", "on detached policy features, on live ones, or on a copy of its own",
                       choices=("shared-detach", "shared", "separate"))
-    kl_coef: float = arg(0.05, "beta, weight of the KL in the reward (InstructMotion: unknown)")
-    kl_loss: float = arg(0.3, "weight of the exact KL to the supervised GPT in the loss (InstructMotion: 0)")
+    kl_coef: float = arg(0.0, "beta, weight of the KL in the reward (InstructMotion: unknown)")
+    kl_loss: float = arg(0.05, "weight of the exact KL to the supervised GPT in the loss (InstructMotion: 0)")
     clip_range: float = arg(0.2, "eps (InstructMotion: unknown)")
     gamma: float = arg(1.0, "discount; episodes are finite")
-    gae_lambda: float = arg(0.95, "lambda of GAE")
+    gae_lambda: float = arg(1.0, "lambda of GAE")
     vf_coef: float = arg(0.5, "weight of the value loss; matters with --critic shared only")
     max_grad_norm: float = arg(1.0, "gradient norm clip, of policy and critic apart")
     temperature: float = arg(1.0, "of sampling and of every log-probability")
     # evaluation
-    eval_every: int = arg(25, "iterations between looks at the validation prompts")
+    eval_every: int = arg(50, "iterations between looks at the validation prompts")
     eval_repeats: int = arg(3, "repeats of the final evaluation, for the 95 % interval (benchmark: 20)")
     best_of: int = arg(8, "reference row: the best of this many base samples by reward")
 
@@ -406,7 +406,7 @@ def load_policy(args, stored, device):
         vocabulary = datasets.Vocabulary(stored["words"])
         parts["text"] = TextEncoder(vocabulary, args.width, args.text_layers, args.heads)
     for name, part in parts.items():
-        part.load_state_dict(stored[name])
+        published.load_strict(part, stored[name], args.load)
         evaluators.freeze(part.to(device))
     text = parts.pop("text", None) or text_features(args.text_features, device)[0]
     return Policy(**parts, text=text, shortest=4 // 2**vq.halvings, device=device)
@@ -477,21 +477,24 @@ def score(args, policy, reward_model, batch, wrong, iteration):
     return r[batch["index"]], parts | {"motion_term": r.mean() - parts["text_term"]}
 
 
-def baseline(args, batch, r):
-    """Each prompt's mean reward is its baseline, where it has several motions, and only the motions that are
-    most unlike their group are trained. Not in the paper: a sample costs a fifth of its update.
-    -> the batch of those, their centred r, and the numbers of those of all processes"""
-    centred = runs.all_gather_rows(r)
-    kept = list(range(len(centred)))
+def baseline(args, batch, r, scale):
+    """Each prompt's rewards are standardised among its motions, where it has several: what one prompt gets by
+    nature is no merit of a motion (not in the paper, which has one motion a prompt and the critic alone).
+    Of those motions only the ones most unlike their group are trained: a sample costs a fifth of its update.
+    -> the batch of those, their r in units of about one, and the numbers of those of all processes"""
+    merit = scale * runs.all_gather_rows(r)
+    kept = list(range(len(merit)))
     if args.samples_per_prompt > 1:
-        groups = rearrange(centred, "(p g) -> p g", g=args.samples_per_prompt)
-        centred = (groups - groups.mean(1, keepdim=True)).flatten()
-        kept = strongest(centred, args.kept_samples)
+        groups = rearrange(merit, "(p g) -> p g", g=args.samples_per_prompt)
+        centred = groups - groups.mean(1, keepdim=True)
+        spread = groups.std(1, keepdim=True) + 0.05 * centred.std() + 1e-8  # groups of equals stay near zero
+        merit = (centred / spread).flatten()
+        kept = strongest(merit, args.kept_samples)
     wanted = set(kept)
     rows = [row for row, k in enumerate(batch["index"]) if k in wanted]
     part = {name: value[rows] if torch.is_tensor(value) else [value[row] for row in rows]
             for name, value in batch.items()}
-    return part, centred[part["index"]], kept
+    return part, merit[part["index"]], kept
 
 
 def assess(args, policy, critic, batch, r, plan):
@@ -510,11 +513,14 @@ def assess(args, policy, critic, batch, r, plan):
     advantages, returns = gae(rewards, values, mask, args.gamma, args.gae_lambda)
     batch |= dict(logp_old=old, logps_ref=logps_ref, values=values, returns=returns,
                   advantages=whiten(advantages, mask, runs.all_gather_rows(advantages[mask])))
-    unexplained = (returns - values)[mask].var() / returns[mask].var().clamp(min=1e-12)
-    return {"kl_ref": ((old - ref) * mask).sum(1).mean(), "entropy": entropy[mask].mean(),
-            "explained_variance": 1 - unexplained, "length": batch["lengths"].float().mean(),
-            "truncated": (tokens[:, -1] < policy.gpt.end).float().mean(),
-            "distinct": torch.tensor(len(torch.unique(tokens, dim=0)) / max(len(tokens), 1))}
+    everywhere = runs.all_gather_rows  # what is logged is that of all processes
+    kl = everywhere(((old - ref) * mask).sum(1))
+    missed, wanted = everywhere((returns - values)[mask]), everywhere(returns[mask])
+    return {"kl_ref": kl.mean(), "entropy": everywhere(entropy[mask]).mean(),
+            "explained_variance": 1 - missed.var() / wanted.var().clamp(min=1e-12),
+            "length": everywhere(batch["lengths"]).float().mean(),
+            "truncated": everywhere(tokens[:, -1] < policy.gpt.end).float().mean(),
+            "distinct": torch.tensor(len(torch.unique(everywhere(tokens), dim=0)) / len(kl))}
 
 
 TRAINED = ("tokens", "text", "mask", "logp_old", "logps_ref", "returns", "advantages")
@@ -581,7 +587,8 @@ def train(start, policy, scorers, clips, sets, folder):
     optimizer = torch.optim.AdamW([{"params": list(policy.gpt.parameters()), "lr": args.lr},
                                    {"params": list(critic.parameters()), "lr": args.critic_lr}],
                                   betas=(0.9, 0.99), weight_decay=1e-6)
-    parts = {"gpt": policy.gpt, "critic": critic, "optimizer": optimizer}
+    networks = nn.ModuleDict({"gpt": policy.gpt, "critic": critic})
+    parts = {"networks": networks, "optimizer": optimizer}
     watch, scale, shown = start.watch, args.reward_scale, {}
     origin = {"starts from": runs.fingerprint(policy.reference.state_dict())}
     with runs.Loop("ppo", start, folder, LOG_FIELDS, origin) as loop:
@@ -597,15 +604,16 @@ def train(start, policy, scorers, clips, sets, folder):
             with watch.stage("rollout"):
                 batch = collect(args, policy, clips, composed, iteration, rank, processes)
             loop.check()
-            with watch.stage("reward"):
+            nothing = torch.tensor(math.nan)  # no reward yet
+            with watch.stage("reward"), runs.nan_report(folder, networks, iteration, nothing):
                 r, log = score(args, policy, scorers.reward_model, batch, wrong, iteration)
-            batch, centred, kept = baseline(args, batch, r)
+            batch, merit, kept = baseline(args, batch, r, scale)
             plan = [runs.minibatches(kept, round(1 / args.minibatch_ratio), batch["index"],
                                      args.micro_batch, generator(args.seed, iteration, "shuffle", epoch))
                     for epoch in range(args.ppo_epochs)]
             optimizer.param_groups[0]["lr"] = args.lr * schedule(iteration, args.iterations, args.warmup)
-            with watch.stage("update"), runs.nan_report(folder, policy.gpt, iteration, r):
-                log |= assess(args, policy, critic, batch, scale * centred, plan)
+            with watch.stage("update"), runs.nan_report(folder, networks, iteration, r):
+                log |= assess(args, policy, critic, batch, merit, plan)
                 log |= update(args, policy, critic, batch, plan, optimizer, iteration, loop)
             row = dict.fromkeys(LOG_FIELDS) | {name: float(value) for name, value in log.items()}
             row |= {"iteration": iteration, "reward": runs.all_gather_rows(r).mean().item()}

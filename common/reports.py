@@ -262,9 +262,8 @@ def export(folder, prompts, frames, limit, skeleton, samplers):
 # ---- 4. Several runs in one table: python -m common.reports RUN [RUN ...] ----------------------------------
 
 
-def summary(paths):
-    """Markdown of the results.json of several seeds: each cell is the mean (standard deviation) over them; of
-    a single run the mean +- half of its 95 % interval."""
+def read_results(paths):
+    """The results.json of finished runs, all of the same data; InputError otherwise."""
     results = []
     for path in paths:
         file = Path(path) / "results.json"
@@ -274,6 +273,13 @@ def summary(paths):
             raise runs.InputError(f"{file}: cannot be read ({error}); name finished runs") from error
         if "data" not in results[-1] or results[-1]["data"] != results[0]["data"]:
             raise runs.InputError(f"{file}: not of the data of {paths[0]}; put only its seeds into one table")
+    return results
+
+
+def summary(paths):
+    """Markdown of the results.json of several seeds: each cell is the mean (standard deviation) over them; of
+    a single run the mean +- half of its 95 % interval."""
+    results = read_results(paths)
     lines = [f"{len(results)} run(s), seeds {', '.join(str(r['seed']) for r in results)}; "
              f"data: {results[0]['data']['source']} -> {results[0]['data']['target']}", ""]
     lines += ["    " + r["command"] for r in results] + [""]
@@ -303,13 +309,34 @@ def summary(paths):
     return "\n".join(lines)
 
 
+def one_row_each(paths, table):
+    """Markdown that sets runs of different flags side by side, by one of their tables: distances of the tuned
+    row, and what was gained +- half of its 95 % interval over prompts. InputError for no such table."""
+    lines, gained = [], PAIRED[:4]
+    for result in read_results(paths):
+        if table not in result:
+            raise runs.InputError(f"--each {table}: {paths[0]} has no such table")
+        rows = result[table]
+        if not lines:
+            columns = [name for name in ("fid", "r_precision_top1", "length_error") if name in rows["base"]]
+            lines.append("| " + " | ".join(["flags", *columns, *(f"{name}, gain" for name in gained)]) + " |")
+            lines.append("| --- " * (1 + len(columns + [*gained])) + "|")
+            cells = [f"{rows['base'][name][0]:.3f}" for name in columns] + ["-"] * len(gained)
+            lines.append("| base | " + " | ".join(cells) + " |")
+        cells = [f"{rows['tuned'][name][0]:.3f}" for name in columns]
+        cells += ["{:+.3f} +-{:.3f}".format(*rows["gain"][name]) for name in gained]
+        lines.append(f"| `{result['command'].partition('.py ')[2]}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main(argv=None):
     """Print the summary of the run folders named on the command line; draw their curves."""
     parser = argparse.ArgumentParser(description="One table from several finished runs (seeds).")
     parser.add_argument("runs", nargs="+", help="run folders with a results.json")
+    parser.add_argument("--each", metavar="TABLE", help="instead one row a run, for runs of different flags")
     parser.add_argument("--curves", help="PNG of their learning curves: mean, lowest and highest")
     args = parser.parse_args(argv)
-    print(summary(args.runs))
+    print(one_row_each(args.runs, args.each) if args.each else summary(args.runs))
     if args.curves:
         draw_curves(args.curves, [Path(run) / "logs.csv" for run in args.runs])
 

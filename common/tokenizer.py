@@ -17,12 +17,6 @@ from common import datasets, features, patches, published, runs
 from common.evaluators import freeze, length_mask
 from common.runs import InputError, NonFiniteError, generator
 
-# Without weights the few root numbers vanish among 251 and nobody turns; the rotations repeat what the
-# positions say. Not in the paper; older code does it with "feat_bias".
-BLOCK_WEIGHTS = {"root_rotation": 4.0, "root_velocity": 4.0, "root_height": 4.0, "rotations": 0.4,
-                 "contacts": 0.5}
-
-
 # ---- 1. The network ----------------------------------------------------------------------------------------
 
 class ResidualBlock(nn.Module):
@@ -167,7 +161,7 @@ def train_tokenizer(vq, clips, skeleton, *, iterations, lr, batch, patch_weight,
     count = sum(len(clip.features) // 4 for clip in clips)  # components of few patches would have no spread
     whitened = patches.PatchCodec(4, skeleton.feature_dim, min(64, max(1, count // 4))).to(device)
     statistics = datasets.Statistics.from_clips(clips, role="generator")
-    whitened.fit(clips, statistics, features.block_weights(skeleton, BLOCK_WEIGHTS))
+    whitened.fit(clips, statistics, features.block_weights(skeleton, features.PATCH_WEIGHTS))
     vq.mean.copy_(whitened.mean)
     vq.std.copy_(whitened.std)
     optimizer = torch.optim.AdamW(vq.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
@@ -195,7 +189,8 @@ def train_tokenizer(vq, clips, skeleton, *, iterations, lr, batch, patch_weight,
         error = F.smooth_l1_loss(error, torch.zeros_like(error), reduction="none").mean(-1).sum()
         loss = loss + patch_weight * error * 4 / lengths.sum()
         if not torch.isfinite(loss):
-            raise NonFiniteError(f"tokenizer: loss {loss.item()} at iteration {iteration}; lower --vq-lr")
+            raise NonFiniteError(f"tokenizer: loss {loss.item()} at iteration {iteration}; huge values in "
+                                 "the clips?")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -236,8 +231,8 @@ def build(dataset, *, codes, width, frames_per_token, iterations, batch, seed, c
 
     parts = (VQVAE, walk, EMACodebook, vq_loss_parts, vq_loss, train_tokenizer, patches)
     code = [inspect.getsource(part) for part in parts]
-    key = [dataset.fingerprint, code, BLOCK_WEIGHTS, halvings, codes, code_dim, width, iterations, lr, batch,
-           patch_weight, seed]
+    key = [dataset.fingerprint, code, features.PATCH_WEIGHTS, halvings, codes, code_dim, width, iterations,
+           lr, batch, patch_weight, seed]
     stored = runs.cached(cache_dir, key, train, "tokenizer", use_cache)
     vq.load_state_dict(stored.pop("model"))
     print("  tokenizer: " + ", ".join(f"{name} {value:.3g}" for name, value in stored.items()))

@@ -442,14 +442,20 @@ def test_motions_of_a_prompt_stay_together():
 
 
 def test_baseline_by_hand():
-    """The mean of the group is taken away, and the rows that are kept take everything along."""
-    batch = {"index": list(range(6)), "captions": list("aabbcc"), "tokens": torch.arange(6)[:, None]}
-    r = torch.tensor([1.0, 3.0, 10.0, 10.5, -5.0, -1.0])
-    part, centred, kept = ppo.baseline(arguments(samples_per_prompt=2, kept_samples=4), batch, r)
-    assert kept == part["index"] == [0, 1, 4, 5] and part["captions"] == list("aacc")
-    assert centred.tolist() == [-1, 1, -2, 2] and part["tokens"].flatten().tolist() == kept
-    part, centred, kept = ppo.baseline(arguments(), batch, r)
-    assert kept == list(range(6)) and torch.equal(centred, r) and part["captions"] == list("aabbcc")
+    """Each group has mean 0 and spread 1, almost, whatever the scale of the reward; groups of equals stay at
+    zero; the rows that are kept take everything along."""
+    batch = {"index": list(range(9)), "captions": list("aaabbbccc"), "tokens": torch.arange(9)[:, None]}
+    r = torch.tensor([1.0, 3, 5, 10, 10, 10.3, -5, -1, -3])
+    grouped = arguments(samples_per_prompt=3, kept_samples=5)
+    part, merit, kept = ppo.baseline(grouped, batch, r, 7.0)
+    assert kept == part["index"] == [0, 2, 5, 6, 7] and part["captions"] == list("aabcc")
+    # centred -2 0 2 | -.1 -.1 .2 | -2 2 0; spreads 2, .1732, 2; of all 1.4169
+    expected = [-2 / 2.07084, 2 / 2.07084, 0.2 / 0.24405, -2 / 2.07084, 2 / 2.07084]
+    torch.testing.assert_close(merit, torch.tensor(expected), rtol=1e-4, atol=0)
+    assert part["tokens"].flatten().tolist() == kept
+    assert (ppo.baseline(grouped, batch, torch.full((9,), 0.3), 7.0)[1] == 0).all()
+    part, merit, kept = ppo.baseline(arguments(), batch, r, 7.0)
+    assert kept == list(range(9)) and torch.equal(merit, 7 * r) and part["captions"] == batch["captions"]
 
 
 # ---- rewards per token, advantages, losses -----------------------------------------------------------------

@@ -274,6 +274,23 @@ def test_summary_claims_a_gain_only_if_every_run_has_it(tmp_path):
     assert "| gain | +0.300 +-0.050 |" in single, "one run: its own interval"
 
 
+def test_one_row_each(tmp_path):
+    for name, fid, flags in (("a", 0.25, "--lr 0"), ("b", 0.5, "--critic shared")):
+        gain = {name: [0.1 * k, 0.01] for k, name in enumerate(reports.PAIRED[:4])}
+        (tmp_path / name).mkdir()
+        runs.save_json(tmp_path / name / "results.json", {
+            "command": f"python ppo_motion.py {flags}", "data": {"target": "kit"},
+            "paired_test": {"base": {"fid": [0.125, 0.0]}, "tuned": {"fid": [fid, 0.1]}, "gain": gain}})
+    head, _, base, first, second = reports.one_row_each([tmp_path / "a", tmp_path / "b"],
+                                                        "paired_test").splitlines()
+    assert head == "| flags | fid | reward, gain | judge, gain | oracle, gain | oracle_all, gain |"
+    assert base == "| base | 0.125 | - | - | - | - |"
+    assert first == "| `--lr 0` | 0.250 | +0.000 +-0.010 | +0.100 +-0.010 | +0.200 +-0.010 | +0.300 +-0.010 |"
+    assert second.startswith("| `--critic shared` | 0.500 |")
+    with pytest.raises(runs.InputError, match="--each other: .* no such table"):
+        reports.one_row_each([tmp_path / "a"], "other")
+
+
 @pytest.mark.parametrize("content", (None, "", "{"))
 def test_summary_of_an_unfinished_run_is_one_line(tmp_path, content):
     if content is not None:
@@ -287,6 +304,8 @@ def test_command_line(tmp_path, capsys):
     folder = write_results(tmp_path / "a", 7, 0.2, [0.30, 0.05], [0.5, 0.0], 1.0, 1.0)
     reports.main([str(folder)])
     assert "1 run(s), seeds 7" in capsys.readouterr().out
+    with pytest.raises(runs.InputError, match="--each nothing"):
+        reports.main([str(folder), "--each", "nothing"])
     columns = ["iteration"] + [name for names in reports.CURVES for name in names]
     (folder / "logs.csv").write_text("\n".join([",".join(columns)] + [
         ",".join([str(k)] + [str(0.1 * k)] * (len(columns) - 1)) for k in range(4)]) + "\n")

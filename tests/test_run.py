@@ -4,14 +4,12 @@ One full run fills a cache that all tests share; most of the others call main() 
 """
 import contextlib
 import errno
+import functools
 import io
 import json
 import math
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,16 +20,17 @@ from PIL import Image
 
 import ddpo_motion as ddpo
 from common import datasets, evaluators, features, render, reports, runs
+from tests import run_helpers as helpers
+from tests.run_helpers import METRICS, all_finite, log_rows, products
 
-ROOT = Path(__file__).resolve().parents[1]
-MINI_KIT = ROOT.parent / "shared" / "data" / "mini_kit"
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+MINI_KIT = helpers.ROOT.parent / "shared" / "data" / "mini_kit"
 SMALL = ("--tiny --threads 1 --device cpu --source-clips 120 --target-clips 80 --base-iterations 30 "
          "--iterations 4 --reward-iterations 10 --best-of 2").split()
 TABLES = {"target_val": {"gt", "base", "tuned", "gain"}, "source_test": {"gt", "base", "tuned", "gain"},
           "target_test": {"gt", "base", "best of 2", "tuned", "gain"}}
-METRICS = ("reward", "judge", "oracle", "fid", "r_precision_top1", "r_precision_top2", "r_precision_top3",
-           "mm_dist", "diversity", "foot_skate", "jerk")
+parse, call, refused = (functools.partial(f, ddpo) for f in (helpers.parse, helpers.call, helpers.refused))
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 @pytest.fixture(scope="session")
@@ -39,28 +38,10 @@ def finished(tmp_path_factory):
     """An uninterrupted run, started as a user starts it, and the cache that it has filled."""
     here = tmp_path_factory.mktemp("finished")
     flags = [*SMALL, "--cache-dir", str(here / "cache")]
-    command = [sys.executable, str(ROOT / "ddpo_motion.py"), *flags, "--out-dir", "run"]
-    child = subprocess.run(command, cwd=here, env=ENV, capture_output=True, text=True, check=False)
-    assert child.returncode == 0, child.stderr
+    out = helpers.start(ddpo, [*flags, "--out-dir", "run"], here)
     return SimpleNamespace(folder=here / "run", adapter=here / "run" / "adapter.pt", flags=flags,
-                           cache=here / "cache", out=child.stdout,
+                           cache=here / "cache", out=out,
                            results=json.loads((here / "run" / "results.json").read_text()))
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    """A working folder without data/: real data in the repository play no part. Threads are put back."""
-    (tmp_path / "cwd").mkdir()
-    monkeypatch.chdir(tmp_path / "cwd")
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def no_pictures(monkeypatch):
-    """Drawing is most of a small run."""
-    monkeypatch.setattr(reports, "draw", lambda *args, **named: None)
 
 
 @pytest.fixture
@@ -68,47 +49,9 @@ def no_evaluation(monkeypatch, no_pictures):
     monkeypatch.setattr(reports, "final_tables", lambda *args: {})
 
 
-def parse(*argv):
-    return runs.parse_args(ddpo.Args, ddpo.TINY, [str(word) for word in argv], ddpo.__doc__)
-
-
-def call(*argv):
-    """main() in this process -> exit code, stdout, stderr; tracebacks pass."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            runs.run_main(ddpo.main, [str(word) for word in argv])
-        except SystemExit as end:
-            code = end.code
-    return code, out.getvalue(), err.getvalue()
-
-
-def refused(*argv):
-    """The one line on stderr of a call that must end with exit code 2."""
-    code, _, err = call(*argv)
-    assert (code, err.count("\n")) == (2, 1) and err.startswith("error: "), (code, err)
-    return err
-
-
-def products(folder):
-    """Name -> bytes of what is in a run folder."""
-    if not folder.exists():
-        return {}
-    return {item.name: item.read_bytes() for item in folder.iterdir() if item.name != ".lock"}
-
-
 def same_weights(a, b):
     """Adapters of two files are equal bit for bit."""
-    a, b = (runs.load_checkpoint(path, kind="ddpo-adapter")["lora"] for path in (a, b))
-    return a.keys() == b.keys() and all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a)
-
-
-def all_finite(weights):
-    return all(bool(torch.as_tensor(value).isfinite().all()) for value in weights.values())
-
-
-def log_rows(folder):
-    return render.read_csv(folder / "logs.csv")
+    return helpers.equal(*(runs.load_checkpoint(path, kind="ddpo-adapter")["lora"] for path in (a, b)))
 
 
 # ---- 1. What a run leaves behind ---------------------------------------------------------------------------
@@ -177,15 +120,7 @@ def test_results_have_the_published_keys(finished):
 
 def test_a_second_run_takes_everything_from_the_cache(finished, tmp_path, monkeypatch, no_pictures):
     """And gives the same numbers as the run that built it."""
-    cached, asked = runs.cached, []
-
-    def stored(folder, key, build, name, *options):
-        asked.append(name)
-        return cached(folder, key, lambda: pytest.fail(f"{name} is built again"), name, *options)
-
-    monkeypatch.setattr(runs, "cached", stored)
-    monkeypatch.setattr(evaluators, "cached", stored)
-    monkeypatch.setattr(datasets, "joints_to_features", lambda *args, **options: pytest.fail("built again"))
+    asked = helpers.only_cached(monkeypatch)
     code, *_ = call(*finished.flags, "--out-dir", tmp_path / "run")
     assert code == 0 and {"reward", "judge", "base"} <= set(asked)
     assert same_weights(tmp_path / "run" / "adapter.pt", finished.adapter)
@@ -215,40 +150,14 @@ def test_base_of_few_updates(finished, tmp_path, iterations):
 
 # ---- 2. Interrupted and resumed ----------------------------------------------------------------------------
 
-INTERRUPTED = """
-import os, signal, sys
-import ddpo_motion as ddpo
-from common import runs
-moment, number = sys.argv[1], int(sys.argv[2])
-score, save = ddpo.retrieval_reward, runs.save_checkpoint
-calls = []
-def strike():
-    os.kill(os.getpid(), number)
-def scored(*args):
-    calls.append(args)
-    if moment == "in the reward" and len(calls) == 3:
-        strike()
-    return score(*args)
-def saved(path, data, **options):
-    here = options.get("kind") == "ddpo-run" and data["iteration"] == 1
-    if here and moment == "between log and checkpoint":
-        strike()
-    save(path, data, **options)
-    if here and moment == "after a checkpoint":
-        strike()
-ddpo.retrieval_reward, runs.save_checkpoint = scored, saved
-runs.run_main(ddpo.main, sys.argv[3:])
-"""
 
-
-@pytest.mark.parametrize("moment, number, code, kept", [
-    ("in the reward", signal.SIGTERM, 143, 1), ("in the reward", signal.SIGINT, 130, 1),
-    ("after a checkpoint", signal.SIGTERM, 143, 1), ("after a checkpoint", signal.SIGKILL, -9, 1),
-    ("between log and checkpoint", signal.SIGKILL, -9, 0)])
-def test_resumed_equals_uninterrupted(finished, tmp_path, no_pictures, moment, number, code, kept):
+@pytest.mark.parametrize("moment, count, number, code, kept", [
+    ("retrieval_reward", 3, signal.SIGTERM, 143, 1), ("retrieval_reward", 3, signal.SIGINT, 130, 1),
+    ("after a checkpoint", 1, signal.SIGTERM, 143, 1), ("after a checkpoint", 1, signal.SIGKILL, -9, 1),
+    ("between log and checkpoint", 1, signal.SIGKILL, -9, 0)])
+def test_resumed_equals_uninterrupted(finished, tmp_path, no_pictures, moment, count, number, code, kept):
     flags = [*finished.flags, "--out-dir", str(tmp_path / "run")]
-    command = [sys.executable, "-c", INTERRUPTED, moment, str(int(number)), *flags]
-    child = subprocess.run(command, env=ENV, capture_output=True, text=True, check=False)
+    child = helpers.interrupted(ddpo, flags, moment, count, number)
     assert child.returncode == code and "Traceback" not in child.stderr, child.stderr
     assert code < 0 or child.stderr.splitlines()[-1].endswith("go on with --resume")
     assert runs.load_checkpoint(tmp_path / "run" / "checkpoint.pt", kind="ddpo-run")["iteration"] == kept
@@ -340,11 +249,8 @@ def test_resume_with_other_arguments(finished, tmp_path, flags, words):
 def test_resume_from_a_damaged_checkpoint(finished, tmp_path, damage, no_evaluation):
     shutil.copytree(finished.folder, tmp_path / "run")
     path = tmp_path / "run" / "checkpoint.pt"
-    raw = path.read_bytes()
     weights = runs.load_checkpoint(path, kind="ddpo-run")["lora"]
-    place = raw.index(next(value for value in weights.values() if torch.is_tensor(value)).numpy().tobytes())
-    flipped = raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1:]
-    path.write_bytes({"empty": b"", "half": raw[: len(raw) // 2], "one bit": flipped}[damage])
+    helpers.break_file(path, damage, next(value for value in weights.values() if torch.is_tensor(value)))
     before = products(tmp_path / "run")
     line = refused(*finished.flags, "--out-dir", tmp_path / "run", "--resume")
     assert "checkpoint.pt: damaged" in line and "checkpoint.prev.pt" in line
@@ -556,11 +462,11 @@ def test_base_and_training_never_see_a_target_motion(finished, tmp_path, monkeyp
             datasets.collate(target.splits["train"][:1])
         return scorers
 
-    def hide_all(args, policy, scorers, source, target, *rest):
+    def hide_all(start, policy, scorers, source, target, *rest):
         parts.update(source=source, target=target)
         for clip in target.splits["train"] + target.splits["test"]:
             clip.features = Untouchable()
-        train(args, policy, scorers, source, target, *rest)
+        train(start, policy, scorers, source, target, *rest)
 
     def listen(scorer, motion, frames, captions):
         asked.extend(captions)
@@ -702,25 +608,13 @@ def test_controls_run(finished, tmp_path, no_evaluation, reward):
 
 # ---- 7. Several processes ----------------------------------------------------------------------------------
 
-ONLY_TRAINING = """
-import sys
-import ddpo_motion as ddpo
-from common import reports, runs
-reports.draw, reports.final_tables = lambda *args, **named: None, lambda *args: {}
-runs.run_main(ddpo.main)
-"""
-
 
 def test_two_processes_equal_one(finished, tmp_path, no_evaluation):
     """The same samples and rewards, and gradients that add up to those of one process."""
     flags = [*finished.flags, "--iterations", "2", "--kl-coef", "0.1"]
     flags += ["--lr", "2e-4"]  # Adam blows rounding up, to lr at most
     assert call(*flags, "--out-dir", tmp_path / "one")[0] == 0
-    (tmp_path / "training.py").write_text(ONLY_TRAINING)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               tmp_path / "training.py", *flags, "--out-dir", tmp_path / "two"]
-    child = subprocess.run(command, env=ENV, capture_output=True, text=True, check=False, timeout=300)
-    assert child.returncode == 0, child.stderr[-3000:]
+    helpers.two_processes(ddpo, [*flags, "--out-dir", tmp_path / "two"], tmp_path)
     one, two = log_rows(tmp_path / "one"), log_rows(tmp_path / "two")
     for name in ("iteration", "reward", "group_std", "frac_zero_std", "val_reward"):
         np.testing.assert_allclose(two[name], one[name], rtol=0, atol=1e-6, err_msg=name)

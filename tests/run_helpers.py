@@ -1,0 +1,156 @@
+"""What the end-to-end tests of several scripts share. `script` is the module of one, such as ddpo_motion."""
+import contextlib
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from common import datasets, evaluators, pretraining, render, runs
+
+ROOT = Path(__file__).resolve().parents[1]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+METRICS = ("reward", "judge", "oracle", "fid", "r_precision_top1", "r_precision_top2", "r_precision_top3",
+           "mm_dist", "diversity", "foot_skate", "jerk")
+
+
+# ---- calls -------------------------------------------------------------------------------------------------
+
+
+def parse(script, *argv):
+    return runs.parse_args(script.Args, script.TINY, [str(word) for word in argv], script.__doc__)
+
+
+def call(script, *argv):
+    """main() in this process -> exit code, stdout, stderr; tracebacks pass."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runs.run_main(script.main, [str(word) for word in argv])
+        except SystemExit as end:
+            code = end.code
+    return code, out.getvalue(), err.getvalue()
+
+
+def refused(script, *argv):
+    """The one line on stderr of a call that must end with exit code 2."""
+    code, _, err = call(script, *argv)
+    assert (code, err.count("\n")) == (2, 1) and err.startswith("error: "), (code, err)
+    return err
+
+
+def start(script, flags, folder):
+    """An uninterrupted run in a process of its own, as a user starts it -> its stdout."""
+    command = [sys.executable, str(ROOT / f"{script.__name__}.py"), *flags]
+    child = subprocess.run(command, cwd=folder, env=ENV, capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr
+    return child.stdout
+
+
+INTERRUPTED = """
+import os, sys
+import SCRIPT as script
+from common import runs
+moment, count, number = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+save, calls = runs.save_checkpoint, []
+def strike():
+    os.kill(os.getpid(), number)
+def counted(function):
+    def called(*args, **options):
+        calls.append(args)
+        if len(calls) == count:
+            strike()
+        return function(*args, **options)
+    return called
+def saved(path, data, **options):
+    here = options.get("kind", "").endswith("-run") and data["iteration"] == count
+    if here and moment == "between log and checkpoint":
+        strike()
+    save(path, data, **options)
+    if here and moment == "after a checkpoint":
+        strike()
+if hasattr(script, moment):
+    setattr(script, moment, counted(getattr(script, moment)))
+runs.save_checkpoint = saved
+runs.run_main(script.main, sys.argv[4:])
+"""
+
+
+def interrupted(script, flags, moment, count, number):
+    """A run in a process of its own that gets a signal: in call `count` of the script's function `moment`,
+    or "after a checkpoint" or "between log and checkpoint" of iteration `count`."""
+    command = [sys.executable, "-c", INTERRUPTED.replace("SCRIPT", script.__name__), moment, str(count),
+               str(int(number)), *flags]
+    return subprocess.run(command, env=ENV, capture_output=True, text=True, check=False)
+
+
+ONLY_TRAINING = """
+import SCRIPT as script
+from common import reports, runs
+reports.draw = lambda *args, **named: None
+for module in (reports, script):
+    if hasattr(module, "final_tables"):
+        module.final_tables = lambda *args: {}
+runs.run_main(script.main)
+"""
+
+
+def two_processes(script, flags, folder):
+    """The training of a run in two processes; `folder` takes a file that torchrun can start."""
+    (folder / "training.py").write_text(ONLY_TRAINING.replace("SCRIPT", script.__name__))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               folder / "training.py", *flags]
+    child = subprocess.run(command, env=ENV, capture_output=True, text=True, check=False, timeout=300)
+    assert child.returncode == 0, child.stderr[-3000:]
+
+
+def only_cached(monkeypatch):
+    """From here on nothing may be built -> list that the names of what is loaded are added to."""
+    cached, asked = runs.cached, []
+
+    def stored(folder, key, build, name, *options):
+        asked.append(name)
+        return cached(folder, key, lambda: pytest.fail(f"{name} is built again"), name, *options)
+
+    for module in (runs, evaluators, pretraining):
+        monkeypatch.setattr(module, "cached", stored)
+    monkeypatch.setattr(datasets, "joints_to_features", lambda *args, **options: pytest.fail("built again"))
+    return asked
+
+
+# ---- files -------------------------------------------------------------------------------------------------
+
+
+def products(folder):
+    """Name -> bytes of what is in a run folder."""
+    if not folder.exists():
+        return {}
+    return {item.name: item.read_bytes() for item in folder.iterdir() if item.name != ".lock"}
+
+
+def log_rows(folder):
+    return render.read_csv(folder / "logs.csv")
+
+
+def equal(a, b):
+    """Nested dicts and lists of tensors and numbers are equal bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(value, b[name]) for name, value in a.items())
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def all_finite(weights):
+    return all(bool(torch.as_tensor(value).isfinite().all()) for value in weights.values())
+
+
+def break_file(path, how, weight):
+    """Leave a checkpoint "empty", cut in "half", or with "one bit" of the tensor `weight` flipped."""
+    raw = path.read_bytes()
+    place = raw.index(weight.numpy().tobytes())
+    flipped = raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1:]
+    path.write_bytes({"empty": b"", "half": raw[: len(raw) // 2], "one bit": flipped}[how])
