@@ -124,8 +124,8 @@ class Args:
     warmup: int = arg(20, "iterations in which the policy's rate rises from 0", lowest=0)
     critic: str = arg("shared-detach", "on detached policy features, on live ones, or on a copy of its own",
                       choices=("shared-detach", "shared", "separate"))
-    kl_coef: float = arg(0.0, "beta, weight of the KL in the reward (InstructMotion: unknown)")
-    kl_loss: float = arg(0.05, "weight of the exact KL to the supervised GPT in the loss (InstructMotion: 0)")
+    kl_coef: float = arg(0.05, "beta, weight of the KL in the reward (InstructMotion: unknown)")
+    kl_loss: float = arg(0.0, "weight of the exact KL to the supervised GPT in the loss (InstructMotion: 0)")
     clip_range: float = arg(0.2, "eps (InstructMotion: unknown)")
     gamma: float = arg(1.0, "discount; episodes are finite")
     gae_lambda: float = arg(1.0, "lambda of GAE")

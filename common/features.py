@@ -106,7 +106,7 @@ def blocks(skeleton):
 
 
 # What matters where motion is read in whitened patches. Without weights the four root numbers vanish among
-# 263 and nobody turns; the rotations repeat what the positions say. Not in the papers; older code: "feat_bias".
+# 263 and nobody turns; the rotations repeat what the positions say. Not in the papers; "feat_bias" elsewhere.
 PATCH_WEIGHTS = {"root_rotation": 4.0, "root_velocity": 4.0, "root_height": 4.0, "rotations": 0.4,
                  "contacts": 0.5}
 
