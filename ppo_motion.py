@@ -108,7 +108,7 @@ class Args:
                            choices=("margin", "infonce"))
     margin: float = arg(1.4, "margin of Eq. (1); unit-length embeddings are at most 2 apart (there: by hand)")
     reward_iterations: int = arg(900, "updates of the reward encoders and of the judge")
-    lambda_t: float = arg(2.0, "weight of the distance to the text (InstructMotion: 0.4)")
+    lambda_t: float = arg(0.4, "weight of the distance to the text (InstructMotion: 0.4)")
     lambda_m: float = arg(2.0, "weight of the distance to the paired motion (InstructMotion: 2.0)")
     reward_scale: float = arg(0.0, "factor of the reward; 0: one over its spread under the supervised GPT")
     # update
@@ -588,7 +588,7 @@ def train(start, policy, scorers, clips, sets, folder):
                                    {"params": list(critic.parameters()), "lr": args.critic_lr}],
                                   betas=(0.9, 0.99), weight_decay=1e-6)
     networks = nn.ModuleDict({"gpt": policy.gpt, "critic": critic})
-    parts = {"networks": networks, "optimizer": optimizer}
+    parts = {**networks, "optimizer": optimizer}
     watch, scale, shown = start.watch, args.reward_scale, {}
     origin = {"starts from": runs.fingerprint(policy.reference.state_dict())}
     with runs.Loop("ppo", start, folder, LOG_FIELDS, origin) as loop:
