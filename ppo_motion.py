@@ -75,7 +75,7 @@ class Args:
     # [/sync:run_flags]
     write_prompts: str = arg("", "write the composed captions to this file and stop")
     # data
-    clips: int = arg(2000, "embedded data: clips")
+    clips: int = arg(4000, "embedded data: clips")
     # tokenizer (T2M-GPT: 512 codes of width 512, 4 frames a token, network width 512)
     codes: int = arg(256, "entries K of the codebook")
     vq_width: int = arg(64, "width of encoder and decoder")
@@ -412,10 +412,17 @@ def load_policy(args, stored, device):
     return Policy(**parts, text=text, shortest=4 // 2**vq.halvings, device=device)
 
 
+def once(function, items):
+    """function(items) -> rows, of which each distinct item is computed once: a group asks for the same."""
+    distinct = {id(item): item for item in items}
+    place = {key: k for k, key in enumerate(distinct)}
+    return function(list(distinct.values()))[[place[id(item)] for item in items]]
+
+
 def generate(policy, gpt, captions, seed, iteration, purpose, indices, temperature):
     """Sample a motion per caption -> motion (b t d) raw, lengths (b), tokens (b n), text (b d). Each sample
     has random numbers of its own, so it does not depend on its batch, device or process."""
-    text = policy.text(captions)
+    text = once(policy.text, captions)
     draws = (torch.rand(gpt.block_size - 1, generator=generator(seed, iteration, purpose, k))
              for k in indices)
     uniform = torch.stack(list(draws)).to(policy.device)
@@ -459,14 +466,15 @@ def score(args, policy, reward_model, batch, wrong, iteration):
                          for k in batch["index"]]).to(policy.device)
         return r, {"text_term": 0.0, "motion_term": 0.0, "pseudo_score": 0.0}
     asked = [wrong[c] for c in batch["captions"]] if args.reward == "shuffled" else batch["captions"]
-    f_text = reward_model.embed_text(asked)
+    f_text = once(reward_model.embed_text, asked)
     f_motion = reward_model.embed_motion(batch["motion"], batch["lengths"])
     paired, f_paired = torch.tensor([c is not None for c in batch["pairs"]], device=policy.device), f_motion
     if paired.any():
-        real = datasets.collate([clip for clip in batch["pairs"] if clip is not None])
+        def embed(clips):
+            real = datasets.collate(clips)
+            return reward_model.embed_motion(real.motion.to(policy.device), real.lengths.to(policy.device))
         f_paired = f_motion.clone()
-        real = reward_model.embed_motion(real.motion.to(policy.device), real.lengths.to(policy.device))
-        f_paired[paired] = real
+        f_paired[paired] = once(embed, [clip for clip in batch["pairs"] if clip is not None])
     unit = (F.normalize(f, dim=-1) for f in (f_text, f_motion, f_paired))
     distances = [runs.all_gather_rows(d) for d in reward_terms(*unit)]
     r, pseudo = motion_reward(*distances, runs.all_gather_rows(paired), args.lambda_t, args.lambda_m)

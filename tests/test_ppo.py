@@ -924,3 +924,14 @@ def test_the_reward_rises_and_the_wrong_texts_do_not_help(seed):
     assert after[0] - before[0] > 0.6
     before, after = learn(seed, [1, 2, 3, 0])
     assert after[1] - before[1] > 0.6 and after[0] - before[0] < 0.05
+
+
+def test_each_distinct_item_is_computed_once():
+    asked = []
+
+    def embed(items):
+        asked.append(list(items))
+        return torch.tensor([[float(item)] for item in items])
+    a, b = "1.5", "2.5"
+    assert ppo.once(embed, [b, a, a, b, a]).flatten().tolist() == [2.5, 1.5, 1.5, 2.5, 1.5]
+    assert asked == [[b, a]]
