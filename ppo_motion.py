@@ -658,12 +658,12 @@ def final_tables(args, policy, scorers, splits, sets):
     base, tuned = policy_sampler(args, policy, policy.reference), policy_sampler(args, policy, policy.gpt)
     tables = {}
     for name, clips in {"paired_val": splits["val"], "paired_test": splits["test"], **sets}.items():
-        rows = {"base": base, "tuned": tuned}
+        clips, rows = clips[:300], {"base": base, "tuned": tuned}
         if name.startswith("paired"):
             rows = {"vq": tokenizer.reconstruction(policy.vq, clips, policy.device), **rows}
         if name.endswith("test"):
             rows[f"best of {args.best_of}"] = reports.best_of(base, args.best_of, scorers.reward_model)
-        tables[name] = reports.compare(name.replace("_", " "), clips[:300], scorers, rows, purpose=name,
+        tables[name] = reports.compare(name.replace("_", " "), clips, scorers, rows, purpose=name,
                                        repeats=args.eval_repeats)
     return tables
 
