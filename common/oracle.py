@@ -293,7 +293,8 @@ _SIDE = r"(left|right|both|one|a|an)"
 _HAND = rf"{_SIDE} (?:hand|arm|fist)s?\b"
 _LEG = r"(left|right) (?:leg|foot)\b"
 _GO = r"\b(?:walk|step|stroll|go|jog|run|sprint|dash|rac|mov|march)\w*"
-_TURN = r"\b(?:turn|rotat|spin|curve)\w*(?: (?!and\b|with\b|while\b)\w+){0,4}? "
+_TURN = r"\b(?:turn|rotat|spin|curve)\w*(?: (?!and\b|with\b|while\b|arms?\b|hands?\b)\w+){0,4}? "
+_WAY = r"(?! (?:foot|leg|heel|hand|arm)\b)"                         # "turns on the left foot" says no way
 # (attribute, value, pattern); a value of None is read from the groups. The first match of an attribute wins.
 _PATTERNS = (
     ("travel", "backward", rf"{_GO}(?: \w+)? (?:backwards?|in reverse)\b"),
@@ -303,9 +304,9 @@ _PATTERNS = (
     ("travel", "none", r"\b(?:in place|on the spot)\b"),
     ("gait", "run", r"\b(?:runs?|running|jogs?|jogging|sprint(?:s|ing)?|dash(?:es|ing)?)\b"),
     ("gait", "walk", r"\b(?:walk|stroll)(?:s|ing)?\b"),
-    ("turn", "left", rf"{_TURN}(?:counter-?clockwise|(?:to the )?left)\b"),
-    ("turn", "left", r"\bleft (?:turn|corner)\b|\bcorner to the left\b|\bcounter-?clockwise\b"),
-    ("turn", "right", rf"{_TURN}(?:clockwise|(?:to the )?right)\b"),
+    ("turn", "left", rf"{_TURN}(?:counterclockwise|(?:to the )?left)\b{_WAY}"),
+    ("turn", "left", r"\bleft (?:turn|corner)\b|\bcorner to the left\b|\bcounterclockwise\b"),
+    ("turn", "right", rf"{_TURN}(?:clockwise|(?:to the )?right)\b{_WAY}"),
     ("turn", "right", r"\bright (?:turn|corner)\b|\bcorner to the right\b|\bclockwise\b"),
     ("angle", 90, r"\b(?:ninety|90) degrees?\b|\bquarter turn\b"),
     ("angle", 180, r"\b180 degrees?\b|\ball the way around\b"),
@@ -313,7 +314,9 @@ _PATTERNS = (
     ("drift", None, r"\bforward and to the (left|right)\b|\bto the (left|right) with diagonal\b"),
     ("wave", None, rf"\b(?:wav(?:es?|ing)|greet(?:s|ing) with)\b.*?\b{_HAND}"),
     ("wave", None, rf"\b{_HAND} and wav(?:es?|ing)\b"),
-    ("raise", None, rf"\b(?:rais|lift|hold|put)\w* (?:up )?(?:the |his |her |their |its )?{_HAND}(?! out)"),
+    ("raise", None, rf"\b(?:rais|lift)\w* (?:up )?(?:the |his |her |their |its )?{_HAND}(?! out)"),
+    ("raise", None, rf"\b(?:hold|put)\w* up (?:the |his |her |their |its )?{_HAND}"),
+    ("raise", None, rf"\b(?:hold|put)\w* (?:the |his |her |their |its )?{_HAND} (?:up|in the air|over)\b"),
     ("stretch", True, r"\bboth arms (?:out|sideways)\b|\bstretch(?:es|ing) out both arms\b"),
     ("punch", None, r"\bpunch\w*\b(?:.*?\b(left|right) (?:hand|arm|fist)\b)?"),
     ("kick", None, rf"\bkick\w*\b(?:.*?\b{_LEG})?"),
@@ -325,7 +328,8 @@ _PATTERNS = (
 _COUNTS = {"once": 1, "one time": 1, "twice": 2, "two times": 2, "three times": 3}
 # after these words the patterns would promise too much: other actors, objects, ground that is not flat
 _DOUBT = re.compile(r"\b(arrow|ladder|stairs?|terrain|ground|hill|obstacle|climb\w*|circles?|zig-?zag|not|"
-                    r"without|head|back and forth|sitting|lying|pushed|sword)\b")
+                    r"without|head|back and forth|sitting|lying|pushed|sword|lean\w*|bend\w*|sway\w*|wip\w+|"
+                    r"stir\w*|scrub\w*|(?:arm|hand|wrist|hip)s?(?: \w+){0,3} (?:counter)?clockwise)\b")
 
 
 def _clause(text):
@@ -358,6 +362,7 @@ def caption_attributes(caption, flat_floor=False):
     clip), else {"first": ..., "then": ...}.
     """
     text = " ".join(caption.lower().replace(",", " ").replace(".", " ").split())
+    text = re.sub(r"\b(?:counter|anti)[ -]?clockwise\b", "counterclockwise", text)
     if _DOUBT.search(text):
         return {}
     clauses = [_clause(clause) for clause in re.split(r"\b(?:and )?then\b|\bbefore\b", text, maxsplit=1)]

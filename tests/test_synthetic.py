@@ -313,6 +313,15 @@ def test_mix_of_the_domains():
     ("someone kicks with the left leg twice", {"kick": "left", "count": 2}),
     ("a man raises the left hand and then waves the right hand",
      {"first": {"raise": "left"}, "then": {"wave": "right"}}),
+    ("a person turns 180 degrees on the left foot", {"angle": 180}),
+    ("a person turns left on the right foot", {"turn": "left"}),
+    ("a person turns anti-clockwise", {"turn": "left"}),
+    ("a person turns counter clockwise", {"turn": "left"}),
+    ("a person rotates clockwise", {"turn": "right"}), ("a person rotates both arms clockwise", {}),
+    ("a person wipes clockwise", {}), ("a person leans sideways to the left", {}),
+    ("a person walks and holds a hand rail", {"gait": "walk"}),
+    ("a person puts the right hand on the hip", {}), ("a person holds both hands up", {"raise": "both"}),
+    ("a person puts up his left hand", {"raise": "left"}),
     ("a person climbs a ladder and raises the left hand", {}), ("a person jumps twice", {}),
     ("", {}), ("#", {}), ("una persona camina", {})])
 def test_attributes_of_free_captions(caption, attributes):
