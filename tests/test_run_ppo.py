@@ -284,7 +284,7 @@ def test_overwrite_starts_again(finished, tmp_path, no_evaluation):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--lr", "0.001", "--kl-loss", "0.1"], ["lr was 0.005 and is 0.001", "kl_loss was 0.3 and is 0.1"]),
+    (["--lr", "0.001", "--kl-loss", "0.1"], ["lr was 0.005 and is 0.001", "kl_loss was 0.0 and is 0.1"]),
     (["--critic", "separate"], ["critic was 'shared-detach' and is 'separate'"]),
     (["--gpt-iterations", "19"], ["gpt_iterations was 20 and is 19", "starts from"])])
 def test_resume_with_other_arguments(finished, tmp_path, flags, words):
