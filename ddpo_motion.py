@@ -272,8 +272,7 @@ def train_base(model, clips, args, device):
     for iteration in bar:
         g = generator(args.base_seed, iteration, "base")
         chosen = torch.randint(len(clips), (args.base_batch,), generator=g).tolist()
-        line = torch.rand(args.base_batch, generator=g).tolist()  # a random caption of each clip
-        captions = [clips[k].captions[int(u * len(clips[k].captions))] for k, u in zip(chosen, line)]
+        captions = datasets.draw_captions([clips[k] for k in chosen], g)
         x_start = nn.utils.rnn.pad_sequence([encoded[k] for k in chosen], batch_first=True)  # b n c
         counts = torch.tensor([len(encoded[k]) for k in chosen], device=device)
         mask = torch.arange(x_start.shape[1], device=device)[None] < counts[:, None]
@@ -606,7 +605,7 @@ def train(start, policy, scorers, source, target, folder):
     print(f"  {len(prompts)} prompts; {args.prompts_per_iteration} x {args.samples_per_prompt} motions an "
           f"iteration; {args.steps - args.skip_last} of {args.steps} steps trained, "
           f"{lora.count(parameters)} of {lora.count(policy.model.parameters())} weights")
-    with runs.Loop("ddpo", start, folder, LOG_FIELDS, origin) as loop:
+    with runs.Loop("ddpo", start, folder, LOG_FIELDS, origin, policy.model) as loop:
         if loop.state:
             lora.load_lora(policy.model, loop.state["lora"])
             optimizer.load_state_dict(loop.state["optimizer"])
@@ -617,14 +616,14 @@ def train(start, policy, scorers, source, target, folder):
             loop.check()
             with watch.stage("reward"):
                 own = score(args, policy, scorers.reward_model, batch, wrong, iteration)
-                rewards = runs.all_gather_rows(own)
+                loop.rewards = rewards = runs.all_gather_rows(own)
                 groups = rearrange(rewards, "(p g) -> p g", g=args.samples_per_prompt)
                 if args.advantage == "group":
                     advantages = group_advantages(groups, args.adv_clip).flatten()
                 else:
                     advantages = torch.from_numpy(tracker.update(batch["asked"], rewards.numpy())).float()
                     advantages = advantages.clamp(-args.adv_clip, args.adv_clip)
-            with watch.stage("update"), runs.nan_report(folder, policy.model, iteration, rewards):
+            with watch.stage("update"):
                 values = update(args, policy, batch, advantages, optimizer, iteration, loop)
             row = dict.fromkeys(LOG_FIELDS) | values | {
                 "iteration": iteration, "reward": rewards.mean().item(),

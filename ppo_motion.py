@@ -125,11 +125,11 @@ class Args:
     critic: str = arg("shared-detach", "on detached policy features, on live ones, or on a copy of its own",
                       choices=("shared-detach", "shared", "separate"))
     kl_coef: float = arg(0.05, "beta, weight of the KL in the reward (InstructMotion: unknown)")
-    kl_loss: float = arg(0.0, "weight of the exact KL to the supervised GPT in the loss (InstructMotion: 0)")
     clip_range: float = arg(0.2, "eps (InstructMotion: unknown)")
     gamma: float = arg(1.0, "discount; episodes are finite")
     gae_lambda: float = arg(1.0, "lambda of GAE")
     vf_coef: float = arg(0.5, "weight of the value loss; matters with --critic shared only")
+    value_clip: float = arg(0.0, "how far values may leave the old ones, 0: any (InstructMotion: unknown)")
     max_grad_norm: float = arg(1.0, "gradient norm clip, of policy and critic apart")
     temperature: float = arg(1.0, "of sampling and of every log-probability")
     # evaluation
@@ -272,6 +272,12 @@ def action_logits(logits, first, shortest, temperature):
     return logits.masked_fill(early[:, None] & end, -math.inf)
 
 
+def pick(logits, uniform):
+    """Inverse transform sampling: logits (b v), uniform (b) in [0, 1) -> choice (b)"""
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    return (cumulative < uniform[:, None] * cumulative[:, -1:]).sum(-1)
+
+
 @torch.no_grad()
 def rollout(gpt, text, uniform, shortest, temperature):
     """Sample a token sequence per row. text (b d), uniform (b n): the draws, one a token, so that a row does
@@ -281,9 +287,7 @@ def rollout(gpt, text, uniform, shortest, temperature):
     running = torch.ones(len(text), dtype=torch.bool, device=text.device)
     x = gpt.trans_base["cond_emb"](text)[:, None] + gpt.positions[0]  # b 1 c
     for t in range(uniform.shape[1]):
-        logits = action_logits(gpt.run(x, caches, t)[0], t, shortest, temperature)[:, 0]
-        cumulative = logits.double().softmax(-1).cumsum(-1)  # inverse transform sampling
-        token = (cumulative < uniform[:, t:t + 1] * cumulative[:, -1:]).sum(-1)
+        token = pick(action_logits(gpt.run(x, caches, t)[0], t, shortest, temperature)[:, 0], uniform[:, t])
         tokens[:, t] = torch.where(running, token, gpt.pad)
         running = running & (token != gpt.end)
         if t + 1 == uniform.shape[1] or not running.any():
@@ -436,8 +440,8 @@ def draw_prompts(args, clips, composed, iteration):
     g = generator(args.seed, iteration, "prompts")
     alone = round(args.batch_prompts * args.text_only_share)
     rows = torch.randint(len(clips), (args.batch_prompts - alone,), generator=g).tolist()
-    lines = torch.rand(len(rows), generator=g).tolist()
-    drawn = [(clips[k].captions[int(u * len(clips[k].captions))], clips[k]) for k, u in zip(rows, lines)]
+    chosen = [clips[k] for k in rows]
+    drawn = list(zip(datasets.draw_captions(chosen, g), chosen))
     if args.reward == "shuffled":  # nothing of the right motion may leak in
         drawn = [(caption, clip) for (caption, _), (_, clip) in zip(drawn, drawn[1:] + drawn[:1])]
     picked = torch.randint(max(len(composed), 1), (alone,), generator=g).tolist()
@@ -488,7 +492,7 @@ def score(args, policy, reward_model, batch, wrong, iteration):
 def baseline(args, batch, r, scale):
     """Each prompt's rewards are standardised among its motions, where it has several: what one prompt gets by
     nature is no merit of a motion (not in the paper, which has one motion a prompt and the critic alone).
-    Of those motions only the ones most unlike their group are trained: a sample costs a fifth of its update.
+    Of those motions only the ones most unlike their group are trained, see strongest().
     -> the batch of those, their r in units of about one, and the numbers of those of all processes"""
     merit = scale * runs.all_gather_rows(r)
     kept = list(range(len(merit)))
@@ -509,29 +513,29 @@ def assess(args, policy, critic, batch, r, plan):
     """Stage 3, judge every token: logp_old and values, in the very chunks of the first update so that its
     ratios are exactly 1; rewards (Eq. 3), advantages, returns -> added to the batch, with numbers to log."""
     tokens, text, mask = batch["tokens"], batch["text"], batch["mask"]
-    old, ref, values, entropy = (torch.zeros(tokens.shape, device=policy.device) for _ in range(4))
-    logps_ref = torch.zeros(*tokens.shape, policy.gpt.codes + 1, device=policy.device)
+    old, ref, values, entropy, kl = (torch.zeros(tokens.shape, device=policy.device) for _ in range(5))
     with torch.no_grad():
         for rows in (rows for _, chunks in plan[0] for rows in chunks):
             asked = tokens[rows], text[rows], policy.shortest, args.temperature
             old[rows], logps, values[rows] = score_actions(policy.gpt, critic, *asked)
             entropy[rows] = -(logps.exp() * logps).sum(-1)
-            ref[rows], logps_ref[rows], _ = score_actions(policy.reference, None, *asked)
+            ref[rows], logps_ref, _ = score_actions(policy.reference, None, *asked)
+            kl[rows] = exact_kl(logps, logps_ref)
     rewards = token_rewards(r, old, ref, mask, args.kl_coef)
     advantages, returns = gae(rewards, values, mask, args.gamma, args.gae_lambda)
-    batch |= dict(logp_old=old, logps_ref=logps_ref, values=values, returns=returns,
+    batch |= dict(logp_old=old, values=values, returns=returns,
                   advantages=whiten(advantages, mask, runs.all_gather_rows(advantages[mask])))
     everywhere = runs.all_gather_rows  # what is logged is that of all processes
-    kl = everywhere(((old - ref) * mask).sum(1))
     missed, wanted = everywhere((returns - values)[mask]), everywhere(returns[mask])
-    return {"kl_ref": kl.mean(), "entropy": everywhere(entropy[mask]).mean(),
+    made = everywhere(tokens)
+    return {"kl_ref": everywhere((kl * mask).sum(1)).mean(), "entropy": everywhere(entropy[mask]).mean(),
             "explained_variance": 1 - missed.var() / wanted.var().clamp(min=1e-12),
             "length": everywhere(batch["lengths"]).float().mean(),
-            "truncated": everywhere(tokens[:, -1] < policy.gpt.end).float().mean(),
-            "distinct": torch.tensor(len(torch.unique(everywhere(tokens), dim=0)) / len(kl))}
+            "truncated": (made[:, -1] < policy.gpt.end).float().mean(),
+            "distinct": len(torch.unique(made, dim=0)) / len(made)}
 
 
-TRAINED = ("tokens", "text", "mask", "logp_old", "logps_ref", "returns", "advantages")
+TRAINED = ("tokens", "text", "mask", "logp_old", "values", "returns", "advantages")
 
 
 def update(args, policy, critic, batch, plan, optimizer, iteration, stop):
@@ -547,17 +551,15 @@ def update(args, policy, critic, batch, plan, optimizer, iteration, stop):
         for rows in chunks:
             stop.check()
             part = {name: batch[name][rows] for name in TRAINED}
-            logp, logps, values = score_actions(policy.gpt, critic, part["tokens"], part["text"],
-                                                policy.shortest, args.temperature)
+            logp, _, values = score_actions(policy.gpt, critic, part["tokens"], part["text"],
+                                            policy.shortest, args.temperature)
             mask = part["mask"]
             logratio = torch.where(mask, logp - part["logp_old"], 0.0)
             ratio = logratio.exp()  # b n
             pg = (clipped_loss(ratio, part["advantages"], args.clip_range) * mask).sum() / total
-            vf = (value_loss(values, part["returns"]) * mask).sum() / total
+            vf = value_loss(values, part["returns"], part["values"], args.value_clip)
+            vf = (vf * mask).sum() / total
             loss = pg + args.vf_coef * vf
-            if args.kl_loss:
-                kl = exact_kl(logps, part["logps_ref"])
-                loss = loss + args.kl_loss * (kl * mask).sum() / total
             if not torch.isfinite(loss):
                 raise NonFiniteError(f"iteration {iteration}: loss {loss.item()}; lower --lr")
             loss.backward()
@@ -599,7 +601,7 @@ def train(start, policy, scorers, clips, sets, folder):
     parts = {**networks, "optimizer": optimizer}
     watch, scale, shown = start.watch, args.reward_scale, {}
     origin = {"starts from": runs.fingerprint(policy.reference.state_dict())}
-    with runs.Loop("ppo", start, folder, LOG_FIELDS, origin) as loop:
+    with runs.Loop("ppo", start, folder, LOG_FIELDS, origin, networks) as loop:
         if loop.state:
             scale = loop.state["scale"]
             for name, part in parts.items():
@@ -612,15 +614,15 @@ def train(start, policy, scorers, clips, sets, folder):
             with watch.stage("rollout"):
                 batch = collect(args, policy, clips, composed, iteration, rank, processes)
             loop.check()
-            nothing = torch.tensor(math.nan)  # no reward yet
-            with watch.stage("reward"), runs.nan_report(folder, networks, iteration, nothing):
+            with watch.stage("reward"):
                 r, log = score(args, policy, scorers.reward_model, batch, wrong, iteration)
             batch, merit, kept = baseline(args, batch, r, scale)
             plan = [runs.minibatches(kept, round(1 / args.minibatch_ratio), batch["index"],
                                      args.micro_batch, generator(args.seed, iteration, "shuffle", epoch))
                     for epoch in range(args.ppo_epochs)]
             optimizer.param_groups[0]["lr"] = args.lr * schedule(iteration, args.iterations, args.warmup)
-            with watch.stage("update"), runs.nan_report(folder, networks, iteration, r):
+            loop.rewards = r
+            with watch.stage("update"):
                 log |= assess(args, policy, critic, batch, merit, plan)
                 log |= update(args, policy, critic, batch, plan, optimizer, iteration, loop)
             row = dict.fromkeys(LOG_FIELDS) | {name: float(value) for name, value in log.items()}

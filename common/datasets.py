@@ -453,6 +453,12 @@ class Vocabulary:
         return ids, ids > 0
 
 
+def draw_captions(clips, generator):
+    """A random caption of each clip, a list."""
+    draws = torch.rand(len(clips), generator=generator).tolist()
+    return [clip.captions[int(u * len(clip.captions))] for clip, u in zip(clips, draws)]
+
+
 def length_table(clips):
     """Number of words -> lengths in frames of the clips with such captions: long sentences take longer."""
     table = {}

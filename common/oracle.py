@@ -353,6 +353,11 @@ def _clause(text):
     return found
 
 
+def one_counterclockwise(text):
+    """The ways to write it in lower case (anti-clockwise, counter clock-wise ...) become one."""
+    return re.sub(r"\b(?:counter|anti)[ -]?(?:counter)?clock-?wise\b", "counterclockwise", text)
+
+
 def caption_attributes(caption, flat_floor=False):
     """What the oracle can check in a free caption or prompt: dict of attributes, {} if nothing.
 
@@ -362,7 +367,7 @@ def caption_attributes(caption, flat_floor=False):
     clip), else {"first": ..., "then": ...}.
     """
     text = " ".join(caption.lower().replace(",", " ").replace(".", " ").split())
-    text = re.sub(r"\b(?:counter|anti)[ -]?clockwise\b", "counterclockwise", text)
+    text = one_counterclockwise(text)
     if _DOUBT.search(text):
         return {}
     clauses = [_clause(clause) for clause in re.split(r"\b(?:and )?then\b|\bbefore\b", text, maxsplit=1)]

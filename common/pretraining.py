@@ -12,14 +12,15 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from common import motion_gpt, text
+from common import datasets, motion_gpt, text
+from common.evaluators import length_mask
 from common.runs import NonFiniteError, cached, generator, initialise
 
 
 def sequence_loss(logits, target, counts):
     """Mean over samples of the mean cross-entropy over tokens and end (T2M-GPT). logits (b n v), target
     (b n) with end and padding, counts (b)."""
-    mask = torch.arange(target.shape[1], device=target.device) <= counts[:, None]
+    mask = length_mask(counts + 1, target.shape[1])  # the end token counts
     loss = F.cross_entropy(logits.mT, target.clamp(max=logits.shape[-1] - 1), reduction="none")
     return ((loss * mask).sum(1) / mask.sum(1)).mean()
 
@@ -50,8 +51,7 @@ def train_gpt(gpt, text_encoder, vq, clips, *, iterations, lr, keep, batch, word
     for iteration in bar:
         g = generator(seed, iteration, "gpt")
         chosen = torch.randint(len(clips), (batch,), generator=g)
-        line = torch.rand(batch, generator=g).tolist()  # a random caption of each clip
-        captions = [clips[k].captions[int(u * len(clips[k].captions))] for k, u in zip(chosen, line)]
+        captions = datasets.draw_captions([clips[k] for k in chosen], g)
         target = table[chosen.to(device)]
         other = torch.randint(gpt.codes, target.shape, generator=g).to(device)
         replaced = (torch.rand(target.shape, generator=g) >= keep).to(device) & (target < gpt.end)

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from common import datasets, wording
-from common.oracle import COUNTED, caption_attributes
+from common.oracle import COUNTED, caption_attributes, one_counterclockwise
 from common.runs import InputError, atomic_write, generator, mix, run_main
 
 
@@ -230,7 +230,7 @@ def _split(caption, verbs):
     """(parts of a caption as lists of words, whether each follows the one before in time)."""
     found = re.findall(r"[a-z0-9]+(?:-[a-z0-9]+)*|[^\s\"]", caption.lower())
     text = " ".join(SPELLING.get(word, word) for word in found).rstrip(" .!")
-    text = re.sub(r"\b(?:counter|anti)[ -]?(?:counter)?clock-?wise\b", "counterclockwise", text)
+    text = one_counterclockwise(text)
     pieces = _SEPARATOR.split(f" {text} ")
     parts, ordered = [], set(pieces[1::2]) <= _ORDER
     for piece in pieces[::2]:
@@ -556,9 +556,8 @@ def novel_prompts(clips, count, *, seed, avoid=(), retained=0.25, **kind):
     """(train, retained test, report) of at most `count` prompts from the captions of clips (datasets.Clip).
 
     avoid: further captions that may not come out, those of the other splits; kind: three_parts and together
-    of `compose`. The report counts the distinct
-    captions, those that gave a meta motion, the meta motions, the parts that were not used by their reason,
-    and the prompts: all, of the train part, and retained.
+    of `compose`. The report counts the distinct captions, those that gave a meta motion, the meta motions,
+    the parts that were not used by their reason, and the prompts: all, of the train part, and retained.
     """
     items = [item for clip in clips for item in zip(clip.captions, clip.attributes)]
     return _pipeline(items, count, seed, word_tags(clips), avoid, retained, **kind)

@@ -312,21 +312,21 @@ def summary(paths):
 def one_row_each(paths, table):
     """Markdown that sets runs of different flags side by side, by one of their tables: distances of the tuned
     row, and what was gained +- half of its 95 % interval over prompts. InputError for no such table."""
-    lines, gained = [], PAIRED[:4]
-    for result in read_results(paths):
+    results, gained = read_results(paths), PAIRED[:4]
+    for path, result in zip(paths, results):
         if table not in result:
-            raise runs.InputError(f"--each {table}: {paths[0]} has no such table")
-        rows = result[table]
-        if not lines:
-            columns = [name for name in ("fid", "r_precision_top1", "length_error") if name in rows["base"]]
-            lines.append("| " + " | ".join(["flags", *columns, *(f"{name}, gain" for name in gained)]) + " |")
-            lines.append("| --- " * (1 + len(columns + [*gained])) + "|")
-            cells = [f"{rows['base'][name][0]:.3f}" for name in columns] + ["-"] * len(gained)
-            lines.append("| base | " + " | ".join(cells) + " |")
-        cells = [f"{rows['tuned'][name][0]:.3f}" for name in columns]
-        cells += ["{:+.3f} +-{:.3f}".format(*rows["gain"][name]) for name in gained]
-        lines.append(f"| `{result['command'].partition('.py ')[2]}` | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            raise runs.InputError(f"--each {table}: {path} has no such table")
+    base = results[0][table]["base"]
+    columns = [name for name in ("fid", "r_precision_top1", "length_error") if name in base]
+    headings = ["flags", *columns, *(f"{name}, gain" for name in gained)]
+    lines = ["| " + " | ".join(headings) + " |", "| --- " * len(headings) + "|"]
+    table_rows = [["base", *(f"{base[name][0]:.3f}" for name in columns), *["-"] * len(gained)]]
+    for result in results:
+        tuned, gain = (result[table][row] for row in ("tuned", "gain"))
+        table_rows.append([f"`{result['command'].partition('.py ')[2]}`",
+                           *(f"{tuned[name][0]:.3f}" for name in columns),
+                           *("{:+.3f} +-{:.3f}".format(*gain[name]) for name in gained)])
+    return "\n".join(lines + ["| " + " | ".join(cells) + " |" for cells in table_rows])
 
 
 def main(argv=None):

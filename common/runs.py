@@ -533,18 +533,23 @@ class Loop:
     """The frame of a training loop: progress bar, logs.csv, checkpoint.pt after every iteration, --resume,
     and Ctrl-C, which stops at the next `check`, where all is saved.
 
-        with runs.Loop("ppo", start, folder, LOG_FIELDS, starts_from) as loop:
+        with runs.Loop("ppo", start, folder, LOG_FIELDS, starts_from, model) as loop:
             if loop.state: ...                  # what the interrupted run had saved
             for iteration in loop:
                 ...
+                loop.rewards = rewards          # for nan_report.json
+                ...
                 loop.end(row, shown, state)
 
-    starts_from: a dict of what else must be the same for --resume, besides the arguments.
+    starts_from: a dict of what else must be the same for --resume, besides the arguments. When a
+    NonFiniteError passes, nan_report.json is left in the folder: which weights and gradients of `model` are
+    not finite, and what the rewards were.
     """
 
-    def __init__(self, method, start, folder, fields, starts_from):
+    def __init__(self, method, start, folder, fields, starts_from, model):
         args, self.rank, self.stop = start.args, start.rank, StopSignal()
         self.method, self.iterations, self.first, self.state = method, args.iterations, 0, None
+        self.folder, self.model, self.iteration, self.rewards = folder, model, None, None
         self.path, self.kind = folder / "checkpoint.pt", f"{method}-run"
         self.shaping = shaping_args(args) | starts_from
         if args.resume and self.path.exists():
@@ -562,7 +567,9 @@ class Loop:
     def __iter__(self):
         self.bar = tqdm(range(self.first, self.iterations), self.method, self.iterations, initial=self.first,
                         disable=self.rank > 0)
-        yield from self.bar
+        for self.iteration in self.bar:
+            self.rewards = None
+            yield self.iteration
 
     def check(self):
         """Raise Interrupted if a signal has come; what was saved last is then where --resume goes on."""
@@ -577,25 +584,18 @@ class Loop:
                             data={"args": self.shaping, "iteration": row["iteration"], **state})
         self.check()
 
-    def __exit__(self, kind, *exc):
-        self.stop.__exit__(kind, *exc)
+    def __exit__(self, kind, error, trace):
+        self.stop.__exit__(kind, error, trace)
         if kind is None:
             barrier()
-
-
-@contextlib.contextmanager
-def nan_report(folder, model, iteration, rewards):
-    """Leave nan_report.json in the folder when a NonFiniteError passes: what to look at first."""
-    try:
-        yield
-    except NonFiniteError as error:
-        bad = [f"{kind} {name}" for name, p in model.named_parameters()
-               for kind, x in (("weight", p), ("gradient", p.grad))
-               if x is not None and not torch.isfinite(x).all()]
-        save_json(folder / "nan_report.json", {
-            "error": str(error), "iteration": iteration, "not_finite": bad, "rewards": {
-                "mean": rewards.mean().item(), "min": rewards.min().item(), "max": rewards.max().item()}})
-        raise
+        elif kind is NonFiniteError:
+            bad = [f"{what} {name}" for name, p in self.model.named_parameters()
+                   for what, x in (("weight", p), ("gradient", p.grad))
+                   if x is not None and not torch.isfinite(x).all()]
+            numbers = {name: getattr(self.rewards, name)().item() for name in ("mean", "min", "max")
+                       if self.rewards is not None}
+            save_json(self.folder / "nan_report.json", {
+                "error": str(error), "iteration": self.iteration, "not_finite": bad, "rewards": numbers})
 
 
 def run_main(main, argv=None):

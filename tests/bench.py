@@ -114,8 +114,7 @@ def recompute(gpt, text, uniform, shortest, temperature):
     tokens = torch.full(uniform.shape, gpt.pad)
     for t in range(uniform.shape[1]):
         logits = ppo.action_logits(gpt(tokens[:, :t], text)[0], 0, shortest, temperature)[:, -1]
-        cumulative = logits.double().softmax(-1).cumsum(-1)
-        tokens[:, t] = (cumulative < uniform[:, t:t + 1] * cumulative[:, -1:]).sum(-1)
+        tokens[:, t] = ppo.pick(logits, uniform[:, t])
     return tokens
 
 

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from common import reports
+from tests.run_helpers import Finished
 
 
 @pytest.fixture(scope="module")
@@ -28,3 +29,15 @@ def elsewhere(tmp_path, monkeypatch):
 def no_pictures(monkeypatch):
     """Drawing is most of a small run."""
     monkeypatch.setattr(reports, "draw", lambda *args, **named: None)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    """name of run_helpers.SMALL -> its Finished run, made once."""
+    made = {}
+
+    def of(name):
+        if name not in made:
+            made[name] = Finished(name, tmp_path_factory.mktemp(f"finished_{name}"))
+        return made[name]
+    return of

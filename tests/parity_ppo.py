@@ -5,7 +5,6 @@ must load them as they are.
 """
 import numpy as np
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 
 from common import evaluators, motion_gpt, pretraining, published, tokenizer

@@ -1,20 +1,98 @@
-"""What the end-to-end tests of several scripts share. `script` is the module of one, such as ddpo_motion."""
+"""What the end-to-end tests of the scripts share. `script` is the module of one, such as ddpo_motion."""
 import contextlib
 import io
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
+import ddpo_motion
+import ppo_motion
 from common import datasets, evaluators, pretraining, render, runs
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 METRICS = ("reward", "judge", "oracle", "fid", "r_precision_top1", "r_precision_top2", "r_precision_top3",
            "mm_dist", "diversity", "foot_skate", "jerk")
+
+
+
+# ---- a finished run of each script -------------------------------------------------------------------------
+
+
+class Small(NamedTuple):
+    """A script and a small run of it: four iterations, a look at val after the second and the fourth."""
+    script: object
+    flags: str
+    product: str            # the file that --load reads
+    cached: list            # names of all that it keeps in the cache
+    tables: dict            # of results.json -> their rows
+
+
+ROWS = {"base", "tuned", "gain"}
+SMALL = {
+    "ddpo": Small(
+        ddpo_motion,
+        "--tiny --threads 1 --device cpu --source-clips 120 --target-clips 80 --base-iterations 30 "
+        "--iterations 4 --reward-iterations 10 --best-of 2",
+        "adapter.pt", ["base", "judge", "reward"],
+        {"target_val": ROWS | {"gt"}, "target_test": ROWS | {"gt", "best of 2"},
+         "source_test": ROWS | {"gt"}}),
+    "ppo": Small(
+        ppo_motion,
+        "--dataset kit --tiny --threads 1 --device cpu --clips 160 --composed 100 --vq-iterations 20 "
+        "--gpt-iterations 20 --reward-iterations 15 --iterations 4 --batch-prompts 8 --samples-per-prompt 4 "
+        "--kept-samples 16 --minibatch-ratio 0.5 --micro-batch 5 --lr 5e-3 --warmup 2 --eval-every 2 "
+        "--eval-repeats 2 --best-of 2",
+        "policy.pt", ["gpt", "judge", "reward", "tokenizer"],
+        {"paired_val": ROWS | {"gt", "vq"}, "paired_test": ROWS | {"gt", "vq", "best of 2"},
+         "composed_train": ROWS, "composed_val": ROWS, "composed_test": ROWS | {"best of 2"}})}
+
+
+class Finished:
+    """An uninterrupted run of SMALL[name], started as a user starts it, and the cache that it has filled."""
+
+    def __init__(self, name, here):
+        self.script, flags, product, self.cached, self.tables = SMALL[name]
+        self.name, self.kind = name, f"{name}-{Path(product).stem}"  # kind: of the product, as its file says
+        self.flags = [*flags.split(), "--cache-dir", str(here / "cache")]
+        self.out = start(self.script, [*self.flags, "--out-dir", "run"], here)
+        self.folder, self.cache, self.product = here / "run", here / "cache", here / "run" / product
+        self.results = json.loads((self.folder / "results.json").read_text())
+
+    def call(self, *argv):
+        return call(self.script, *self.flags, *argv)
+
+    def refused(self, *argv):
+        return refused(self.script, *self.flags, *argv)
+
+    def stored(self, path):
+        """What the product `path`, or that of the run folder `path`, holds."""
+        path = path / self.product.name if path.is_dir() else path
+        return runs.load_checkpoint(path, kind=self.kind)
+
+    def checkpoint(self, folder):
+        return runs.load_checkpoint(folder / "checkpoint.pt", kind=f"{self.name}-run")
+
+    def is_same(self, folder):
+        """Product, checkpoint and log of another run are equal to this one's, bit for bit."""
+        assert equal(self.stored(folder), self.stored(self.folder))
+        assert equal(self.checkpoint(folder), self.checkpoint(self.folder))
+        assert (folder / "logs.csv").read_bytes() == (self.folder / "logs.csv").read_bytes()
+        return True
+
+
+def some_weight(stored):
+    """The first tensor in nested dicts that has more than one number."""
+    if torch.is_tensor(stored):
+        return stored if stored.numel() > 1 else None
+    found = (some_weight(value) for value in stored.values()) if isinstance(stored, dict) else ()
+    return next((weight for weight in found if weight is not None), None)
 
 
 # ---- calls -------------------------------------------------------------------------------------------------

@@ -1,11 +1,7 @@
 """The algorithm of ddpo_motion.py against closed forms, and the mutants that must not survive."""
 
-import argparse
 import dataclasses
-import json
 import math
-import os
-import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +11,7 @@ from einops import rearrange
 
 import ddpo_motion as ddpo
 from common import datasets, evaluators, lora, runs, samplers
-from common.runs import InputError, generator
+from common.runs import generator
 
 CAPTIONS = ["a person walks forward", "someone turns left slowly", "a man waves",
             "a person jumps twice and claps"]

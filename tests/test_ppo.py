@@ -36,7 +36,7 @@ def uniforms(*shape, k=0):
 
 
 # What this project adds to the paper is off unless a test is about it.
-ADDED = {"samples_per_prompt": 1, "kept_samples": 0, "kl_loss": 0.0, "warmup": 0}
+ADDED = {"samples_per_prompt": 1, "kept_samples": 0, "warmup": 0}
 
 
 def arguments(**changes):
@@ -608,11 +608,11 @@ def test_the_optimum_of_eq_3_is_reached(temperature):
         mask = torch.ones_like(tokens, dtype=torch.bool)
         with torch.no_grad():
             old, _, values = ppo.score_actions(gpt, critic, tokens, text, 0, temperature)
-            ref, logps_ref, _ = ppo.score_actions(reference, None, tokens, text, 0, temperature)
+            ref, *_ = ppo.score_actions(reference, None, tokens, text, 0, temperature)
         rewards = ppo.token_rewards(utility[tokens[:, 0]], old, ref, mask, args.kl_coef)
         advantages, returns = ppo.gae(rewards, values, mask, 1.0, 0.95)
-        batch = dict(tokens=tokens, text=text, mask=mask, logp_old=old, logps_ref=logps_ref, values=values,
-                     advantages=advantages, returns=returns)
+        batch = dict(tokens=tokens, text=text, mask=mask, logp_old=old, values=values, advantages=advantages,
+                     returns=returns)
         ppo.update(args, policy, critic, batch, plans(args, iteration), optimizer, iteration, Never())
     distance.append((distribution(gpt).softmax(-1) - target).abs().max().item())
     assert distance[0] > 0.2 and distance[1] < 1e-5
@@ -633,9 +633,10 @@ def test_assess_by_hand(changes):
         logits[:, :2, 12] = -math.inf  # two tokens are four frames
         logps = logits.log_softmax(-1)
         each = logps.gather(-1, tokens.clamp(max=12)[..., None])[..., 0]
-        return torch.where(mask, each, 0.0), torch.distributions.Categorical(logits=logps).entropy()
+        return torch.where(mask, each, 0.0), torch.distributions.Categorical(logits=logps)
     with torch.no_grad():
-        (old, entropy), (ref, _) = logp(s.policy.gpt), logp(s.policy.reference)
+        (old, choice), (ref, choice_ref) = logp(s.policy.gpt), logp(s.policy.reference)
+        kl = torch.distributions.kl_divergence(choice, choice_ref)  # of each step, over all actions
         hidden = s.policy.gpt(tokens[:, :-1], s.batch["text"])[1]
         values = s.critic.value(s.critic.norm(s.critic.block(hidden)))[..., 0]
     assert (old - ref).abs().max() > 0.1 and values.shape == tokens.shape
@@ -647,11 +648,12 @@ def test_assess_by_hand(changes):
     white = (raw - raw.mean()) / raw.std(correction=0)
     torch.testing.assert_close(s.batch["advantages"][mask], white, rtol=1e-3, atol=1e-4)
     counts = mask.sum(1)
-    assert s.log["kl_ref"].item() == pytest.approx((old - ref).sum(1).mean().item(), abs=1e-4)
-    assert s.log["entropy"].item() == pytest.approx(entropy[mask].mean().item(), abs=1e-4)
+    assert s.log["kl_ref"].item() == pytest.approx((kl * mask).sum(1).mean().item(), abs=1e-4)
+    assert s.log["kl_ref"] > 0.1
+    assert s.log["entropy"].item() == pytest.approx(choice.entropy()[mask].mean().item(), abs=1e-4)
     assert s.log["length"].item() == s.batch["lengths"].float().mean().item()
     assert s.log["truncated"].item() == ((counts == 6) & (tokens[:, 5] < 12)).float().mean().item()
-    assert s.log["distinct"].item() == len({tuple(row) for row in tokens.tolist()}) / 8
+    assert s.log["distinct"] == len({tuple(row) for row in tokens.tolist()}) / 8
     unexplained = (raw.var() / returns[mask].var()).item()
     assert s.log["explained_variance"].item() == pytest.approx(1 - unexplained, abs=1e-3)
 
@@ -798,24 +800,6 @@ def test_micro_batches_give_the_same_gradient(ratio):
         assert parts[0][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
-def test_the_exact_kl_pulls_towards_the_reference():
-    """Its gradient is that of KL(pi || pi_ref), summed over all actions, meaned over the valid tokens."""
-    s = prepared(max_grad_norm=1e9, kl_loss=0.7, temperature=1.5)
-    s.batch["advantages"] = torch.zeros_like(s.batch["advantages"])
-    logps = []
-    for net in (s.policy.gpt, s.policy.reference):
-        logits = net(s.batch["tokens"][:, :-1], s.batch["text"])[0] / 1.5
-        early = (torch.arange(6) < 2)[:, None] & (torch.arange(13) == 12)
-        logps.append(logits.masked_fill(early, -1e4).log_softmax(-1))
-    kl = (logps[0].exp() * (logps[0] - logps[1])).sum(-1)[s.batch["mask"]].mean()
-    parameters = dict(s.policy.gpt.named_parameters())
-    expected = torch.autograd.grad(0.7 * kl, list(parameters.values()))
-    _, actor, _ = step(s)
-    assert kl > 0.1
-    for name, value in zip(parameters, expected):
-        torch.testing.assert_close(actor[name], value, rtol=1e-3, atol=1e-5, msg=name)
-
-
 def test_targets_stay_fixed_over_the_epochs():
     """Returns, advantages and old values are those of the rollout; an update must not write into them."""
     s = prepared(ppo_epochs=2, minibatch_ratio=0.5)
@@ -842,7 +826,7 @@ def test_the_learning_rate_rises_then_falls_to_nothing():
 
 @pytest.mark.parametrize("changes", [
     {}, {"critic": "separate"},
-    {"samples_per_prompt": 2, "kept_samples": 11, "kl_loss": 0.3, "warmup": 6}])
+    {"samples_per_prompt": 2, "kept_samples": 11, "value_clip": 0.2, "warmup": 6}])
 def test_training_moves_policy_and_critic_only(changes, tmp_path, monkeypatch):
     """Reference, tokenizer, text encoder and reward model keep every bit; the optimizer knows no weight of
     theirs; every first ratio is one; the critic starts at zero."""

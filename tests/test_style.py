@@ -29,6 +29,16 @@ def test_lines(path):
     assert [n for n, line in enumerate(lines, 1) if any(word in line for word in machine)] == []
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_nothing_is_imported_in_vain(path):
+    source = path.read_text()
+    nodes = list(ast.walk(ast.parse(source)))
+    imports = [node for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))
+               and "noqa: F401" not in source.splitlines()[node.lineno - 1]]
+    imported = {(alias.asname or alias.name).split(".")[0] for node in imports for alias in node.names}
+    assert imported <= {node.id for node in nodes if isinstance(node, ast.Name)}
+
+
 @pytest.mark.parametrize("path", SCRIPTS, ids=name)
 def test_scripts_fit_a_reader(path):
     assert len(path.read_text().splitlines()) <= 750
