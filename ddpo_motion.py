@@ -32,7 +32,6 @@ Read in this order: section 6 (the maths), 7 (the loop), 3 (the network), then t
 # ---- 1. Imports --------------------------------------------------------------------------------------------
 
 import contextlib
-import dataclasses
 import inspect
 import math
 from dataclasses import dataclass
@@ -137,7 +136,7 @@ TINY = dict(source_clips=160, target_clips=120, width=32, layers=2, base_iterati
 
 def check_args(args):
     """Stop at once on settings that cannot work, naming the flag and the fix."""
-    motions, modes = args.prompts_per_iteration * args.samples_per_prompt, bool(args.prompt) or args.eval_only
+    motions = args.prompts_per_iteration * args.samples_per_prompt
     kept = args.kept_samples or motions
     for wrong, message in (
             (args.samples_per_prompt < 2, "--samples-per-prompt: at least 2; a group of one has no baseline"),
@@ -150,9 +149,6 @@ def check_args(args):
             (args.patch_dims > args.patch * features.T2M.feature_dim, "--patch-dims: more than a patch has"),
             (args.schedule == "cosine" and args.spacing == "karras",
              "--spacing karras: useless with --schedule cosine (t = 99x at nearly all nodes)"),
-            (modes and not args.load, "--load: --prompt and --eval-only need an adapter.pt"),
-            (args.load and not modes, "--load: add what the adapter is for, --prompt or --eval-only"),
-            (any(not caption.strip() for caption in args.prompt), "--prompt: the caption is empty"),
             (4 % args.patch, "--patch: 1, 2 or 4 frames, because lengths are multiples of 4")):
         if wrong:
             raise InputError(message)
@@ -575,11 +571,9 @@ def update(args, policy, batch, advantages, optimizer, iteration, stop):
             log["approx_kl"] += ((ratio - 1) - logratio).sum().item() * share
             log["clipfrac"] += ((ratio - 1).abs() > clip_range).sum().item() * share
         runs.all_reduce_grads(parameters)
-        norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
-        if not math.isfinite(norm):
-            raise NonFiniteError(f"iteration {iteration}: gradient norm {norm}; lower --lr")
+        where = f"iteration {iteration}: gradient norm"
+        log["grad_norm"] += runs.clip_gradients(parameters, args.max_grad_norm, where) / len(plan)
         optimizer.step()
-        log["grad_norm"] += norm / len(plan)
     first, every = (torch.cat(r).flatten() if r else torch.ones(1) for r in (ratios[:1], ratios))
     log |= {"first_ratio_error": (first - 1).abs().max().item(),
             "ratio_min": every.min().item(), "ratio_max": every.max().item()}
@@ -684,7 +678,7 @@ def main(argv):
     folder = start.open_folder()
     print(f"{device}, {start.threads} CPU thread(s)\n  source: {source.label}\n  target: {target.label}")
     with watch.stage("reward model and judge"):
-        reward_model, judge, notes = evaluators.reward_and_judge(
+        reward_model, judge, notes = evaluators.rewards_and_judge(
             [source] if args.reward_data == "source" else [source, target], [source, target],
             saw=args.reward_data, iterations=args.reward_iterations, seed=args.base_seed,
             cache_dir=args.cache_dir, use_cache=args.cache, device=device)
@@ -698,13 +692,8 @@ def main(argv):
             kept = {"base": {k: v.cpu().clone() for k, v in model.state_dict().items()},
                     "words": model.vocabulary.words, "tokens": tokens, "frames": source.usual_length}
             policy = make_policy(args, model, tokens, device)
-    about = {"command": "python ddpo_motion.py " + " ".join(argv), "seed": args.seed, "parts": notes,
-             "versions": runs.versions(), "data": {"source": source.label, "target": target.label},
-             "fingerprints": {"source": source.fingerprint, "target": target.fingerprint},
-             "threads": start.threads}
+    about = start.about(folder, notes, source, target)
     if not adapter:
-        if rank == 0 and not (args.resume and (folder / "checkpoint.pt").exists()):
-            runs.save_json(folder / "args.json", {**about, "args": dataclasses.asdict(args)})
         train(start, policy, scorers, source, target, folder)
         if rank:
             return

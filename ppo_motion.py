@@ -32,21 +32,18 @@ Read in this order: section 6 (the maths), 7 (the loop), 3 (the networks), then 
 # ---- 1. Imports --------------------------------------------------------------------------------------------
 
 import copy
-import dataclasses
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from common import (datasets, evaluators, features, pretraining, prompts, published, reports, runs,
+from common import (datasets, diagnostics, evaluators, features, prompts, reports, runs, token_policy,
                     tokenizer)
-from common.motion_gpt import Block, MotionGPT
+from common.motion_gpt import Block
 from common.runs import InputError, NonFiniteError, arg, generator
-from common.text import TextEncoder, text_features
 
 # ---- 2. Arguments ------------------------------------------------------------------------------------------
 
@@ -74,6 +71,7 @@ class Args:
     compare: bool = arg(False, "with --prompt: base and tuned side by side")
     # [/sync:run_flags]
     write_prompts: str = arg("", "write the composed captions to this file and stop")
+    # [sync:token_flags]
     # data
     clips: int = arg(4000, "embedded data: clips")
     # tokenizer (T2M-GPT: 512 codes of width 512, 4 frames a token, network width 512)
@@ -97,6 +95,7 @@ class Args:
     vq_statistics: str = arg("", "folder with the Mean.npy and Std.npy that tokenizer was trained with")
     gpt_checkpoint: str = arg("", "published T2M-GPT policy (.pth); its text: --text-features, or CLIP")
     text_features: str = arg("", ".npz with captions (n) and vectors (n d); empty: an installed CLIP")
+    # [/sync:token_flags]
     # prompts
     text_only_share: float = arg(0.5, "share of composed captions in a rollout (InstructMotion: 0 or 1/2)")
     composed: int = arg(3000, "sentences composed of the training captions", lowest=0)
@@ -116,22 +115,24 @@ class Args:
     batch_prompts: int = arg(32, "prompts of a rollout (InstructMotion: 128)")
     samples_per_prompt: int = arg(16, "motions of each, rewarded for being better than the others (there: 1)")
     kept_samples: int = arg(128, "motions of a rollout that are trained, the most unusual; 0: all", lowest=0)
-    ppo_epochs: int = arg(2, "passes over a rollout (InstructMotion: 2)")
+    lr: float = arg(1.5e-4, "highest learning rate of the policy (InstructMotion: 5e-6)")
+    kl_coef: float = arg(0.05, "beta, weight of the KL in the reward (InstructMotion: unknown)")
+    temperature: float = arg(1.0, "of sampling and of every log-probability")
+    # [sync:ppo_flags]
+    ppo_epochs: int = arg(2, "passes over a rollout (InstructMotion, MotionRL: 2)")
     minibatch_ratio: float = arg(1.0, "minibatch over batch (InstructMotion: 1)")
     micro_batch: int = arg(0, "motions per forward pass, 0: the whole minibatch; fewer save memory")
-    lr: float = arg(1.5e-4, "highest learning rate of the policy (InstructMotion: 5e-6)")
     critic_lr: float = arg(1e-3, "learning rate of the critic")
     warmup: int = arg(20, "iterations in which the policy's rate rises from 0", lowest=0)
     critic: str = arg("shared-detach", "on detached policy features, on live ones, or on a copy of its own",
                       choices=("shared-detach", "shared", "separate"))
-    kl_coef: float = arg(0.05, "beta, weight of the KL in the reward (InstructMotion: unknown)")
-    clip_range: float = arg(0.2, "eps (InstructMotion: unknown)")
+    clip_range: float = arg(0.2, "eps (unknown in both papers)")
     gamma: float = arg(1.0, "discount; episodes are finite")
-    gae_lambda: float = arg(1.0, "lambda of GAE")
+    gae_lambda: float = arg(1.0, "lambda of GAE (MotionRL Eq. 8: 1)")
     vf_coef: float = arg(0.5, "weight of the value loss; matters with --critic shared only")
-    value_clip: float = arg(0.0, "how far values may leave the old ones, 0: any (InstructMotion: unknown)")
+    value_clip: float = arg(0.0, "how far values may leave the old ones, 0: any (unknown in both papers)")
     max_grad_norm: float = arg(1.0, "gradient norm clip, of policy and critic apart")
-    temperature: float = arg(1.0, "of sampling and of every log-probability")
+    # [/sync:ppo_flags]
     # evaluation
     eval_every: int = arg(50, "iterations between looks at the validation prompts")
     eval_repeats: int = arg(3, "repeats of the final evaluation, for the 95 % interval (benchmark: 20)")
@@ -145,7 +146,7 @@ TINY = dict(clips=240, codes=48, vq_width=24, vq_iterations=60, width=32, base_l
 
 def check_args(args):
     """Stop at once on settings that cannot work, naming the flag and the fix."""
-    modes = bool(args.prompt) or args.eval_only
+    token_policy.check(**runs.arguments_of(token_policy.check, args))
     count = 1 / args.minibatch_ratio if args.minibatch_ratio > 0 else 0.0
     motions = args.batch_prompts * args.samples_per_prompt
     kept = args.kept_samples if args.kept_samples and args.samples_per_prompt > 1 else motions
@@ -161,20 +162,13 @@ def check_args(args):
             (not args.lambda_t and not args.lambda_m, "--lambda-t, --lambda-m: one of them above 0"),
             (args.reward == "shuffled" and paired == 1, "--reward shuffled: two paired prompts, or none"),
             (not args.temperature, "--temperature: above 0"),
-            (max(args.three_parts, args.together) > 1, "--three-parts, --together: 0 to 1"),
-            (args.width % args.heads or args.width % 2, "--width: even and a multiple of --heads"),
-            (args.vq_checkpoint and not args.vq_statistics,
-             "--vq-statistics: the folder of the tokenizer's own Mean.npy and Std.npy"),
-            (args.gpt_checkpoint and not args.vq_checkpoint, "--gpt-checkpoint: needs its --vq-checkpoint"),
-            (modes and not args.load, "--load: --prompt and --eval-only need a policy.pt"),
-            (args.load and not modes, "--load: add what the policy is for, --prompt or --eval-only"),
-            (any(not caption.strip() for caption in args.prompt), "--prompt: the caption is empty")):
+            (max(args.three_parts, args.together) > 1, "--three-parts, --together: 0 to 1")):
         if wrong:
             raise InputError(message)
 
 
-# ---- 3. The networks ---------------------------------------------------------------------------------------
-# Tokenizer and GPT are those of T2M-GPT, which this paper takes as given: common/tokenizer.py, motion_gpt.py.
+# ---- 3. and 4. The networks, and what PPO starts from ------------------------------------------------------
+# Tokenizer, text encoder and supervised GPT are those of T2M-GPT: common/token_policy.py and what it imports.
 
 
 # [sync:critic]
@@ -199,49 +193,6 @@ class Critic(nn.Module):
 # [/sync:critic]
 
 
-# ---- 4. What PPO starts from: tokenizer and supervised GPT, cached -----------------------------------------
-
-
-def build_tokenizer(args, dataset, device):
-    """The tokenizer: published, cached, or trained on the train split -> frozen VQVAE, notes."""
-    if args.vq_checkpoint:
-        width = dataset.skeleton.feature_dim
-        return tokenizer.load_published(args.vq_checkpoint, args.vq_statistics, width, device)
-    return tokenizer.build(
-        dataset, codes=args.codes, width=args.vq_width, frames_per_token=args.frames_per_token,
-        iterations=args.vq_iterations, batch=args.batch, seed=args.base_seed, cache_dir=args.cache_dir,
-        use_cache=args.cache, device=device)
-
-
-PUBLISHED_BLOCK = 51  # positions of T2M-GPT: the text and 50 tokens
-
-
-def build_gpt(args, dataset, vq, device):
-    """The supervised GPT and its text encoder: published, cached, or trained -> both frozen, notes."""
-    clips, path = dataset.splits["train"], args.gpt_checkpoint
-    if path:
-        text, text_dim = text_features(args.text_features, device)
-        state = published.read_state(path, "trans")
-        sizes = published.gpt_sizes(state, path, args.heads, PUBLISHED_BLOCK)
-        if (sizes["codes"], sizes["text_dim"]) != (len(vq.quantizer.codebook), text_dim):
-            raise InputError(f"{path}: for {sizes['codes']} codes, {sizes['text_dim']} text features; here "
-                             f"are {len(vq.quantizer.codebook)} and {text_dim}")
-        gpt = MotionGPT(**sizes)
-        published.load_strict(gpt, state, path)
-        return evaluators.freeze(gpt.to(device)), text, {"published": path}
-    vocabulary = datasets.Vocabulary.from_captions([c for clip in clips for c in clip.captions])
-    text = TextEncoder(vocabulary, args.width, args.text_layers, args.heads).to(device)
-    block = max(len(clip.features) for clip in clips) // 2**vq.halvings + 2  # the text, and the end
-    gpt = MotionGPT(len(vq.quantizer.codebook), args.width, args.width, args.heads, args.base_layers,
-                    args.head_layers, block).to(device)
-    sizes = [args.width, args.heads, args.base_layers, args.head_layers, args.text_layers]
-    notes = pretraining.supervised(
-        gpt, text, vq, clips, [dataset.fingerprint, sizes], iterations=args.gpt_iterations, lr=args.gpt_lr,
-        keep=args.keep, batch=args.batch, word_drop=args.word_drop, word_swap=args.word_swap,
-        seed=args.base_seed, cache_dir=args.cache_dir, use_cache=args.cache, device=device)
-    return evaluators.freeze(gpt), evaluators.freeze(text), notes
-
-
 # ---- 5. Rewards --------------------------------------------------------------------------------------------
 
 
@@ -260,8 +211,6 @@ def motion_reward(text_distance, motion_distance, paired, lambda_t, lambda_m):
 
 # ---- 6. The algorithm: pure functions, no I/O, no globals --------------------------------------------------
 # [sync:ppo]
-
-
 def action_logits(logits, first, shortest, temperature):
     """Logits (b n v) of positions first, first + 1 ... as the policy uses them, float32 at least: over the
     temperature, and without the end before `shortest` tokens. Rollout, update and reference all go through
@@ -311,11 +260,6 @@ def score_actions(gpt, critic, tokens, text, shortest, temperature):
     return *action_logps(logits, tokens, shortest, temperature), values
 
 
-def exact_kl(logps, logps_ref):
-    """KL(pi || pi_ref) of each position, over all actions: (b n v) twice -> (b n)"""
-    return (logps.exp() * (logps - logps_ref)).sum(-1)
-
-
 def token_rewards(r, logp_old, logp_ref, mask, kl_coef):
     """InstructMotion Eq. (3) per token: -beta (logp_old - logp_ref), and r (b) at the last valid one. A value
     may be negative, only its mean is a KL. No gradient flows: it is a reward. (b n) -> (b n)"""
@@ -347,14 +291,6 @@ def clipped_loss(ratio, advantages, clip_range):
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1.0 - clip_range, 1.0 + clip_range))
 
 
-def ratio_stats(logratio, mask, clip_range):
-    """Sums over valid tokens of rho - 1 - log rho, which estimates KL(old || new) (Schulman 2020), and of
-    those whose ratio is outside the clip range: to be divided by their number."""
-    ratio = logratio.exp()
-    return {"approx_kl": (((ratio - 1) - logratio) * mask).sum(),
-            "clipfrac": (((ratio - 1).abs() > clip_range) & mask).sum()}
-
-
 def value_loss(values, returns, old=None, value_clip=0.0):
     """InstructMotion Eq. (5) per token, with the usual 1/2. Not in the paper: with value_clip the worse of
     this and of values kept that close to the old ones (PPO2)."""
@@ -363,12 +299,6 @@ def value_loss(values, returns, old=None, value_clip=0.0):
         return loss
     return torch.maximum(loss, 0.5 * (old + (values - old).clamp(-value_clip, value_clip) - returns).square())
 # [/sync:ppo]
-
-
-def schedule(iteration, iterations, warmup):
-    """Factor of the policy's learning rate. Not in the paper: Adam's first steps have full size in every
-    weight, noise or not, so it rises over `warmup` iterations; it falls to zero, to settle, over all."""
-    return min(1.0, (iteration + 1) / max(warmup, 1)) * (1 - iteration / iterations)
 
 
 # [sync:strongest]
@@ -381,58 +311,17 @@ def strongest(advantages, count):
 
 
 # ---- 7. The run --------------------------------------------------------------------------------------------
-
-
-class Policy(NamedTuple):
-    """Everything that turns a caption into a motion."""
-    vq: tokenizer.VQVAE
-    text: object            # captions -> (b d), frozen
-    gpt: MotionGPT
-    reference: MotionGPT    # pi_ref: the supervised one, frozen; shares no weight with gpt
-    shortest: int           # tokens of four frames, the least that has an embedding
-    device: torch.device
-
-
-def policy_state(policy):
-    """What policy.pt holds beside the arguments: all networks, their sizes and words."""
-    own = isinstance(policy.text, TextEncoder)
-    parts = {name: getattr(policy, name).state_dict() for name in ("vq", "gpt", "reference")}
-    return parts | {"text": policy.text.state_dict() if own else {}, "heads": policy.gpt.heads,
-                    "words": policy.text.vocabulary.words if own else [], "block_size": policy.gpt.block_size}
-
-
-def load_policy(args, stored, device):
-    """The policy of a finished run, from policy.pt alone; a published one needs its text features as well."""
-    vq = tokenizer.VQVAE(**published.tokenizer_sizes(stored["vq"], args.load))
-    sizes = published.gpt_sizes(stored["gpt"], args.load, stored["heads"], stored["block_size"])
-    parts = {"vq": vq, "gpt": MotionGPT(**sizes), "reference": MotionGPT(**sizes)}
-    if stored["words"]:
-        vocabulary = datasets.Vocabulary(stored["words"])
-        parts["text"] = TextEncoder(vocabulary, args.width, args.text_layers, args.heads)
-    for name, part in parts.items():
-        published.load_strict(part, stored[name], args.load)
-        evaluators.freeze(part.to(device))
-    text = parts.pop("text", None) or text_features(args.text_features, device)[0]
-    return Policy(**parts, text=text, shortest=4 // 2**vq.halvings, device=device)
-
-
-def once(function, items):
-    """function(items) -> rows, of which each distinct item is computed once: a group asks for the same."""
-    distinct = {id(item): item for item in items}
-    place = {key: k for k, key in enumerate(distinct)}
-    return function(list(distinct.values()))[[place[id(item)] for item in items]]
-
-
-def generate(policy, gpt, captions, seed, iteration, purpose, indices, temperature):
-    """Sample a motion per caption -> motion (b t d) raw, lengths (b), tokens (b n), text (b d). Each sample
+# [sync:generate]
+def generate(policy, gpt, text, seed, iteration, purpose, indices, temperature):
+    """Sample a motion per text feature (b d) -> motion (b t d) raw, lengths (b), tokens (b n). Each sample
     has random numbers of its own, so it does not depend on its batch, device or process."""
-    text = once(policy.text, captions)
     draws = (torch.rand(gpt.block_size - 1, generator=generator(seed, iteration, purpose, k))
              for k in indices)
     uniform = torch.stack(list(draws)).to(policy.device)
     tokens, counts = rollout(gpt, text, uniform, policy.shortest, temperature)
     with torch.no_grad():
-        return *policy.vq.decode(tokens, counts), tokens, text
+        return *policy.vq.decode(tokens, counts), tokens
+# [/sync:generate]
 
 
 def draw_prompts(args, clips, composed, iteration):
@@ -455,8 +344,9 @@ def collect(args, policy, clips, composed, iteration, rank, processes):
     drawn, size = draw_prompts(args, clips, composed, iteration), args.samples_per_prompt
     index = [k for k in range(len(drawn)) if k // size * processes // args.batch_prompts == rank]
     captions, pairs = zip(*(drawn[k] for k in index))
-    motion, lengths, tokens, text = generate(policy, policy.gpt, captions, args.seed, iteration, "rollout",
-                                             index, args.temperature)
+    text = evaluators.once(policy.text, captions)
+    motion, lengths, tokens = generate(policy, policy.gpt, text, args.seed, iteration, "rollout", index,
+                                       args.temperature)
     mask = F.pad(tokens[:, :-1] < policy.gpt.end, (1, 0), value=True)  # codes and the end
     return dict(captions=captions, pairs=pairs, index=index, motion=motion, lengths=lengths, tokens=tokens,
                 text=text, mask=mask)
@@ -470,16 +360,8 @@ def score(args, policy, reward_model, batch, wrong, iteration):
                          for k in batch["index"]]).to(policy.device)
         return r, {"text_term": 0.0, "motion_term": 0.0, "pseudo_score": 0.0}
     asked = [wrong[c] for c in batch["captions"]] if args.reward == "shuffled" else batch["captions"]
-    f_text = once(reward_model.embed_text, asked)
-    f_motion = reward_model.embed_motion(batch["motion"], batch["lengths"])
-    paired, f_paired = torch.tensor([c is not None for c in batch["pairs"]], device=policy.device), f_motion
-    if paired.any():
-        def embed(clips):
-            real = datasets.collate(clips)
-            return reward_model.embed_motion(real.motion.to(policy.device), real.lengths.to(policy.device))
-        f_paired = f_motion.clone()
-        f_paired[paired] = once(embed, [clip for clip in batch["pairs"] if clip is not None])
-    unit = (F.normalize(f, dim=-1) for f in (f_text, f_motion, f_paired))
+    paired = torch.tensor([clip is not None for clip in batch["pairs"]], device=policy.device)
+    unit = evaluators.embed_pairs(reward_model, batch["motion"], batch["lengths"], asked, batch["pairs"])
     distances = [runs.all_gather_rows(d) for d in reward_terms(*unit)]
     r, pseudo = motion_reward(*distances, runs.all_gather_rows(paired), args.lambda_t, args.lambda_m)
     for value, caption in zip(r[batch["index"]].tolist(), batch["captions"]):
@@ -509,45 +391,53 @@ def baseline(args, batch, r, scale):
     return part, merit[part["index"]], kept
 
 
-def assess(args, policy, critic, batch, r, plan):
-    """Stage 3, judge every token: logp_old and values, in the very chunks of the first update so that its
-    ratios are exactly 1; rewards (Eq. 3), advantages, returns -> added to the batch, with numbers to log."""
+# [sync:score_rollout]
+@torch.no_grad()
+def score_rollout(args, policy, critic, batch, plan, text_ref):
+    """logp_old, logp_ref and values (b n) of a batch, in the very chunks of the first update so that its
+    ratios are exactly 1; text_ref: what the reference reads -> the three, with numbers to log."""
     tokens, text, mask = batch["tokens"], batch["text"], batch["mask"]
     old, ref, values, entropy, kl = (torch.zeros(tokens.shape, device=policy.device) for _ in range(5))
-    with torch.no_grad():
-        for rows in (rows for _, chunks in plan[0] for rows in chunks):
-            asked = tokens[rows], text[rows], policy.shortest, args.temperature
-            old[rows], logps, values[rows] = score_actions(policy.gpt, critic, *asked)
-            entropy[rows] = -(logps.exp() * logps).sum(-1)
-            ref[rows], logps_ref, _ = score_actions(policy.reference, None, *asked)
-            kl[rows] = exact_kl(logps, logps_ref)
+    options = policy.shortest, args.temperature
+    for rows in (rows for _, chunks in plan[0] for rows in chunks):
+        part = tokens[rows]
+        old[rows], logps, values[rows] = score_actions(policy.gpt, critic, part, text[rows], *options)
+        entropy[rows] = -(logps.exp() * logps).sum(-1)
+        ref[rows], logps_ref, _ = score_actions(policy.reference, None, part, text_ref[rows], *options)
+        kl[rows] = diagnostics.exact_kl(logps, logps_ref)
+    return old, ref, values, diagnostics.rollout_stats(tokens, mask, batch["lengths"], policy.gpt.end, kl,
+                                                       entropy)
+# [/sync:score_rollout]
+
+
+def assess(args, policy, critic, batch, r, plan):
+    """Stage 3, judge every token: rewards (Eq. 3), advantages, returns -> added to the batch, with numbers to
+    log."""
+    mask = batch["mask"]
+    old, ref, values, log = score_rollout(args, policy, critic, batch, plan, batch["text"])
     rewards = token_rewards(r, old, ref, mask, args.kl_coef)
     advantages, returns = gae(rewards, values, mask, args.gamma, args.gae_lambda)
-    batch |= dict(logp_old=old, values=values, returns=returns,
+    batch |= dict(logp_old=old, values=values, returns=returns, weight=mask.to(old.dtype),
                   advantages=whiten(advantages, mask, runs.all_gather_rows(advantages[mask])))
-    everywhere = runs.all_gather_rows  # what is logged is that of all processes
-    missed, wanted = everywhere((returns - values)[mask]), everywhere(returns[mask])
-    made = everywhere(tokens)
-    return {"kl_ref": everywhere((kl * mask).sum(1)).mean(), "entropy": everywhere(entropy[mask]).mean(),
-            "explained_variance": 1 - missed.var() / wanted.var().clamp(min=1e-12),
-            "length": everywhere(batch["lengths"]).float().mean(),
-            "truncated": (made[:, -1] < policy.gpt.end).float().mean(),
-            "distinct": len(torch.unique(made, dim=0)) / len(made)}
+    return log | {"explained_variance": diagnostics.explained_variance(values, returns, mask)}
 
 
-TRAINED = ("tokens", "text", "mask", "logp_old", "values", "returns", "advantages")
+# [sync:update]
+TRAINED = ("tokens", "text", "mask", "weight", "logp_old", "values", "returns", "advantages")
 
 
 def update(args, policy, critic, batch, plan, optimizer, iteration, stop):
-    """Stage 4, update: clipped loss of the policy, squared loss of the critic -> values to log."""
+    """Stage 4, update: clipped loss of the policy, a mean over tokens by their weight, and squared loss of
+    the critic -> values to log."""
     actor, head = (group["params"] for group in optimizer.param_groups)
     names = ("pg_loss", "vf_loss", "approx_kl", "clipfrac", "grad_norm", "vf_grad_norm")
     log, ratios = dict.fromkeys(names, 0.0), []
     steps = [part for epoch in plan for part in epoch]
     for _, chunks in steps:
         optimizer.zero_grad()
-        valid = torch.tensor([[sum(batch["mask"][rows].sum().item() for rows in chunks)]])
-        total = runs.all_gather_rows(valid).sum().item()  # tokens of the minibatch, of all processes
+        share = torch.tensor([[sum(batch[name][rows].sum().item() for rows in chunks)
+                               for name in ("mask", "weight")]], dtype=torch.float64)
+        total, weight = runs.all_gather_rows(share).sum(0).tolist()  # of the minibatch, of all processes
         for rows in chunks:
             stop.check()
             part = {name: batch[name][rows] for name in TRAINED}
@@ -556,7 +446,8 @@ def update(args, policy, critic, batch, plan, optimizer, iteration, stop):
             mask = part["mask"]
             logratio = torch.where(mask, logp - part["logp_old"], 0.0)
             ratio = logratio.exp()  # b n
-            pg = (clipped_loss(ratio, part["advantages"], args.clip_range) * mask).sum() / total
+            pg = clipped_loss(ratio, part["advantages"], args.clip_range)
+            pg = (pg * part["weight"]).sum() / weight
             vf = value_loss(values, part["returns"], part["values"], args.value_clip)
             vf = (vf * mask).sum() / total
             loss = pg + args.vf_coef * vf
@@ -566,18 +457,17 @@ def update(args, policy, critic, batch, plan, optimizer, iteration, stop):
             ratios.append(ratio.detach()[mask])
             log["pg_loss"] += pg.item() / len(steps)
             log["vf_loss"] += vf.item() / len(steps)
-            for name, value in ratio_stats(logratio.detach(), mask, args.clip_range).items():
+            for name, value in diagnostics.ratio_stats(logratio.detach(), mask, args.clip_range).items():
                 log[name] += value.item() / (total * len(steps))
         runs.all_reduce_grads([*actor, *head])
         for name, parameters in (("grad_norm", actor), ("vf_grad_norm", head)):
-            norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
-            if not math.isfinite(norm):
-                raise NonFiniteError(f"iteration {iteration}: {name} {norm}; lower --lr")
-            log[name] += norm / len(steps)
+            where = f"iteration {iteration}: {name}"
+            log[name] += runs.clip_gradients(parameters, args.max_grad_norm, where) / len(steps)
         optimizer.step()
     first = torch.cat(ratios[: len(steps[0][1])] or [torch.ones(1)])
     log["first_ratio_error"] = (first - 1).abs().max().item()
     return runs.reduce_log(log, highest={"first_ratio_error", "grad_norm", "vf_grad_norm"})
+# [/sync:update]
 
 
 LOG_FIELDS = ("iteration", "reward", "text_term", "motion_term", "pseudo_score", "kl_ref", "entropy",
@@ -620,7 +510,8 @@ def train(start, policy, scorers, clips, sets, folder):
             plan = [runs.minibatches(kept, round(1 / args.minibatch_ratio), batch["index"],
                                      args.micro_batch, generator(args.seed, iteration, "shuffle", epoch))
                     for epoch in range(args.ppo_epochs)]
-            optimizer.param_groups[0]["lr"] = args.lr * schedule(iteration, args.iterations, args.warmup)
+            optimizer.param_groups[0]["lr"] = args.lr * runs.rise_and_fall(iteration, args.iterations,
+                                                                               args.warmup)
             loop.rewards = r
             with watch.stage("update"):
                 log |= assess(args, policy, critic, batch, merit, plan)
@@ -645,14 +536,10 @@ def train(start, policy, scorers, clips, sets, folder):
 def policy_sampler(args, policy, gpt):
     """A GPT as a sampler for common/reports.py; it chooses its own lengths. Sample k of a call always uses
     the same draws: base and tuned are compared in pairs."""
-    def sampler(captions, lengths, purpose, repeat):
-        parts = []
-        for rows in torch.arange(len(captions)).split(128):
-            asked = [captions[k] for k in rows]
-            parts.append(generate(policy, gpt, asked, args.seed, repeat, purpose, rows.tolist(),
-                                  args.temperature))
-        return tuple(torch.cat([part[k] for part in parts]).cpu() for k in (0, 1))
-    return sampler
+    def sample(captions, rows, purpose, repeat):
+        text = evaluators.once(policy.text, captions)
+        return generate(policy, gpt, text, args.seed, repeat, purpose, rows, args.temperature)[:2]
+    return reports.in_chunks(sample)
 
 
 def final_tables(args, policy, scorers, splits, sets):
@@ -672,7 +559,7 @@ def final_tables(args, policy, scorers, splits, sets):
 
 def write_motions(args, stored, folder, device):
     """--prompt: GIF, joints and BVH of every caption, from policy.pt alone."""
-    policy = load_policy(args, stored, device)
+    policy = token_policy.load(stored, device, **runs.arguments_of(token_policy.load, args))
     chosen = {"before": policy_sampler(args, policy, policy.reference)} if args.compare else {}
     chosen["after"] = policy_sampler(args, policy, policy.gpt)
     reports.export(folder, args.prompt, 0, 0, features.SKELETONS[len(policy.vq.mean)], chosen)
@@ -697,34 +584,26 @@ def main(argv):
     folder = start.open_folder()
     print(f"{device}, {start.threads} CPU thread(s)\n  data: {data.label}\n  composed captions: {counted}")
     with watch.stage("reward model and judge"):
-        loss = ("infonce", None)
+        loss = evaluators.INFO_NCE
         if args.reward_loss == "margin":
             loss = f"margin {args.margin}", evaluators.margin_pairs(args.margin)
-        reward_model, judge, notes = evaluators.reward_and_judge(
-            [data], [data], saw=data.label, loss=loss, iterations=args.reward_iterations, seed=args.base_seed,
-            cache_dir=args.cache_dir, use_cache=args.cache, device=device)
+        reward_model, judge, notes = evaluators.rewards_and_judge(
+            [data], [data], saw=data.label, losses=[loss], iterations=args.reward_iterations,
+            seed=args.base_seed, cache_dir=args.cache_dir, use_cache=args.cache, device=device)
     scorers = reports.Scorers(reward_model, judge, data.skeleton)
-    with watch.stage("tokenizer"):
-        if not stored:
-            vq, notes["tokenizer"] = build_tokenizer(args, data, device)
-    with watch.stage("supervised gpt"):
-        if stored:
-            policy = load_policy(args, stored, device)
-        else:
-            gpt, text, notes["gpt"] = build_gpt(args, data, vq, device)
-            policy = Policy(vq, text, gpt, copy.deepcopy(gpt), 4 // 2**vq.halvings, device)
-    about = {"command": "python ppo_motion.py " + " ".join(argv), "seed": args.seed, "parts": notes,
-             "versions": runs.versions(), "data": {"source": data.label, "target": data.label},
-             "fingerprints": {"data": data.fingerprint}, "composed captions": counted,
-             "threads": start.threads}
+    if stored:
+        policy = token_policy.load(stored, device, **runs.arguments_of(token_policy.load, args))
+    else:
+        settings = runs.arguments_of(token_policy.build, args)
+        policy, trained = token_policy.build(data, device, watch, **settings)
+        notes |= trained
+    about = start.about(folder, notes, data, data, **{"composed captions": counted})
     if not stored:
-        if rank == 0 and not (args.resume and (folder / "checkpoint.pt").exists()):
-            runs.save_json(folder / "args.json", {**about, "args": dataclasses.asdict(args)})
         about["reward_scale"] = train(start, policy, scorers, data.splits["train"], sets, folder)
         if rank:
             return
         runs.save_checkpoint(folder / "policy.pt", kind="ppo-policy", keep_previous=False,
-                             data={"args": runs.shaping_args(args), **policy_state(policy)})
+                             data={"args": runs.shaping_args(args), **token_policy.state(policy)})
     with watch.stage("evaluation"):
         tables = final_tables(args, policy, scorers, data.splits, sets)
     with watch.stage("pictures"):

@@ -289,6 +289,23 @@ def margin_pairs(margin):
     return loss
 
 
+def hypervolume(points, reference):
+    """Volume of the union of boxes between the reference point (k) and each point (n k), larger is better;
+    k = 2 or 3. A point that is not above the reference in every component adds nothing. Exact, float64: slabs
+    between the values of the last component, in each of which the area is a staircase (Fonseca et al. 2006).
+    """
+    points = torch.as_tensor(points).double() - torch.as_tensor(reference).double()
+    points = points[(points > 0).all(1)]
+    if points.shape[1] == 2:
+        points = points[points[:, 0].argsort(descending=True)]
+        height = points[:, 1].cummax(0).values  # of the stairs between a point and the next
+        width = points[:, 0] - torch.cat([points[1:, 0], points.new_zeros(1)])[:len(points)]
+        return float((width * height).sum())
+    levels = torch.cat([points.new_zeros(1), points[:, 2].unique()])  # ascending
+    return sum(hypervolume(points[points[:, 2] >= top, :2], torch.zeros(2)) * float(top - bottom)
+               for bottom, top in zip(levels, levels[1:]))
+
+
 # ---- 3. TMR (Petrovich et al. 2023) ------------------------------------------------------------------------
 # Attention is made of plain linears: fused kernels have no second derivative, and LoRA can wrap a linear.
 # Not in the paper: no dropout (.1 there), so that a network is one function, in training and in scoring.
@@ -675,6 +692,27 @@ def embed(judge, features, lengths, captions=None, chunk=128):
     return F.normalize(motion, dim=-1), None if text is None else F.normalize(text, dim=-1)
 
 
+def once(function, items):
+    """function(items) -> rows, of which each distinct item is computed once: a group asks for the same."""
+    distinct = {id(item): item for item in items}
+    place = {key: k for k, key in enumerate(distinct)}
+    return function(list(distinct.values()))[[place[id(item)] for item in items]]
+
+
+@torch.no_grad()
+def embed_pairs(model, motion, lengths, captions, clips):
+    """Unit-length embeddings (b c) of captions, of motions (b t d) raw, and of the clips that they are
+    compared with; a clip may be None and then has the motion's own."""
+    def real(wanted):
+        batch = collate(wanted)
+        return model.embed_motion(batch.motion.to(motion.device), batch.lengths.to(motion.device))
+    text, made = once(model.embed_text, captions), model.embed_motion(motion, lengths)
+    paired, rows = made.clone(), [k for k, clip in enumerate(clips) if clip is not None]
+    if rows:
+        paired[rows] = once(real, [clips[k] for k in rows])
+    return tuple(F.normalize(part, dim=-1) for part in (text, made, paired))
+
+
 def retrieval_score(model, clips, *, pool=32, seed=0):
     """Text-to-motion R@1..3 on clips in random pools, as a dict, with each clip's first caption.
 
@@ -698,19 +736,22 @@ def retrieval_score(model, clips, *, pool=32, seed=0):
             | {f"R{k}_same": value for k, value in enumerate(same, 1)} | {"pool": pool, "chance": 1 / pool})
 
 
-def reward_and_judge(seen, domains, *, saw, iterations, seed, cache_dir, use_cache, device,
-                     loss=("infonce", None)):
-    """The scorer that is optimised, and the judge that never is: other family, seed and half of the clips.
+INFO_NCE = ("infonce", None)  # name and function of a loss for train_retrieval
 
-    seen: data sets that the reward model learns from (`saw` is their name for the notes); the judge learns
-    from all `domains`, by InfoNCE. They share no clip. loss: name and function for train_retrieval, of the
-    reward model. Cached. -> reward model, judge, {"reward" and "judge": what it saw, and how well it finds
-    the motion of a caption among 32 of the last domain's val split}.
+
+def rewards_and_judge(seen, domains, *, saw, iterations, seed, cache_dir, use_cache, device,
+                      losses=(INFO_NCE,)):
+    """Scorers to be optimised, and the judge that never is: other family, seed and half of the clips.
+
+    seen: data sets that the reward models learn from (`saw` is their name for the notes); the judge learns
+    from all `domains`, by InfoNCE. They share no clip. losses: a reward model for each, name and function for
+    train_retrieval. Cached. -> the reward models, the judge, {"reward", "reward 2" ... and "judge": what it
+    saw, and how well it finds the motion of a caption among 32 of the last domain's val split}.
     """
     models, notes, validation = [], {}, domains[-1].splits["val"]
-    wanted = (("reward", "transformer", seen, saw, loss),
-              ("judge", "bigru", domains, "all", ("infonce", None)))
-    for number, (name, family, read, title, (loss_name, function)) in enumerate(wanted):
+    wanted = [(f"reward {n + 1}" if n else "reward", 0, "transformer", seen, saw, loss)
+              for n, loss in enumerate(losses)] + [("judge", 1, "bigru", domains, "all", INFO_NCE)]
+    for name, number, family, read, title, (loss_name, function) in wanted:
         clips = [clip for domain in read for clip in half(domain.splits["train"], number)]
 
         def build():
@@ -720,12 +761,12 @@ def reward_and_judge(seen, domains, *, saw, iterations, seed, cache_dir, use_cac
         code = [inspect.getsource(sys.modules[__name__]), inspect.getsource(patches)]
         key = [[domain.fingerprint for domain in read], domains[-1].fingerprint, family, loss_name, number,
                seed, iterations, code]
-        stored = cached(cache_dir, key, build, name, use_cache)
+        stored = cached(cache_dir, key, build, name.split()[0], use_cache)
         models.append(freeze(RetrievalModel.load(stored["model"]).to(device)))
         notes[name] = {"family": family, "loss": loss_name,
                        "saw": f"{len(clips)} train clips of {title} (half {number})",
                        "target_val_retrieval": stored["retrieval"]}
-        print(f"  {name}: {family}, saw {notes[name]['saw']}; "
+        print(f"  {name}: {family}, {loss_name}, saw {notes[name]['saw']}; "
               f"R@1 on target val {stored['retrieval']['R1']:.2f}")
     return *models, notes
 

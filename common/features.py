@@ -424,6 +424,7 @@ def physical_metrics(joints, skeleton, fps=None):
     floor_penetration   mean depth of the lowest joint under the floor, cm
     bone_variation      largest std / mean of a bone's length
     floating            share of frames with every foot joint > .10 m over the floor, root not in free fall
+    speed               mean speed of the joints, m/s; the cheapest way to please a critic is to stand still
 
     The floor is the 5 % quantile of toe heights. Raises InputError for fewer than 4 frames.
     """
@@ -443,4 +444,5 @@ def physical_metrics(joints, skeleton, fps=None):
             "jerk": float(np.linalg.norm(np.diff(joints, n=3, axis=0), axis=-1).mean() * fps ** 3),
             "floor_penetration": float(100 * np.maximum(0, floor - joints[..., 1].min(1)).mean()),
             "bone_variation": float((bones.std(0) / np.maximum(bones.mean(0), 1e-8)).max()),
-            "floating": float(((feet[..., 1] - floor > .10).all(1) & ~falling).mean())}
+            "floating": float(((feet[..., 1] - floor > .10).all(1) & ~falling).mean()),
+            "speed": float(np.linalg.norm(np.diff(joints, axis=0), axis=-1).mean() * fps)}

@@ -1,4 +1,5 @@
-"""Published T2M-GPT weights (github.com/Mael-zys/T2M-GPT): read without executing anything, loaded strictly.
+"""Published weights of T2M-GPT (github.com/Mael-zys/T2M-GPT) and MotionCritic
+(github.com/ou524u/MotionCritic): read without executing anything, loaded strictly.
 """
 import re
 import zipfile
@@ -13,8 +14,9 @@ from common.runs import InputError
 NO_WEIGHTS = re.compile(r"attn\.mask$|pos_embedding\.weight$|pos_embed\.embed$")
 
 
-def read_state(path, name):
-    """The state dict under `name` ("net" for the tokenizer, "trans" for the GPT) of a checkpoint file."""
+def read_state(path, name, bare=False):
+    """The state dict under `name` of a checkpoint file: "net" for the tokenizer, "trans" for the GPT,
+    "model_state_dict" for MotionCritic. bare: the file may also be the state dict itself."""
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -22,8 +24,10 @@ def read_state(path, name):
     except Exception as error:  # a damaged zip or a forbidden pickle fails in a dozen ways
         raise InputError(f"{path}: does not load with weights_only=True ({type(error).__name__}); save its "
                          "state dict again as plain tensors") from error
+    if bare and isinstance(stored, dict) and name not in stored:
+        stored = {name: stored}
     if not isinstance(stored, dict) or not isinstance(stored.get(name), dict):
-        raise InputError(f"{path}: holds no {name!r}; is it a T2M-GPT checkpoint of the other kind?")
+        raise InputError(f"{path}: holds no {name!r}; is it a checkpoint of the other kind?")
     strange = [key for key, value in stored[name].items()
                if not isinstance(key, str) or not torch.is_tensor(value)]
     if strange:
@@ -74,6 +78,20 @@ def gpt_sizes(state, path, heads, block_size):
     return dict(codes=size(state, path, "trans_head.head.weight") - 1, heads=heads, block_size=block_size,
                 text_dim=size(state, path, "trans_base.cond_emb.weight", 1), width=width,
                 base_layers=layers("trans_base"), head_layers=layers("trans_head"))
+
+
+def critic_sizes(state, path, heads):
+    """The arguments of motion_critic.MotionCritic that fit the weights. The file does not tell the heads: the
+    published model has 8."""
+    def of(key, axis=0):
+        return size(state, path, key, axis)
+    width = of("dstran.joints_embed.weight")
+    if width % heads:
+        raise InputError(f"{path}: a width of {width} does not split into {heads} heads")
+    return dict(inputs=of("dstran.joints_embed.weight", 1), joints=of("dstran.pos_embed", 1), width=width,
+                rep=of("dstran.pre_logits.fc.weight"), heads=heads, score_hidden=of("mlp.fc1.weight"),
+                hidden=of("dstran.blocks_st.0.mlp_s.fc1.weight"), maxlen=of("dstran.temp_embed", 1),
+                depth=len({key.split(".")[2] for key in state if key.startswith("dstran.blocks_st.")}))
 
 
 def read_statistics(folder, feature_dim):

@@ -9,6 +9,7 @@ name and then renamed. A picture is never worth a training run: call these funct
 
 import contextlib
 import csv
+import itertools
 import os
 import textwrap
 import warnings
@@ -362,6 +363,35 @@ def curves(path, runs, groups, x="iteration", bands=None):
     if len(logs) > 1:
         shading = f"mean of {len(logs)} runs, shaded: lowest to highest"
         _text(figure, 270 * columns - 8, 200 * lines - 4, shading, 6, ha="right", va="bottom", color=GREY)
+    figure.tight_layout(pad=0.9)
+    with _replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=DPI)
+
+
+def fronts(path, clouds, names):
+    """Rewards of several policies in one PNG, one projection for each pair of rewards.
+
+    clouds: policy -> (p s k), k = len(names) rewards of s motions for each of p prompts. Dots are motions,
+    the line is the front of the whole cloud in that projection, the cross its mean.
+    """
+    pairs = list(itertools.combinations(range(len(names)), 2))
+    figure = _figure(290 * len(pairs), 280)
+    for i, (x, y) in enumerate(pairs):
+        axes = figure.add_subplot(1, len(pairs), i + 1)
+        for name, cloud in clouds.items():
+            points = np.asarray(cloud).reshape(-1, len(names))[:, [x, y]]
+            best = points[np.argsort(-points[:, 0])]
+            best = best[best[:, 1] >= np.maximum.accumulate(best[:, 1])]
+            line = axes.step(best[:, 0], best[:, 1], where="post", linewidth=1.4, label=name)[0]
+            axes.plot(*points.T, ".", markersize=2, alpha=0.25, color=line.get_color(), markeredgewidth=0)
+            axes.plot(*points.mean(0), "X", markersize=9, color=line.get_color(), markeredgecolor="white")
+        axes.set_xlabel(names[x], fontsize=8)
+        axes.set_ylabel(names[y], fontsize=8)
+        axes.tick_params(labelsize=7, color=GREY)
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        if i == 0:
+            axes.legend(fontsize=7, frameon=False)
     figure.tight_layout(pad=0.9)
     with _replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=DPI)

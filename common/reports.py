@@ -21,11 +21,15 @@ import torch.nn.functional as F
 
 from common import datasets, evaluators, features, oracle, render, runs
 
-COLUMNS = ("reward", "judge", "oracle", "oracle_all", "r_precision_top1", "r_precision_top3", "fid",
-           "mm_dist", "diversity", "multimodality", "distinct", "length_error", "foot_skate", "jerk")
-CURVES = (("reward",), ("val_reward",), ("val_judge",), ("val_oracle",), ("kl_base",), ("kl_ref",),
-          ("val_jerk",), ("distinct",))  # columns of logs.csv, where it has them
-PAIRED = ("reward", "judge", "oracle", "oracle_all", "foot_skate", "jerk")
+COLUMNS = ("reward", "judge", "oracle", "oracle_all", "text", "quality", "preference", "r_precision_top1",
+           "r_precision_top3", "fid", "mm_dist", "diversity", "multimodality", "distinct", "length_error",
+           "foot_skate", "jerk", "speed")
+CURVES = (("reward",), ("text", "rival_text"), ("quality", "rival_quality"),
+          ("preference", "rival_preference"), ("val_hypervolume", "rival_hypervolume"), ("val_reward",),
+          ("val_judge",), ("val_oracle",), ("kl_base",), ("kl_ref", "rival_kl_ref"), ("val_jerk",),
+          ("val_speed",), ("distinct",))
+PAIRED = ("reward", "judge", "oracle", "oracle_all", "text", "quality", "preference", "foot_skate", "jerk",
+          "speed")
 
 
 class Scorers(NamedTuple):
@@ -33,6 +37,7 @@ class Scorers(NamedTuple):
     reward_model: evaluators.RetrievalModel
     judge: evaluators.RetrievalModel
     skeleton: features.Skeleton
+    columns: object = None  # (motion, lengths, captions, clips) -> {further column: one value a motion (b)}
 
 
 # ---- 1. Measuring ------------------------------------------------------------------------------------------
@@ -101,13 +106,26 @@ def evaluate(clips, scorers, sampler=None, *, purpose="", repeats=1, benchmark=T
             datasets.collate(clips).motion, asked)
         results.append(measure(motion, lengths, captions, attributes, scorers,
                                clips if benchmark and real else None, repeat))
+        if real and scorers.columns:
+            results[-1][0].update(scorers.columns(motion, lengths, captions, clips))
         if real and lengths is not asked:
             results[-1][0]["length_error"] = (lengths - asked).abs().double().numpy()
     flat = [{name: mean(values) for name, values in each.items()} | whole for each, whole in results]
     row = {name: [float(y) for y in evaluators.mean_interval([f[name] for f in flat])] for name in flat[0]}
-    repeats_of = {name: np.stack([each[name] for each, _ in results], 1) for name in PAIRED}  # clips, repeats
+    repeats_of = {name: np.stack([each[name] for each, _ in results], 1)  # clips, repeats
+                  for name in PAIRED if name in results[0][0]}
     row["_prompts"] = {name: np.array([mean(v) for v in table]) for name, table in repeats_of.items()}
     return row
+
+
+def in_chunks(sample, size=128):
+    """A sampler that calls sample(captions, rows, purpose, repeat) -> motion, lengths for `size` captions at
+    a time, rows being their numbers in the whole call."""
+    def sampler(captions, lengths, purpose, repeat):
+        parts = [sample([captions[k] for k in rows], rows.tolist(), purpose, repeat)
+                 for rows in torch.arange(len(captions)).split(size)]
+        return tuple(torch.cat(column).cpu() for column in zip(*parts))
+    return sampler
 
 
 def side_by_side(motions):
@@ -205,7 +223,68 @@ def print_table(title, rows):
         print(f"{name:10s}" + "".join(f" {f'{y[0]:.3f} +-{y[1]:.3f}' if y else '-':>16s}" for y in known))
 
 
-# ---- 3. Pictures and exports -------------------------------------------------------------------------------
+# ---- 3. Several rewards ------------------------------------------------------------------------------------
+
+FRONT_SAMPLES = 8  # motions of each prompt and sampler; the volume grows with them
+
+
+def front_points(samplers, clips, scorers, names):
+    """Rewards `names` (columns of the scorers) of motions for the clips' captions, FRONT_SAMPLES of each
+    of the samplers -> (p s k); two policies are comparable for equal s."""
+    captions, _, lengths = questions(clips, 0)
+    points = []
+    for k, sampler in enumerate(samplers):
+        for n in range(FRONT_SAMPLES):
+            columns = scorers.columns(*sampler(captions, lengths, f"front {k}", n), captions, clips)
+            points.append(np.stack([columns[name] for name in names], -1))
+    return np.stack(points, 1)
+
+
+def hypervolumes(points):
+    """Volume over the reference point 0 of each prompt's motions: (p s k) -> (p)"""
+    return np.array([evaluators.hypervolume(each, np.zeros(each.shape[1])) for each in points])
+
+
+def over_prompts(values):
+    """[mean, half width of its 95 % interval] over prompts (p)"""
+    return [float(values.mean()), float(1.96 * values.std(ddof=1) / math.sqrt(len(values)))]
+
+
+def compare_fronts(policies, clips, scorers, names, path):
+    """Print the hypervolume of each policy (name -> samplers), its difference to the ones before, and that of
+    the means of its samplers; draw the fronts -> {name: {...}}."""
+    clouds = {name: front_points(samplers, clips, scorers, names) for name, samplers in policies.items()}
+    volumes, found = {name: hypervolumes(points) for name, points in clouds.items()}, {}
+    count = next(iter(clouds.values())).shape[1]
+    print(f"\nhypervolume of {count} motions of each of {len(clips)} prompts, and of the means")
+    for name, points in clouds.items():
+        means = points.reshape(len(clips), -1, FRONT_SAMPLES, len(names)).mean((0, 2))  # of each sampler
+        found[name] = {"hypervolume": over_prompts(volumes[name]),
+                       "of the means": float(hypervolumes(means[None])[0]),
+                       **{f"less {other}": over_prompts(volumes[name] - volumes[other]) for other in found}}
+        cells = (f"{title} {value[0]:+.3f} +-{value[1]:.3f}" if isinstance(value, list)
+                 else f"{title} {value:.3f}" for title, value in found[name].items())
+        print(f"{name:14s} " + ", ".join(cells))
+    render.safely(render.fronts, path, clouds, names)
+    return found
+
+
+def controllability(table, names):
+    """Matrix of reward j (columns) with the token of reward k alone (rows of the table) -> list of lists. The
+    tokens control where the diagonal has each column's maximum. None for a table without tokens."""
+    if f"token {names[0]}" not in table:
+        return None
+    matrix = [[table[f"token {k}"][j][0] for j in names] for k in names]
+    best = np.max(matrix, 0)
+    print("\ncontrollability (row: token, column: reward, * maximum of the column)\n" + " " * 12
+          + "".join(f"{name:>12s}" for name in names))
+    for name, row in zip(names, matrix):
+        print(f"{name:12s}" + "".join(f"{value:11.3f}{'*' if value == top else ' '}"
+                                      for value, top in zip(row, best)))
+    return matrix
+
+
+# ---- 4. Pictures and exports -------------------------------------------------------------------------------
 
 
 def draw(folder, clips, scorers, samplers, curves, count=4):
@@ -235,8 +314,9 @@ def draw(folder, clips, scorers, samplers, curves, count=4):
 
 def draw_curves(path, logs):
     """Learning curves of one or several runs of a script (paths of logs.csv) in one PNG."""
-    known = render.read_csv(logs[0])
-    render.curves(path, logs, [names for names in CURVES if all(name in known for name in names)])
+    known = [name for name, values in render.read_csv(logs[0]).items() if np.isfinite(values).any()]
+    groups = [tuple(name for name in names if name in known) for names in CURVES]
+    render.curves(path, logs, [names for names in groups if names])
 
 
 def export(folder, prompts, frames, limit, skeleton, samplers):
@@ -259,7 +339,7 @@ def export(folder, prompts, frames, limit, skeleton, samplers):
         print(f"  {folder / f'prompt{k:02d}.gif'}: {caption}")
 
 
-# ---- 4. Several runs in one table: python -m common.reports RUN [RUN ...] ----------------------------------
+# ---- 5. Several runs in one table: python -m common.reports RUN [RUN ...] ----------------------------------
 
 
 def read_results(paths):

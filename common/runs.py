@@ -12,6 +12,7 @@ import datetime
 import errno
 import fcntl
 import hashlib
+import inspect
 import io
 import json
 import math
@@ -450,8 +451,36 @@ def parse_args(cls, tiny, argv, description):
     return args
 
 
+def parse_weights(spec, names, flag):
+    """"a=0.7,b=0.3" -> weights in the order of names, 0 for those left out; empty: equal ones. InputError
+    for an unknown name, no number, a negative one, or a sum other than 1."""
+    weights = dict.fromkeys(names, 0.0) if spec else dict.fromkeys(names, 1 / len(names))
+    for part in spec.split(",") if spec else ():
+        name, _, number = (word.strip() for word in part.partition("="))
+        if name not in names:
+            raise InputError(f"{flag} {spec}: {name!r} is none of {', '.join(names)}; write {names[0]}=0.7,"
+                             f"{names[1]}=0.3")
+        try:
+            weights[name] += float(number)
+        except ValueError:
+            raise InputError(f"{flag} {spec}: {number!r} is no number; write {name}=0.7") from None
+    values = list(weights.values())
+    if not (min(values) >= 0 and abs(sum(values) - 1) < 1e-6):  # NaN fails too
+        raise InputError(f"{flag} {spec}: give numbers of at least 0 that sum to 1; these sum to "
+                         f"{sum(values):g}")
+    return values
+
+
+def arguments_of(function, args):
+    """Those of the script's arguments that a function takes as keywords of the same name, as a dict."""
+    wanted = inspect.signature(function).parameters
+    return {name: getattr(args, name) for name, parameter in wanted.items()
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
 NEUTRAL_ARGS = {"out_dir", "cache_dir", "cache", "data_root", "device", "threads", "resume", "overwrite",
-                "eval_only", "load", "prompt", "compare", "length", "tiny", "eval_repeats", "best_of"}
+                "eval_only", "load", "prompt", "compare", "length", "prefer", "tiny", "eval_repeats",
+                "best_of"}
 
 
 def shaping_args(args):
@@ -505,10 +534,22 @@ class Start(NamedTuple):
     threads: int
     rank: int               # of this process; 0 writes the files
     watch: "Stopwatch"
+    command: str
 
     def open_folder(self):
         """The run folder, made and locked by the first process -> RunFolder, or the path elsewhere."""
         return self.path if self.rank else RunFolder(self.path, self.reopen, self.args.overwrite)
+
+    def about(self, folder, notes, source, target, **more):
+        """Where the results come from, for results.json; a training run gets its args.json now. notes: on the
+        parts that were trained before; source, target: data sets."""
+        about = {"command": self.command, "seed": self.args.seed, "parts": notes, "versions": versions(),
+                 "data": {"source": source.label, "target": target.label}, "threads": self.threads,
+                 "fingerprints": {"source": source.fingerprint, "target": target.fingerprint}, **more}
+        resumed = self.args.resume and (folder / "checkpoint.pt").exists()
+        if not self.stored and self.rank == 0 and not resumed:
+            save_json(folder / "args.json", {**about, "args": dataclasses.asdict(self.args)})
+        return about
 
 
 def prepare(cls, tiny, argv, description, *, method, product, check):
@@ -518,6 +559,12 @@ def prepare(cls, tiny, argv, description, *, method, product, check):
     With --load, data, networks and scorers are those of the run that made the file.
     """
     watch, args = Stopwatch(), parse_args(cls, tiny, argv, description)
+    modes = bool(args.prompt) or args.eval_only
+    if modes != bool(args.load):
+        fix = f"name the {product.partition('-')[2]}.pt of a finished run" if modes else "add one of them"
+        raise InputError(f"--load: goes with --prompt or --eval-only; {fix}")
+    if any(not caption.strip() for caption in args.prompt):
+        raise InputError("--prompt: the caption is empty")
     check(args)
     stored = load_checkpoint(args.load, kind=product) if args.load else None
     if stored:
@@ -526,7 +573,8 @@ def prepare(cls, tiny, argv, description, *, method, product, check):
     path, reopen = choose_folder(args, method, mode)
     device = pick_device(args.device)
     threads = pick_threads(wanted_threads(args, path))
-    return Start(args, stored, path, reopen, device, threads, world(device)[0], watch)
+    command = f"python {method}_motion.py {' '.join(argv)}"
+    return Start(args, stored, path, reopen, device, threads, world(device)[0], watch, command)
 
 
 class Loop:
@@ -770,6 +818,20 @@ def all_reduce_grads(parameters):
         if parameter.grad is None:  # every process has to take part in every reduction
             parameter.grad = torch.zeros_like(parameter)
         dist.all_reduce(parameter.grad)
+
+
+def rise_and_fall(iteration, iterations, warmup):
+    """Factor of a learning rate. Not in the papers: Adam's first steps have full size in every weight, noise
+    or not, so it rises over `warmup` iterations; it falls to zero, to settle, over all."""
+    return min(1.0, (iteration + 1) / max(warmup, 1)) * (1 - iteration / iterations)
+
+
+def clip_gradients(parameters, max_norm, where):
+    """Scale the gradients down to max_norm -> their norm before; NonFiniteError at `where` if it is not."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm).item()
+    if not math.isfinite(norm):
+        raise NonFiniteError(f"{where} {norm}; lower --lr")
+    return norm
 
 
 def barrier():

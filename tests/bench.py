@@ -21,7 +21,7 @@ import torch
 
 import ddpo_motion as ddpo
 import ppo_motion as ppo
-from common import datasets, runs
+from common import datasets, motion_gpt, runs
 
 WORDS = "a person walks forward slowly then turns left and waves with the right hand"
 FEATURE_DIM = 263
@@ -102,8 +102,8 @@ def time_rollout(args, batch, tokens, rounds):
 
 def make_gpt(args, tokens):
     """The GPT of default size with random weights, for so many tokens."""
-    gpt = ppo.MotionGPT(args.codes, args.width, args.width, args.heads, args.base_layers, args.head_layers,
-                        tokens + 1)
+    gpt = motion_gpt.MotionGPT(args.codes, args.width, args.width, args.heads, args.base_layers,
+                               args.head_layers, tokens + 1)
     runs.initialise(gpt, runs.generator(args.base_seed, 0, "gpt"))
     return gpt.eval()
 

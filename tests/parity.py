@@ -22,6 +22,9 @@ CHECKS = {
     "ppo_math_": "tests.parity_ppo",
     "ppo_extra_": "tests.parity_ppo",
     "tm_reward_": "tests.parity_ppo",
+    "pareto_": "tests.parity_pareto",
+    "motioncritic_": "tests.parity_pareto",
+    "hypervolume_bt_": "tests.parity_pareto",
 }
 
 

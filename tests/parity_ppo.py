@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from einops import rearrange
 
-from common import evaluators, motion_gpt, pretraining, published, tokenizer
+from common import diagnostics, evaluators, motion_gpt, pretraining, published, tokenizer
 from tests.parity_ddpo import Rows
 
 
@@ -159,7 +159,7 @@ def check_math(result, ref):
     clipped = (ppo.value_loss(ref["new_value"], returns, ref["old_value"], value_clip) * mask).sum() / n
     result.compare("vf_loss_clipped", clipped, ref["out/vf_loss_clipped"], 1e-10)
     result.compare("total_clipped", pg + weight * clipped, ref["out/total_clipped"], 1e-10)
-    for field, value in ppo.ratio_stats(logratio, mask, clip).items():
+    for field, value in diagnostics.ratio_stats(logratio, mask, clip).items():
         name = {"approx_kl": "out/approx_kl_k3", "clipfrac": "out/clipfrac"}[field]
         result.compare(field, value.double() / n, ref[name], 1e-10)
     kl = ((ref["old_logp"] - ref["ref_logp"]) * mask).sum(1)
@@ -167,7 +167,9 @@ def check_math(result, ref):
 
 
 def check_extra(result, ref):
-    """From logits on: temperatures, an empty and a truncated row, a grid of GAE, gradients."""
+    """From logits on: temperatures, an empty and a truncated row, a grid of GAE, gradients, MotionRL's
+    weights."""
+    import pareto_motion as pareto
     import ppo_motion as ppo
 
     mask, actions = ref["mask"] > 0, ref["actions"]
@@ -181,7 +183,7 @@ def check_extra(result, ref):
     entropy = -(every["new"].exp() * every["new"]).sum(-1) * mask
     result.compare("entropy_new", entropy, ref["entropy_new"], 1e-10)
     for p, q in (("old", "ref"), ("new", "old")):
-        kl = ppo.exact_kl(every[p], every[q]) * mask
+        kl = diagnostics.exact_kl(every[p], every[q]) * mask
         result.compare(f"kl_full_{p}_{q}", kl, ref[f"kl_full_{p}_{q}"], 1e-10)
     rewards = ppo.token_rewards(ref["score"], taken["old"], taken["ref"], mask, ref["beta"].item())
     result.compare("reward", rewards, ref["reward"], 1e-10)
@@ -201,6 +203,12 @@ def check_extra(result, ref):
     result.compare("ratio", ratio * mask, ref["ratio"], 1e-10)
     each = ppo.clipped_loss(ratio, white, ref["clip"].item()) * mask
     result.compare("pg_each", each, ref["pg_each"], 1e-10)
+    weight = ref["pareto_mask"].double() / ref["pareto_mask"].sum()  # of motions: 1 / n(P)
+    for reduction, name in (("motion", "mean_t"), ("token", "token_mean")):
+        shares = pareto.token_weights(weight, mask, reduction)
+        result.compare(f"pareto_pg_{name}", (each * shares).sum() / shares.sum(), ref[f"pareto_pg_{name}"],
+                       1e-10)
+    result.compare("pareto_pg_sum_t", (each * shares).sum(), ref["pareto_pg_sum_t"], 1e-10)
     loss = each.sum() / n
     result.compare("pg_loss", loss, ref["pg_loss"], 1e-10)
     loss.backward()
@@ -215,7 +223,9 @@ def check_extra(result, ref):
 
 
 def check_rewards(result, ref):
-    """Eq. (1) and (2) of InstructMotion; the InfoNCE of MotionRL is twice ours, which is a mean of two."""
+    """Eq. (1) and (2) of InstructMotion, (3), (4) and (11) of MotionRL; its InfoNCE is twice ours, which is a
+    mean of two."""
+    import pareto_motion as pareto
     import ppo_motion as ppo
 
     f_t, f_m = ref["contrastive/ft"], ref["contrastive/fm"].clone().requires_grad_()
@@ -238,3 +248,9 @@ def check_rewards(result, ref):
                    ref["eq2/reward_all_paired"], 1e-10)
     result.compare("eq2/reward_text_only", ppo.motion_reward(*distances, ~everyone, *weights)[0],
                    ref["eq2/reward_text_only"], 1e-10)
+    f_t, f_m, f_gt = (ref[f"eq34/{name}"] for name in ("ft", "fm_pred", "fm_gt"))  # i b c
+    for name, other in (("r_t", f_t), ("r_m", f_gt)):
+        result.compare(f"eq34/{name}", pareto.distance_reward(other, f_m, ref["eq34/lambda"]),
+                       ref[f"eq34/{name}"], 1e-10)
+    mixed = pareto.mix(ref["eq11/f_t"], ref["eq11/f_tk"], ref["eq11/alpha"][:, None, None, None])
+    result.compare("eq11/mixed", mixed, ref["eq11/mixed"], 1e-10)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import ddpo_motion
+import pareto_motion
 import ppo_motion
 from common import datasets, evaluators, pretraining, render, runs
 
@@ -51,7 +52,16 @@ SMALL = {
         "--eval-repeats 2 --best-of 2",
         "policy.pt", ["gpt", "judge", "reward", "tokenizer"],
         {"paired_val": ROWS | {"gt", "vq"}, "paired_test": ROWS | {"gt", "vq", "best of 2"},
-         "composed_train": ROWS, "composed_val": ROWS, "composed_test": ROWS | {"best of 2"}})}
+         "composed_train": ROWS, "composed_val": ROWS, "composed_test": ROWS | {"best of 2"}}),
+    "pareto": Small(
+        pareto_motion,
+        "--dataset kit --tiny --threads 1 --device cpu --clips 160 --vq-iterations 20 --gpt-iterations 20 "
+        "--reward-iterations 15 --perception-iterations 4 --calibration 32 --iterations 4 --batch-prompts 2 "
+        "--samples-per-prompt 4 --minibatch-ratio 0.5 --micro-batch 5 --lr 5e-3 --warmup 2 --eval-every 2 "
+        "--eval-repeats 2 --front-prompts 4",
+        "policy.pt", ["gpt", "judge", "perception", "reward", "reward", "tokenizer"],
+        {f"paired_{split}": ROWS | {"gt", "vq", "weighted sum", "plain", "token text", "token quality",
+                                    "token preference"} for split in ("val", "test")})}
 
 
 class Finished:

@@ -14,25 +14,13 @@ import torch
 import torch.nn.functional as F
 
 import ppo_motion as ppo
-from common import datasets, evaluators, runs, tokenizer
+from common import datasets, diagnostics, evaluators, runs, token_policy
 from common.runs import NonFiniteError, generator
-from common.text import TextEncoder
-
-WIDTH = 251  # features of a KIT frame
-CAPTIONS = ["a person walks forward", "someone turns left slowly", "a man waves", "a person jumps twice",
-            "a person claps", "somebody walks in a circle"]
-COMPOSED = ["a person walks forward and claps", "a man waves then turns left", "a person jumps and waves"]
+from tests.token_helpers import (CAPTIONS, COMPOSED, WIDTH, Never, normal, plans, retrieval_model, small_gpt,
+                                 tiny_clips, tiny_policy, uniforms)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def normal(*shape, k=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=generator(0, k, "test"), dtype=dtype)
-
-
-def uniforms(*shape, k=0):
-    return torch.rand(*shape, generator=generator(0, k, "uniforms"))
 
 
 # What this project adds to the paper is off unless a test is about it.
@@ -41,58 +29,6 @@ ADDED = {"samples_per_prompt": 1, "kept_samples": 0, "warmup": 0}
 
 def arguments(**changes):
     return ppo.Args(**{**ADDED, **changes})
-
-
-def small_gpt(codes=12, text_dim=16, width=16, layers=1, block=7, sharp=3.0, k=0):
-    """A random policy whose distributions are far from uniform."""
-    gpt = ppo.MotionGPT(codes, text_dim, width, 2, layers, layers, block)
-    runs.initialise(gpt, generator(0, k, "gpt"))
-    gpt.trans_head["head"].weight.data.mul_(sharp)
-    return gpt.eval()
-
-
-def tiny_clips():
-    rng = np.random.default_rng(0)
-    return [datasets.Clip(f"clip-{k}", rng.normal(size=(4 * (2 + k % 3), WIDTH)).astype(np.float32),
-                          [caption, f"{caption} again"], [[], []], [{}, {}])
-            for k, caption in enumerate(CAPTIONS)]
-
-
-def retrieval_model(clips):
-    vocabulary = datasets.Vocabulary.from_captions(CAPTIONS + COMPOSED)
-    statistics = datasets.Statistics.from_clips(clips, "scorer")
-    model = evaluators.RetrievalModel("transformer", vocabulary, statistics, width=16, layers=1, heads=2,
-                                      components=8)
-    return evaluators.freeze(model)
-
-
-def tiny_policy(halvings=1, shift=0.2):
-    """All networks at toy size with random weights; the policy is `shift` away from its reference."""
-    vq = tokenizer.VQVAE(WIDTH, 8, 4, 12, halvings)
-    vocabulary = datasets.Vocabulary.from_captions(CAPTIONS + COMPOSED)
-    text = TextEncoder(vocabulary, 16, 1, 2)
-    for k, part in enumerate((vq, text)):
-        runs.initialise(part, generator(0, k, "parts"))
-        evaluators.freeze(part)
-    vq.quantizer.codebook.copy_(normal(12, 4))
-    reference = small_gpt()
-    gpt = copy.deepcopy(reference)
-    for k, weight in enumerate(gpt.parameters()):
-        weight.data.add_(shift * normal(*weight.shape, k=k))
-    return ppo.Policy(vq=vq, text=text, gpt=evaluators.freeze(gpt), reference=evaluators.freeze(reference),
-                      shortest=4 // 2**halvings, device=torch.device("cpu"))
-
-
-class Never:
-    def check(self):
-        pass
-
-
-def plans(args, iteration=0):
-    rows = list(range(args.batch_prompts))
-    return [runs.minibatches(rows, round(1 / args.minibatch_ratio), rows, args.micro_batch,
-                             generator(args.seed, iteration, "shuffle", epoch))
-            for epoch in range(args.ppo_epochs)]
 
 
 def random_critic(gpt, kind):
@@ -160,7 +96,7 @@ def test_exact_kl_by_hand():
     """KL(pi || pi_ref), not the reverse; a banned action adds nothing."""
     chance = torch.tensor([[[0.5, 0.5, 0.0], [0.1, 0.2, 0.7]], [[0.25, 0.75, 0.0], [0.1, 0.2, 0.7]]])
     logps = chance.log().clamp(min=-1e9)
-    kl = ppo.exact_kl(logps[:1], logps[1:])
+    kl = diagnostics.exact_kl(logps[:1], logps[1:])
     expected = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
     torch.testing.assert_close(kl, torch.tensor([[expected, 0.0]]))
 
@@ -252,14 +188,14 @@ def test_a_token_sees_the_text_and_its_past_only():
 
 def test_a_seed_is_a_sample_and_rows_do_not_depend_on_each_other():
     policy = tiny_policy()
-    asked = CAPTIONS + COMPOSED
+    asked = policy.text(CAPTIONS + COMPOSED)
     first, again = (ppo.generate(policy, policy.gpt, asked, 3, 5, "rollout", range(9), 1.0) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again))
     for seed, iteration, purpose in ((4, 5, "rollout"), (3, 6, "rollout"), (3, 5, "test")):
         other = ppo.generate(policy, policy.gpt, asked, seed, iteration, purpose, range(9), 1.0)
         assert not torch.equal(other[2], first[2])
-    rows, some = [7, 2, 4], [asked[k] for k in (7, 2, 4)]
-    motion, lengths, tokens, _ = ppo.generate(policy, policy.gpt, some, 3, 5, "rollout", rows, 1.0)
+    rows = [7, 2, 4]
+    motion, lengths, tokens = ppo.generate(policy, policy.gpt, asked[rows], 3, 5, "rollout", rows, 1.0)
     assert torch.equal(tokens, first[2][rows]) and torch.equal(lengths, first[1][rows])
     for part, whole, n in zip(motion, first[0][rows], lengths):
         torch.testing.assert_close(part[:n], whole[:n], rtol=1e-4, atol=1e-4)
@@ -417,13 +353,13 @@ def test_the_end_is_an_action_and_what_follows_is_not(halvings):
 def test_a_stored_policy_says_the_same(halvings, shortest, tmp_path):
     """policy.pt alone: tokenizer, words, both GPTs; and four frames are the least, whatever a token is."""
     policy = tiny_policy(halvings)
-    runs.save_checkpoint(tmp_path / "policy.pt", ppo.policy_state(policy), kind="ppo-policy")
+    runs.save_checkpoint(tmp_path / "policy.pt", token_policy.state(policy), kind="ppo-policy")
     stored = runs.load_checkpoint(tmp_path / "policy.pt", kind="ppo-policy")
     args = arguments(width=16, text_layers=1, heads=2, load="policy.pt")
-    loaded = ppo.load_policy(args, stored, policy.device)
+    loaded = token_policy.load(stored, policy.device, **runs.arguments_of(token_policy.load, args))
     assert loaded.shortest == policy.shortest == shortest
     for name in ("gpt", "reference"):
-        given, same = (ppo.generate(p, getattr(p, name), CAPTIONS, 0, 0, "test", range(6), 1.0)
+        given, same = (ppo.generate(p, getattr(p, name), p.text(CAPTIONS), 0, 0, "test", range(6), 1.0)
                        for p in (policy, loaded))
         assert all(torch.equal(a, b) for a, b in zip(given, same))
     assert not any(p.requires_grad for part in loaded[:4] for p in part.parameters())
@@ -528,7 +464,7 @@ def test_ratio_stats_are_forced():
     """Clip fractions are near 0 in practice, so a curve would not show a wrong count."""
     ratio = torch.tensor([[1.0, 1.19, 1.21, 0.81, 0.79, 5.0]])
     mask = torch.tensor([[True, True, True, True, True, False]])
-    stats = ppo.ratio_stats(ratio.log(), mask, 0.2)
+    stats = diagnostics.ratio_stats(ratio.log(), mask, 0.2)
     assert stats["clipfrac"] == 2
     expected = (ratio - 1 - ratio.log())[mask].sum()
     torch.testing.assert_close(stats["approx_kl"], expected)
@@ -611,8 +547,8 @@ def test_the_optimum_of_eq_3_is_reached(temperature):
             ref, *_ = ppo.score_actions(reference, None, tokens, text, 0, temperature)
         rewards = ppo.token_rewards(utility[tokens[:, 0]], old, ref, mask, args.kl_coef)
         advantages, returns = ppo.gae(rewards, values, mask, 1.0, 0.95)
-        batch = dict(tokens=tokens, text=text, mask=mask, logp_old=old, values=values, advantages=advantages,
-                     returns=returns)
+        batch = dict(tokens=tokens, text=text, mask=mask, weight=mask.double(), logp_old=old, values=values,
+                     advantages=advantages, returns=returns)
         ppo.update(args, policy, critic, batch, plans(args, iteration), optimizer, iteration, Never())
     distance.append((distribution(gpt).softmax(-1) - target).abs().max().item())
     assert distance[0] > 0.2 and distance[1] < 1e-5
@@ -787,6 +723,11 @@ def test_losses_are_means_over_the_valid_tokens():
     assert log["pg_loss"] == pytest.approx(-s.batch["advantages"][mask].mean().item(), abs=1e-6)
     errors = (s.batch["values"] - s.batch["returns"])[mask]
     assert log["vf_loss"] == pytest.approx(0.5 * errors.square().mean().item(), rel=1e-5)
+    s.batch["weight"] = uniforms(*mask.shape) * mask  # of the policy's loss alone
+    log, _, _ = step(s, lr=0.0)
+    mean = (s.batch["weight"] * s.batch["advantages"]).sum() / s.batch["weight"].sum()
+    assert log["pg_loss"] == pytest.approx(-mean.item(), abs=1e-6)
+    assert log["vf_loss"] == pytest.approx(0.5 * errors.square().mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("ratio", (1.0, 0.5))
@@ -817,8 +758,8 @@ def test_broken_numbers_stop_the_update():
 
 
 def test_the_learning_rate_rises_then_falls_to_nothing():
-    assert [ppo.schedule(k, 4, 0) for k in range(5)] == [1.0, 0.75, 0.5, 0.25, 0.0]
-    assert [ppo.schedule(k, 10, 4) for k in (0, 1, 3, 5)] == pytest.approx([0.25, 0.5 * 0.9, 0.7, 0.5])
+    assert [runs.rise_and_fall(k, 4, 0) for k in range(5)] == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert [runs.rise_and_fall(k, 10, 4) for k in (0, 1, 3, 5)] == pytest.approx([0.25, 0.5 * 0.9, 0.7, 0.5])
 
 
 # ---- the loop ----------------------------------------------------------------------------------------------
@@ -852,7 +793,7 @@ def test_training_moves_policy_and_critic_only(changes, tmp_path, monkeypatch):
                      **changes)
     empty = np.zeros((0, WIDTH), np.float32)
     sets = {"composed_train": [datasets.Clip(c, empty, [c], [[]], [{}]) for c in COMPOSED]}
-    began = runs.Start(args, None, tmp_path, False, torch.device("cpu"), 1, 0, runs.Stopwatch())
+    began = runs.Start(args, None, tmp_path, False, torch.device("cpu"), 1, 0, runs.Stopwatch(), "")
     scale = ppo.train(began, policy, SimpleNamespace(reward_model=frozen["reward"]), clips, sets, tmp_path)
     assert 0 < scale < math.inf
     for name, part in frozen.items():
@@ -917,5 +858,5 @@ def test_each_distinct_item_is_computed_once():
         asked.append(list(items))
         return torch.tensor([[float(item)] for item in items])
     a, b = "1.5", "2.5"
-    assert ppo.once(embed, [b, a, a, b, a]).flatten().tolist() == [2.5, 1.5, 1.5, 2.5, 1.5]
+    assert evaluators.once(embed, [b, a, a, b, a]).flatten().tolist() == [2.5, 1.5, 1.5, 2.5, 1.5]
     assert asked == [[b, a]]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-import ppo_motion as ppo
 from common import evaluators, published, runs, text, tokenizer
+from common.motion_gpt import MotionGPT
 from common.runs import InputError, generator
 
 WIDTH = 9
@@ -28,7 +28,7 @@ def own_vq(halvings=1):
 
 
 def own_gpt():
-    gpt = ppo.MotionGPT(7, 10, 8, 2, 3, 2, 6)
+    gpt = MotionGPT(7, 10, 8, 2, 3, 2, 6)
     runs.initialise(gpt, generator(0, 0, "gpt"))
     return evaluators.freeze(gpt)
 
@@ -90,7 +90,7 @@ def test_a_gpt_comes_back_with_its_sizes(prefix, tmp_path):
     state = published.read_state(path, "trans")
     sizes = published.gpt_sizes(state, path, 2, 6)
     assert sizes == dict(codes=7, text_dim=10, width=8, heads=2, base_layers=3, head_layers=2, block_size=6)
-    loaded = ppo.MotionGPT(**sizes)
+    loaded = MotionGPT(**sizes)
     published.load_strict(loaded, state, path)
     tokens, feature = torch.tensor([[0, 6, 3]]), normal(1, 10)
     assert torch.equal(loaded(tokens, feature)[0], gpt(tokens, feature)[0])

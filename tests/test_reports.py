@@ -74,14 +74,14 @@ def test_paired_gain():
     assert reports.paired_gain(before, after)["reward"][0] == -3.0
 
 
-def test_rows_average_motions_then_repeats_and_keep_the_prompts(clips, monkeypatch):
+def test_rows_average_motions_then_repeats_and_keep_the_prompts(clips, scorers, monkeypatch):
     per_motion = ([1.0, math.nan, 3.0], [5.0, 6.0, math.nan])
 
     def measured(motion, lengths, captions, attributes, scorers, real, seed):
         return {name: np.array(per_motion[seed]) for name in reports.PAIRED}, {"fid": (4.0, 8.0)[seed]}
 
     monkeypatch.setattr(reports, "measure", measured)
-    row = reports.evaluate(clips[:3], None, Sampler("policy"), repeats=2)
+    row = reports.evaluate(clips[:3], scorers, Sampler("policy"), repeats=2)
     assert row["reward"] == [3.75, pytest.approx(1.96 * 1.75 / math.sqrt(2))]  # repeats 2 and 5.5
     assert row["fid"] == [6.0, pytest.approx(1.96 * 2 / math.sqrt(2))]
     assert set(row["_prompts"]) == set(reports.PAIRED)
@@ -220,13 +220,77 @@ def test_compare(clips, scorers, capsys):
     # NaN, the oracle's answer where nothing is asked, differs from itself
     text = {name: {k: str(v) for k, v in row.items()} for name, row in rows.items()}
     assert text["tuned"] == text["gt"], "the data against itself"
-    assert set(rows["gain"]) == {"reward", "judge", "foot_skate", "jerk"}
+    assert set(rows["gain"]) == {"reward", "judge", "foot_skate", "jerk", "speed"}
     for name, (gain, _) in rows["gain"].items():
         assert rows["base"][name][0] + gain == pytest.approx(rows["tuned"][name][0], rel=1e-6, abs=1e-6)
     assert abs(rows["gain"]["judge"][0]) > 0.01 and rows["gain"]["judge"][1] > 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[1].startswith("toy: 6 clips, 2 repeats")
     assert [line[:10].strip() for line in printed[3:]] == list(rows)
+
+
+# ---- Several rewards ---------------------------------------------------------------------------------------
+
+
+def test_further_columns_are_measured_on_the_motions_of_each_row(clips, scorers):
+    """They reach rows, gain and the table; clips without a motion have none."""
+    seen = []
+
+    def columns(motion, lengths, captions, real):
+        seen.append((captions, real))
+        return {"text": motion[:, 0, 3].double().numpy()}
+    wider = scorers._replace(columns=columns)
+    rows = reports.compare("toy", clips, wider, {"base": Sampler("base"), "tuned": Sampler("tuned")},
+                           purpose="test", repeats=2)
+    assert rows["gt"]["text"][0] == pytest.approx(np.mean([clip.features[0, 3] for clip in clips]), rel=1e-5)
+    difference = rows["tuned"]["text"][0] - rows["base"]["text"][0]
+    assert rows["gain"]["text"][0] == pytest.approx(difference, abs=1e-6) and difference != 0
+    assert all(real is clips and len(captions) == 6 for captions, real in seen) and len(seen) == 6
+
+
+def test_fronts_by_hand(capsys, scorers, clips, tmp_path):
+    """Two samplers a policy, each with rewards of its own; volumes and their differences are over prompts."""
+    def policy(*values):
+        def sampler(value):
+            return lambda captions, lengths, *asked: (torch.full((len(captions), 8, 263), value), lengths)
+        return [sampler(value) for value in values]
+
+    def columns(motion, lengths, captions, real):
+        scale = np.arange(1.0, 1 + len(captions))
+        return {"a": motion[:, 0, 0].double().numpy() * scale, "b": 2.0 - motion[:, 0, 0].double().numpy()}
+    wider = scorers._replace(columns=columns)
+    points = reports.front_points(policy(0.5, 1.0), clips[:2], wider, ("b", "a"))
+    assert points.shape == (2, 16, 2) and points[1, 0].tolist() == [1.5, 1.0]
+    assert points[1, 15].tolist() == [1.0, 2.0]
+    found = reports.compare_fronts({"start": policy(0.5, 0.5), "tuned": policy(0.5, 1.0)}, clips[:2], wider,
+                                   ("a", "b"), tmp_path / "fronts.png")
+    # boxes of the two prompts: start .5 x 1.5 and 1 x 1.5, tuned the union with 1 x 1 and 2 x 1
+    assert found["start"]["hypervolume"][0] == pytest.approx((0.75 + 1.5) / 2)
+    assert found["tuned"]["hypervolume"][0] == pytest.approx((1.25 + 2.5) / 2)
+    assert found["tuned"]["less start"] == [pytest.approx(0.75), pytest.approx(1.96 * 0.25)]
+    assert "less tuned" not in found["start"]
+    assert found["tuned"]["of the means"] == pytest.approx(0.75 * 1.5 + (1.5 - 0.75) * 1.0)
+    assert "hypervolume of 16 motions of each of 2 prompts" in capsys.readouterr().out
+    assert (tmp_path / "fronts.png").exists()
+
+
+def test_controllability(capsys):
+    table = {"token a": {"a": [1.0, 0.1], "b": [0.2, 0.1]}, "token b": {"a": [0.5, 0.0], "b": [0.1, 0.0]}}
+    assert reports.controllability(table, ("a", "b")) == [[1.0, 0.2], [0.5, 0.1]]
+    rows = capsys.readouterr().out.splitlines()[-2:]
+    assert rows[0].split() == ["a", "1.000*", "0.200*"] and rows[1].split() == ["b", "0.500", "0.100"]
+    assert reports.controllability({"base": {}}, ("a", "b")) is None
+
+
+def test_in_chunks():
+    calls = []
+
+    def sample(captions, rows, purpose, repeat):
+        calls.append((captions, rows, purpose, repeat))
+        return torch.tensor(rows)[:, None], torch.tensor(rows) + 10
+    motion, lengths = reports.in_chunks(sample, 2)(["a", "b", "c"], None, "test", 4)
+    assert motion[:, 0].tolist() == [0, 1, 2] and lengths.tolist() == [10, 11, 12]
+    assert calls == [(["a", "b"], [0, 1], "test", 4), (["c"], [2], "test", 4)]
 
 
 # ---- Tables ------------------------------------------------------------------------------------------------

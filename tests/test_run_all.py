@@ -87,7 +87,7 @@ def test_a_second_run_takes_everything_from_the_cache(finished, tmp_path, monkey
 def test_eval_only_gives_the_table_of_the_run(finished, tmp_path, no_pictures):
     flags = ["--eval-only", "--load", finished.product, "--out-dir", tmp_path / "eval"]
     assert finished.call(*flags)[0] == 0
-    assert set(products(tmp_path / "eval")) == {"results.json"}
+    assert {"results.json"} <= set(products(tmp_path / "eval")) <= {"results.json", "fronts.png"}
     results = json.loads((tmp_path / "eval" / "results.json").read_text())
     assert all(results[table] == finished.results[table] for table in finished.tables)
     assert results["data"] == finished.results["data"]
@@ -117,7 +117,9 @@ def test_using_a_product_never_deletes_its_run(finished, tmp_path, no_evaluation
     ("ppo", "collect", 1, signal.SIGTERM, 143, None), ("ppo", "collect", 4, signal.SIGTERM, 143, 1),
     ("ppo", "clipped_loss", 20, signal.SIGINT, 130, 1),
     ("ppo", "after a checkpoint", 1, signal.SIGTERM, 143, 1),
-    ("ppo", "between log and checkpoint", 1, signal.SIGKILL, -9, 0)])
+    ("ppo", "between log and checkpoint", 1, signal.SIGKILL, -9, 0),
+    ("pareto", "collect", 6, signal.SIGTERM, 143, 1), ("pareto", "clipped_loss", 45, signal.SIGINT, 130, 0),
+    ("pareto", "between log and checkpoint", 1, signal.SIGKILL, -9, 0)])
 def test_resumed_equals_uninterrupted(finished_run, tmp_path, no_evaluation, name, moment, count, number,
                                       code, kept):
     finished, run = finished_run(name), tmp_path / "run"

@@ -267,7 +267,7 @@ class Untouchable:
 
 def test_base_and_training_never_see_a_target_motion(finished, tmp_path, monkeypatch, no_evaluation):
     """The captions of the target's train split are all that is used."""
-    scorers_of, train, score = evaluators.reward_and_judge, ddpo.train, ddpo.retrieval_reward
+    scorers_of, train, score = evaluators.rewards_and_judge, ddpo.train, ddpo.retrieval_reward
     asked, lengths, parts = [], [], {}
 
     def then_hide(seen, domains, **options):
@@ -289,7 +289,7 @@ def test_base_and_training_never_see_a_target_motion(finished, tmp_path, monkeyp
         lengths.extend(frames.tolist())
         return score(scorer, motion, frames, captions)
 
-    monkeypatch.setattr(evaluators, "reward_and_judge", then_hide)
+    monkeypatch.setattr(evaluators, "rewards_and_judge", then_hide)
     monkeypatch.setattr(ddpo, "train", hide_all)
     monkeypatch.setattr(ddpo, "retrieval_reward", listen)
     flags = ["--iterations", 8, "--prompts-per-iteration", 16, "--base-iterations", 25, "--eval-every", 4,
@@ -333,7 +333,7 @@ def train_scorers(finished, cache, monkeypatch, *flags):
             args.source, args.dataset, clips=(args.source_clips, args.target_clips), data_root=args.data_root,
             cache_dir=args.cache_dir, seed=args.base_seed)
         seen = [source] if args.reward_data == "source" else [source, target]
-        reward_model, *_ = evaluators.reward_and_judge(
+        reward_model, *_ = evaluators.rewards_and_judge(
             seen, [source, target], saw=args.reward_data, iterations=3, seed=0, cache_dir=cache,
             use_cache=True, device=torch.device("cpu"))
     return saw, source, target, reward_model, keys

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import ppo_motion as ppo
-from common import datasets, features, prompts, render, runs
+from common import datasets, features, prompts, render, runs, token_policy
 from tests import run_helpers as helpers
 from tests.run_helpers import all_finite, equal, log_rows, products
 
@@ -28,6 +28,10 @@ def finished(finished_run):
 
 def policy_of(path):
     return runs.load_checkpoint(path, kind="ppo-policy")
+
+
+def load_policy(args, stored):
+    return token_policy.load(stored, torch.device("cpu"), **runs.arguments_of(token_policy.load, args))
 
 
 def checkpoint_of(folder):
@@ -66,7 +70,7 @@ def test_results_say_where_they_come_from(finished):
     assert set(results["parts"]) == {"reward", "judge", "tokenizer", "gpt"}
     counted = results["composed captions"]
     assert counted["val"] + counted["test"] == counted["retained"] > 0
-    assert set(results["fingerprints"]) == {"data"}
+    assert set(results["fingerprints"]) == {"source", "target"}
     for table in ("paired_val", "paired_test"):
         vq, base = (results[table][row] for row in ("vq", "base"))
         assert vq["fid"][0] > 1e-3 and "length_error" not in vq
@@ -188,7 +192,7 @@ def published_files(finished, folder, keep=lambda caption: True):
     """The finished run's own networks as T2M-GPT publishes them, the text as vectors of the captions that
     `keep` chooses -> flags, captions."""
     args, stored = parse(*finished.flags), policy_of(finished.product)
-    policy = ppo.load_policy(args, stored, torch.device("cpu"))
+    policy = load_policy(args, stored)
     data = datasets.load_dataset("kit", space="native", clips=args.clips, seed=0, data_root=args.data_root,
                                  cache_dir=args.cache_dir)
     sets, _ = prompts.composed_sets(data, args.composed, seed=0, three_parts=args.three_parts,
@@ -213,7 +217,7 @@ def test_published_weights_go_all_the_way(finished, tmp_path, no_evaluation):
     assert call(*flags, "--iterations", 1, "--out-dir", tmp_path / "run")[0] == 0
     mine, other = policy_of(tmp_path / "run" / "policy.pt"), policy_of(finished.product)
     assert equal(mine["vq"], other["vq"]) and equal(mine["reference"], other["reference"])
-    assert mine["words"] == [] and mine["text"] == {} and mine["block_size"] == ppo.PUBLISHED_BLOCK
+    assert mine["words"] == [] and mine["text"] == {} and mine["block_size"] == token_policy.PUBLISHED_BLOCK
     assert not equal(mine["gpt"], mine["reference"])
     flags = [*helpers.SMALL["ppo"].flags.split(), "--iterations", 1, "--load", tmp_path / "run" / "policy.pt"]
     flags += ["--out-dir", tmp_path / "out"]
@@ -326,10 +330,10 @@ def test_prompts_become_files(finished, tmp_path):
     assert code == 0 and set(products(tmp_path / "out")) == names | {f"prompt{k:02d}.gif" for k in range(3)}
     assert all(caption in out for caption in captions)
 
-    policy = ppo.load_policy(parse(*finished.flags), policy_of(finished.product), torch.device("cpu"))
+    policy = load_policy(parse(*finished.flags), policy_of(finished.product))
     lengths = []
     for title, gpt in (("before", policy.reference), ("after", policy.gpt)):
-        *_, tokens, _ = ppo.generate(policy, gpt, captions, 0, 0, "prompt", range(3), 1.0)
+        *_, tokens = ppo.generate(policy, gpt, policy.text(captions), 0, 0, "prompt", range(3), 1.0)
         for k, row in enumerate(tokens.tolist()):
             row = row[: row.index(gpt.end)] if gpt.end in row else row
             joints = np.load(tmp_path / "out" / f"prompt{k:02d}_{title}.npy")

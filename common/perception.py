@@ -1,0 +1,310 @@
+"""The synthetic perception score: how little a motion looks like a damaged one. The third reward of MotionRL
+(arXiv 2410.06513), whose own is a model of human preference.
+
+  1. the critic    the network of common/motion_critic.py on joints, masked, small and cheap
+  2. damages       a real motion looks better than its damaged copy, and the more the stronger the damage
+  3. ranking       pairs, Bradley-Terry loss, training
+
+Nobody judged anything here: the score must not be called human judgement. No text enters it, so it can be
+raised by a motion that does not do what was asked, for instance by standing still.
+Letters: b batch, t frames, n patches of frames, j joints, d features, r rows.
+"""
+import copy
+import inspect
+import math
+import sys
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from common import datasets, features, motion_critic, runs
+from common.evaluators import freeze, length_mask
+from common.motion_critic import MotionCritic
+from common.runs import InputError, NonFiniteError, generator
+
+# ---- 1. The critic -----------------------------------------------------------------------------------------
+
+# Not in the paper: four frames of a joint are one token, thirteen joints, one layer of width 24. Every motion
+# of every iteration is scored; with a token for each frame and each joint that took twelve times as long.
+PATCH, SIZES = 4, dict(width=24, rep=16, heads=2, hidden=32, score_hidden=32, depth=1)
+PARTS = ("root", "neck", "head", "l_elbow", "r_elbow", "l_wrist", "r_wrist", "l_knee", "r_knee", "l_ankle",
+         "r_ankle", "l_toe", "r_toe")
+
+
+def metres(motion, skeleton):
+    """Raw features (... t d) -> joints (... t j 3) in metres."""
+    return features.features_to_joints(motion, skeleton) / skeleton.units_per_metre
+
+
+class PerceptionCritic(nn.Module):
+    """The synthetic perception score: C(g(motion)) of MotionRL eq. (6); higher looks less damaged.
+
+    Here g has no learned part: joints without the first frame's root x and z, heights kept, and their
+    velocities. The critic owns its statistics: motions come in raw.
+    """
+
+    def __init__(self, skeleton):
+        super().__init__()
+        self.skeleton = skeleton
+        self.net = MotionCritic(6 * PATCH, len(PARTS), maxlen=datasets.MAX_LENGTH // PATCH, **SIZES)
+        self.register_buffer("mean", torch.zeros(len(PARTS), 6))
+        self.register_buffer("std", torch.ones(len(PARTS), 6))
+
+    def inputs(self, joints):
+        """joints (b t j 3) in metres -> positions in m and velocities in m/s of PARTS (b t j 6)."""
+        joints = joints[:, :, [self.skeleton.index[part] for part in PARTS]]
+        joints = joints - joints[:, :1, :1] * joints.new_tensor([1.0, 0.0, 1.0])
+        velocity = joints.diff(dim=1, prepend=joints[:, :1]) * self.skeleton.fps
+        return torch.cat([joints, velocity], -1)
+
+    def score_joints(self, joints, lengths):
+        """joints (b t j 3) in metres, anything behind the ends, lengths (b) in frames -> scores (b).
+
+        The frames that fill no patch of four are left out; InputError for a motion shorter than a patch.
+        """
+        if (lengths < PATCH).any():
+            raise InputError(f"a motion of {int(lengths.min())} frames is too short for a perception score")
+        n = joints.shape[1] // PATCH
+        inside = length_mask(lengths, n * PATCH)[..., None, None]
+        x = self.inputs(joints[:, :n * PATCH].where(inside, 0.0))
+        x = rearrange((x - self.mean) / self.std, "b (n p) j c -> b n j (p c)", p=PATCH)
+        return self.net(x, length_mask(lengths // PATCH, n))
+
+    def score(self, motion, lengths):
+        """motion (b t d) raw features, anything behind the ends, lengths (b) -> scores (b)."""
+        # before the integration over time, whose gradient would carry a NaN back to the real frames
+        motion = motion.where(length_mask(lengths, motion.shape[1])[..., None], 0.0)
+        return self.score_joints(metres(motion, self.skeleton), lengths)
+
+
+# ---- 2. Damages --------------------------------------------------------------------------------------------
+# Each maps joints (t j 3) in metres to a copy of the same length that looks worse with each grade 1..3. The
+# same generator state gives the same damage at every grade, only weaker or stronger.
+
+
+def jitter(joints, grade, g, skeleton):
+    """Every joint trembles by itself."""
+    return joints + (0.01, 0.02, 0.04)[grade - 1] * torch.randn(joints.shape, generator=g)
+
+
+def slide(joints, grade, g, skeleton):
+    """The whole body glides over the floor while a foot stands: in the half of the frames where the slower
+    foot is slowest."""
+    feet = joints[:, list(skeleton.feet)]
+    speed = feet.diff(dim=0, prepend=feet[:1]).norm(dim=-1).amin(1)  # t
+    angle = 2 * math.pi * torch.rand((), generator=g)
+    way = (speed <= speed.median()).cumsum(0) * (0.2, 0.5, 1.0)[grade - 1] / skeleton.fps
+    return joints + way[:, None, None] * torch.stack([angle.cos(), 0 * angle, angle.sin()])
+
+
+# Seconds. The last stands still to the end: with .8 s at most, the start pose held for the whole clip scored
+# higher than two thirds of the decoded motions, and standing still is what reinforcement learning then finds.
+FREEZES = 0.3, 0.8, 99.0
+
+
+def freeze_frames(joints, grade, g, skeleton):
+    """The picture stands still, then jumps to where the motion is by then."""
+    n = min(round(FREEZES[grade - 1] * skeleton.fps), len(joints))
+    start = int(torch.rand((), generator=g) * (len(joints) - n))
+    damaged = joints.clone()
+    damaged[start:start + n] = joints[start]
+    return damaged
+
+
+def warp(joints, grade, g, skeleton):
+    """Time runs slower by 15, 30 or 50 %, and makes up for it by one jump ahead."""
+    share, t = (0.15, 0.3, 0.5)[grade - 1], len(joints)
+    cut = int(t * (0.25 + 0.5 * torch.rand((), generator=g)))
+    at = torch.arange(t) * (1 - share) + share * (t - 1) * (torch.arange(t) >= cut)
+    before = at.long().clamp(max=t - 2)
+    return torch.lerp(joints[before], joints[before + 1], (at - before)[:, None, None])
+
+
+def bones(joints, grade, g, skeleton):
+    """Every bone is longer or shorter by a factor of its own; the root and all directions stay."""
+    factors = torch.exp((0.06, 0.12, 0.25)[grade - 1] * torch.randn(skeleton.joints, generator=g))
+    damaged = joints.clone()
+    for chain in skeleton.chains:
+        for a, b in zip(chain[:-1], chain[1:]):
+            damaged[:, b] = damaged[:, a] + factors[b] * (joints[:, b] - joints[:, a])
+    return damaged
+
+
+def floating(joints, grade, g, skeleton):
+    """The body hovers over the floor or sinks into it."""
+    sign = torch.rand((), generator=g).round() * 2 - 1
+    return joints + sign * (0.05, 0.12, 0.25)[grade - 1] * joints.new_tensor([0.0, 1.0, 0.0])
+
+
+@torch.no_grad()
+def swap_codes(motion, grade, g, skeleton, vq):
+    """Through the tokenizer with a tenth, a quarter or half of the codes drawn anew: raw features (t d) ->
+    joints (t j 3). The only damage that starts from features."""
+    codes, counts = vq.tokenise(motion[None], torch.tensor([len(motion)], device=motion.device))
+    n = codes.shape[1]
+    chosen = torch.rand(n, generator=g).argsort()[:max(1, round((0.1, 0.25, 0.5)[grade - 1] * n))]
+    fresh = torch.randint(len(vq.quantizer.codebook), (n,), generator=g)
+    codes[0, chosen] = fresh[chosen].to(codes.device)
+    return metres(vq.decode(codes, counts)[0][0], skeleton)
+
+
+DAMAGES = {"jitter": jitter, "slide": slide, "freeze": freeze_frames, "bones": bones, "float": floating,
+           "codes": swap_codes, "warp": warp}
+HELD_OUT = "warp"  # never trained on: does the score mean anything beyond what it has seen?
+
+
+def damaged(name, motion, grade, g, skeleton, vq):
+    """Raw features (t d) -> joints (t j 3) in metres with this damage; grade 0 is the motion as it is."""
+    if grade and name == "codes":
+        return swap_codes(motion.to(vq.mean.device), grade, g, skeleton, vq).cpu()
+    joints = metres(motion, skeleton)
+    return DAMAGES[name](joints, grade, g, skeleton) if grade else joints
+
+
+# ---- 3. Ranking and training -------------------------------------------------------------------------------
+
+
+def ranking_loss(better, worse):
+    """Scores (r) of the better and of the worse motions -> mean loss. Bradley-Terry, MotionRL eq. (5)."""
+    return F.softplus(worse - better).mean()  # log(sigmoid(x)) would be infinite from x = -104 on
+
+
+GRADES = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))  # of the better and the worse side; 0 = real
+
+
+@torch.no_grad()
+def decoded(motions, vq, chunk=128):
+    """Motions (t d) through the tokenizer and back, a list."""
+    out = []
+    for start in range(0, len(motions), chunk):
+        part = motions[start:start + chunk]
+        lengths = torch.tensor([len(motion) for motion in part], device=vq.mean.device)
+        padded = pad_sequence(part, batch_first=True).to(vq.mean.device)  # b t d
+        back, lengths = vq.decode(*vq.tokenise(padded, lengths))
+        out += [motion[:n].cpu() for motion, n in zip(back, lengths.tolist())]
+    return out
+
+
+def make_pairs(motions, count, names, grades, skeleton, vq, seed, purpose):
+    """`count` pairs of raw motions (t d) -> lists of joints (t j 3) in metres, the better and the worse ones.
+
+    Motions come in turn. Both sides show the same random part of one, a multiple of 4 frames and no less than
+    1.6 s: neither length nor content tells them apart. Two damaged sides differ in strength alone.
+    """
+    better, worse, shortest = [], [], math.ceil(1.6 * skeleton.fps / PATCH)
+    for k in range(count):
+        motion, g = motions[k % len(motions)], generator(seed, 0, purpose, k)
+
+        def draw(n):
+            return int(torch.randint(n, (), generator=g))
+        longest = len(motion) // PATCH
+        t = PATCH * (longest - draw(max(1, longest - shortest + 1)))
+        start = draw(len(motion) - t + 1)
+        name, both = names[draw(len(names))], grades[draw(len(grades))]
+        for side, grade in zip((better, worse), both):
+            again = generator(seed, 1, purpose, k)  # on both sides the same draws
+            side.append(damaged(name, motion[start:start + t], grade, again, skeleton, vq))
+    return better, worse
+
+
+def rank(critic, better, worse, device):
+    """Lists of joints of equal lengths in pairs -> scores of the better (r), of the worse (r)."""
+    lengths = torch.tensor([len(joints) for joints in better]).repeat(2).to(device)
+    joints = pad_sequence(better + worse, batch_first=True).to(device)  # b t j 3
+    return critic.score_joints(joints, lengths).chunk(2)
+
+
+def train_perception(critic, clips, clips_val, vq, *, iterations, batch, lr, seed, device):
+    """Learn to rank -> {"accuracy": {damage: share of held-out pairs where the real motion scores higher}}.
+
+    The weights kept are those with the lowest loss on held-out clips.
+    """
+    skeleton, known = critic.skeleton, [name for name in DAMAGES if name != HELD_OUT]
+    real, real_val = ([torch.from_numpy(clip.features) for clip in part[::math.ceil(len(part) / most)]]
+                      for part, most in ((clips, 2000), (clips_val, 200)))  # enough, even of large data sets
+    rows = torch.cat([critic.inputs(metres(motion, skeleton)[None])[0] for motion in real])  # t j 6
+    critic.mean.copy_(rows.mean(0))
+    critic.std.copy_(rows.std(0).clamp(min=1e-3))
+    # Every other motion went through the tokenizer first, on both sides of its pair: what is scored later is
+    # always decoded. There a critic that knows real motion alone found 80 % of the freezes, this one 88 %.
+    motions, motions_val = ([motion for both in zip(part, decoded(part, vq)) for motion in both]
+                            for part in (real, real_val))
+    pairs = make_pairs(motions, min(2 * len(motions), iterations * batch), known, GRADES, skeleton, vq, seed,
+                       "pairs")
+    held_out = make_pairs(motions_val, len(motions_val), known, GRADES, skeleton, vq, seed, "held-out pairs")
+    optimizer = torch.optim.AdamW(critic.parameters(), lr=lr, weight_decay=1e-2)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, iterations,
+                                                    pct_start=max(0.1, 2 / max(iterations, 3)))
+    lowest, best, every = math.inf, None, max(1, iterations // 10)
+    bar = tqdm(range(iterations), desc="perception", mininterval=1.0)
+    for iteration in bar:
+        chosen = torch.randint(len(pairs[0]), (batch,), generator=generator(seed, iteration, "perception"))
+        better, worse = rank(critic, *([side[k] for k in chosen] for side in pairs), device)
+        loss = ranking_loss(better, worse)
+        if not torch.isfinite(loss):
+            raise NonFiniteError(f"perception: loss {loss.item()} at iteration {iteration}; huge values in "
+                                 "the clips?")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        accuracy = (better > worse).float().mean().item()
+        bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{accuracy:.2f}", refresh=False)
+        if (iteration + 1) % every == 0 or iteration + 1 == iterations:
+            with torch.no_grad():
+                loss = ranking_loss(*rank(critic, *held_out, device)).item()
+            if not math.isfinite(loss):
+                raise NonFiniteError(f"perception: loss {loss} on held-out clips at iteration {iteration}")
+            if loss < lowest:
+                lowest, best = loss, copy.deepcopy(critic.state_dict())
+    critic.load_state_dict(best)
+    with torch.no_grad():
+        shares = {}
+        for name in DAMAGES:
+            against = make_pairs(real_val, len(real_val), [name], GRADES[:3], skeleton, vq, seed,
+                                 f"{name} pairs")
+            better, worse = rank(critic, *against, device)
+            shares[name] = (better > worse).float().mean().item()
+    return {"accuracy": shares, "loss": lowest}
+
+
+def fit_perception(clips_train, clips_val, skeleton, vq, *, iterations, seed, cache_dir, use_cache, device,
+                   saw, batch=32, lr=3e-3):
+    """A trained small critic, or its copy in the cache -> frozen PerceptionCritic, notes.
+
+    saw: plain data that names the clips, such as [dataset.fingerprint, "train"]; part of the cache's key.
+    """
+    with torch.random.fork_rng(devices=[]):  # constructors draw from the global stream
+        critic = PerceptionCritic(skeleton)
+    runs.initialise(critic, generator(seed, 0, "perception_init"))
+
+    def train():
+        notes = train_perception(critic.to(device), clips_train, clips_val, vq, iterations=iterations,
+                                 batch=batch, lr=lr, seed=seed, device=device)
+        return {"model": critic.state_dict(), **notes}
+
+    code = [inspect.getsource(part) for part in (sys.modules[__name__], motion_critic, features)]
+    key = [list(saw), len(clips_train), len(clips_val), skeleton.name, vq.state_dict(), vq.halvings, code,
+           iterations, batch, lr, seed]
+    stored = runs.cached(cache_dir, key, train, "perception", use_cache)
+    critic.load_state_dict(stored.pop("model"))
+    shown = [f"{name} {share:.2f}" for name, share in stored["accuracy"].items() if name != HELD_OUT]
+    print(f"  synthetic perception: accuracy {', '.join(shown)} | never trained on: "
+          f"{HELD_OUT} {stored['accuracy'][HELD_OUT]:.2f}")
+    return freeze(critic.to(device)), stored
+
+
+def build(dataset, vq, device, *, perception_iterations, perception_checkpoint, base_seed, cache_dir, cache):
+    """The critic of a run -> what fit_perception returns or, if a checkpoint of MotionCritic is named, what
+    motion_critic.fit_published returns. It learns from the half of the train split that the judge never sees.
+    """
+    clips = datasets.half(dataset.splits["train"], 0), dataset.splits["val"], dataset.skeleton
+    options = dict(iterations=perception_iterations, seed=base_seed, cache_dir=cache_dir, use_cache=cache,
+                   device=device, saw=[dataset.fingerprint])
+    if perception_checkpoint:
+        return motion_critic.fit_published(perception_checkpoint, *clips, **options)
+    return fit_perception(*clips, vq, **options)

@@ -1,0 +1,468 @@
+"""Selection, weights, tokens and rewards of pareto_motion.py against enumeration, and the mutants that must
+not survive. What it shares with ppo_motion.py is tested there; golden values are in tests/parity_pareto.py.
+"""
+import copy
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import pareto_motion as pareto
+from common import evaluators, runs
+from common.runs import InputError, NonFiniteError, generator
+from tests.token_helpers import (CAPTIONS, Never, normal, plans, retrieval_model, tiny_clips, tiny_policy,
+                                 uniforms)
+
+K = 3
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def arguments(**changes):
+    return pareto.Args(**{**dict(batch_prompts=2, samples_per_prompt=4, warmup=0), **changes})
+
+
+# ---- selection ---------------------------------------------------------------------------------------------
+
+
+def beaten(a, b):
+    """b dominates a, read off the definition."""
+    return all(y >= x for x, y in zip(a, b)) and any(y > x for x, y in zip(a, b))
+
+
+@pytest.mark.parametrize("n, k", [(1, 3), (7, 2), (16, 3), (40, 3)])
+def test_nondominated_by_enumeration(n, k):
+    """Random rewards with ties and duplicates: kept are those that nobody beats, and each other one is beaten
+    by one that is kept."""
+    R = (4 * uniforms(20, n, k)).round()
+    mask = pareto.nondominated(R)
+    for rows, kept in zip(R.tolist(), mask.tolist()):
+        assert kept == [not any(beaten(a, b) for b in rows) for a in rows] and any(kept)
+        for row, own in zip(rows, kept):
+            assert own or any(beaten(row, other) for other, is_kept in zip(rows, kept) if is_kept)
+
+
+def test_selection_does_not_depend_on_order_or_scale():
+    R = normal(5, 12, 3)
+    mask, order = pareto.nondominated(R), torch.randperm(12, generator=generator(0, 0, "order"))
+    assert torch.equal(pareto.nondominated(R[:, order]), mask[:, order])
+    scaled = torch.stack([R[..., 0].exp(), 3 * R[..., 1] - 7, R[..., 2] ** 3], -1)
+    assert torch.equal(pareto.nondominated(scaled), mask)
+
+
+@pytest.mark.parametrize("wrong", (math.nan, math.inf))
+def test_a_reward_that_is_no_number_is_not_selected(wrong):
+    """A NaN compares false with everything: it would be kept for ever."""
+    R = normal(2, 4, 3)
+    R[1, 2, 0] = wrong
+    with pytest.raises(NonFiniteError):
+        pareto.nondominated(R)
+
+
+@pytest.mark.parametrize("k", (2, 3))
+def test_expected_size_of_a_front(k):
+    """Independent rewards, 16 motions: H_16 = 3.38 for two, (H^2 + H^(2)) / 2 = 6.50 for three."""
+    harmonic, squares = (sum(1 / i**power for i in range(1, 17)) for power in (1, 2))
+    expected = harmonic if k == 2 else (harmonic**2 + squares) / 2
+    sizes = pareto.nondominated(uniforms(2000, 16, k)).sum(1).double()
+    assert abs(sizes.mean() - expected) < 3 * sizes.std() / math.sqrt(2000)
+
+
+def test_sets_are_of_one_prompt_and_one_token():
+    """The second prompt is far better in everything, and so is the second token: all keep a front of their
+    own. P, K, N and the number of rewards differ, so exchanged axes fail."""
+    R = torch.zeros(2, 3, 5, 3)
+    R[..., 0] = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0])
+    R[..., 1] = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0])  # fronts: motions 1 and 4
+    R[1] += 100.0
+    R[:, 1] += 10.0
+    keep = pareto.select(R, "per-token")
+    assert keep.shape == (2, 3, 5) and keep.sum() == 12 and keep[..., [1, 4]].all()
+    union = pareto.select(R, "union")
+    assert union[:, 1, [1, 4]].all() and union.sum() == 4
+    assert pareto.select(R, "none").all() and pareto.select(R, "weighted-sum").all()
+
+
+def test_the_literal_reading_compares_three_different_motions():
+    """Slot i is (reward 0 of token 0's motion i, reward 1 of token 1's, reward 2 of token 2's)."""
+    R = normal(4, 3, 6, 3)
+    keep = pareto.select(R, "literal")
+    for p in range(4):
+        slots = [[R[p, k, i, k].item() for k in range(3)] for i in range(6)]
+        expected = [not any(beaten(a, b) for b in slots) for a in slots]
+        assert all(keep[p, c].tolist() == expected for c in range(3))
+
+
+def test_own_reward_is_that_of_the_token():
+    R = torch.arange(2 * 3 * 4 * 3.0).reshape(2, 3, 4, 3)
+    own = pareto.own_reward(R)
+    assert own.shape == (2, 3, 4)
+    assert all(own[p, c, n] == R[p, c, n, c] for p in range(2) for c in range(3) for n in range(4))
+
+
+def test_weights_are_one_over_the_size_of_the_set():
+    keep = torch.tensor([[[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]], dtype=torch.bool)
+    expected = [[0.5, 0.5, 0, 0], [1, 0, 0, 0], [0.25] * 4]
+    assert pareto.front_weights(keep, "per-token")[0].tolist() == expected
+    assert torch.allclose(pareto.front_weights(keep, "union")[0], keep[0] / 7)
+
+
+def test_standardise_by_hand():
+    """Within a set, over the motions that are counted; a constant set stays zero."""
+    r = torch.tensor([[[1.0, 3.0, 50.0], [2.0, 2.0, 2.0]]])
+    every = pareto.standardise(r, torch.ones_like(r, dtype=torch.bool))
+    torch.testing.assert_close(every.mean(2), torch.zeros(1, 2), rtol=0, atol=1e-6)
+    assert every[0, 1].tolist() == [0.0, 0.0, 0.0] and 0.9 < every[0, 0].square().mean() <= 1.0
+    some = pareto.standardise(r, torch.tensor([[[True, True, False], [True, True, True]]]))
+    assert some[0, 0, 0] == -some[0, 0, 1] and 0.9 < some[0, 0, 1] <= 1.0
+    two = torch.tensor([[[True, True, False]] * 2])
+    moved = pareto.standardise(r + 7 * torch.eye(3)[2], two)
+    assert torch.equal(moved[..., :2], pareto.standardise(r, two)[..., :2])
+
+
+# ---- tokens ------------------------------------------------------------------------------------------------
+
+
+def test_mixing():
+    """Eq. (11): alpha 0 is the plain text bit for bit, alpha 1 the text with the token, linear between."""
+    f_t, f_tk = normal(4, 6), normal(4, 6, k=1)
+    assert torch.equal(pareto.mix(f_t, f_tk, 0.0), f_t) and torch.equal(pareto.mix(f_t, f_tk, 1.0), f_tk)
+    torch.testing.assert_close(pareto.mix(f_t, f_tk, 0.3), f_t + 0.3 * (f_tk - f_t))
+
+
+def test_tokens_are_fixed_and_as_long_as_a_text():
+    args, policy, clips = arguments(), tiny_policy(), tiny_clips()
+    tokens, again = (pareto.make_tokens(args, policy, clips) for _ in range(2))
+    text = policy.text([clip.captions[0] for clip in clips])
+    assert torch.equal(tokens, again) and tokens.shape == (3, 16)
+    torch.testing.assert_close(tokens.norm(dim=1), text.square().sum(1).mean().sqrt().expand(3))
+    other = pareto.make_tokens(arguments(base_seed=1), policy, clips)
+    assert (other != tokens).any(1).all() and not tokens.requires_grad
+
+
+def test_each_motion_is_asked_for_with_its_own_token():
+    """In sampling and in the passes of the update alike; the reference reads the plain text."""
+    args, policy, clips = arguments(alpha=0.4), tiny_policy(), tiny_clips()
+    tokens = pareto.make_tokens(args, policy, clips)
+    learner = pareto.make_learner(args, policy, "per-token", tokens)
+    batch = pareto.collect(args, learner, clips, 0, 0, 1)
+    assert batch["token"].tolist() == ([0] * 4 + [1] * 4 + [2] * 4) * 2 and len(batch["captions"]) == 24
+    assert len(set(batch["captions"][:12])) == len(set(batch["captions"][12:])) == 1
+    plain = policy.text(list(batch["captions"])).detach()
+    torch.testing.assert_close(batch["plain"], plain)
+    torch.testing.assert_close(batch["text"], plain + 0.4 * tokens[batch["token"]])
+    motion, lengths, drawn = pareto.generate(policy, policy.gpt, batch["text"], args.seed, 0, "rollout",
+                                             range(24), 1.0)
+    assert torch.equal(drawn, batch["tokens"]) and torch.equal(motion, batch["motion"])
+    none = pareto.collect(arguments(alpha=0.0), learner, clips, 0, 0, 1)
+    assert torch.equal(none["text"], none["plain"])
+    bare = pareto.make_learner(args, policy, "weighted-sum", None)
+    batch = pareto.collect(args, bare, clips, 0, 0, 1)
+    assert torch.equal(batch["text"], batch["plain"]) and len(batch["captions"]) == 24 and bare.sets == 1
+    assert batch["token"].tolist() == [0] * 24
+    literal = pareto.collect(arguments(reference_text="token"), learner, clips, 0, 0, 1)
+    assert torch.equal(literal["plain"], literal["text"]) and not torch.equal(literal["text"], batch["text"])
+
+
+def test_two_processes_draw_the_samples_of_one():
+    args, policy, clips = arguments(batch_prompts=5), tiny_policy(), tiny_clips()
+    learner = pareto.make_learner(args, policy, "per-token", pareto.make_tokens(args, policy, clips))
+    whole = pareto.collect(args, learner, clips, 3, 0, 1)
+    parts = [pareto.collect(args, learner, clips, 3, rank, 2) for rank in range(2)]
+    assert parts[0]["index"] + parts[1]["index"] == whole["index"] == list(range(60))
+    for name in ("tokens", "token", "lengths"):
+        assert torch.equal(torch.cat([part[name] for part in parts]), whole[name])
+    assert len(parts[0]["index"]) % 12 == 0, "a prompt is never split"
+
+
+# ---- the update --------------------------------------------------------------------------------------------
+
+
+def prepared(R=None, selection="per-token", **changes):
+    """Everything up to the update, with random rewards."""
+    args = arguments(**{**dict(ppo_epochs=1, kl_coef=0.1, max_grad_norm=1e9), **changes})
+    policy, clips = tiny_policy(), tiny_clips()
+    tokens = None if selection == "weighted-sum" else pareto.make_tokens(args, policy, clips)
+    learner = pareto.make_learner(args, policy, selection, tokens)
+    learner.critic.value.weight.data.copy_(0.3 * normal(*learner.critic.value.weight.shape, k=3))
+    whole = pareto.collect(args, learner, clips, 0, 0, 1)
+    R = normal(24, 3, k=5) if R is None else R
+    batch, kept, log = pareto.choose(args, learner, whole, R)
+    plan = plans(args, rows=kept, index=batch["index"])
+    log |= pareto.assess(args, learner, batch, plan)
+    keep = pareto.select(R.reshape(2, learner.sets, -1, 3), selection).flatten()
+    return SimpleNamespace(args=args, learner=learner, batch=batch, kept=kept, plan=plan, log=log, R=R,
+                           keep=keep, whole=whole)
+
+
+def step(s, lr=1.0):
+    """update() with plain gradient descent -> log, moves of the policy, moves of the critic"""
+    parts = s.learner.policy.gpt, s.learner.critic
+    before = [copy.deepcopy(part.state_dict()) for part in parts]
+    optimizer = torch.optim.SGD([{"params": list(part.parameters())} for part in parts], lr=lr)
+    log = pareto.update(s.args, s.learner.policy, s.learner.critic, s.batch, s.plan, optimizer, 0, Never())
+    return log, *({name: old[name] - value for name, value in part.state_dict().items()}
+                  for part, old in zip(parts, before))
+
+
+def policy_gradient(s, weights):
+    """Of sum_b w_b mean_t (-A_t log pi) / sum_b w_b, which is that of the first update."""
+    policy, batch = s.learner.policy, s.batch
+    logp, *_ = pareto.score_actions(policy.gpt, None, batch["tokens"], batch["text"], policy.shortest,
+                                    s.args.temperature)
+    mean = (logp * batch["advantages"] * batch["mask"]).sum(1) / batch["mask"].sum(1)
+    return torch.autograd.grad(-(weights * mean).sum() / weights.sum(), list(policy.gpt.parameters()),
+                               allow_unused=True)
+
+
+@pytest.mark.parametrize("temperature", (1.0, 1.5))
+def test_the_first_ratio_is_one_and_the_gradient_that_of_the_kept(temperature):
+    """Weight 1 / n(P) of each kept motion, a mean over its tokens; dominated ones give nothing."""
+    s = prepared(temperature=temperature)
+    assert 0 < s.keep.sum() < 24 and s.kept == list(range(24)), "all take part, some without a weight"
+    weights = pareto.front_weights(s.keep.reshape(2, 3, 4), "per-token").flatten()
+    wanted = policy_gradient(s, weights)
+    log, moves, _ = step(s)
+    assert log["first_ratio_error"] == 0.0
+    for (name, _), value in zip(s.learner.policy.gpt.named_parameters(), wanted):
+        torch.testing.assert_close(moves[name], value, rtol=1e-3, atol=1e-6, msg=name)
+    assert max(value.abs().max() for value in moves.values()) > 1e-3
+
+
+def test_a_dominated_motion_gives_no_policy_gradient():
+    """Whatever its advantage; a kept one does."""
+    for row, moves_something in ((0, False), (1, True)):
+        s = prepared()
+        chosen = (~s.keep if row == 0 else s.keep).nonzero()[0, 0]
+        s.batch["advantages"] = torch.zeros_like(s.batch["advantages"])
+        s.batch["advantages"][chosen] = 5.0
+        _, moves, _ = step(s)
+        assert (max(value.abs().max() for value in moves.values()) > 0) == moves_something
+
+
+def test_what_the_dominated_motions_are_used_for():
+    """--baseline all: for mean, spread, values and whitening; kept: for nothing at all."""
+    for baseline, matters in (("all", True), ("kept", False)):
+        a = prepared(baseline=baseline)
+        lower = torch.where(a.keep[:, None], a.R, a.R - 3.0)  # the same fronts
+        b = prepared(lower, baseline=baseline)
+        assert torch.equal(a.keep, b.keep) and len(a.batch["index"]) == (24 if matters else a.keep.sum())
+        rows = [a.batch["index"].index(k) for k in a.keep.nonzero()[:, 0].tolist()]
+        same = torch.equal(a.batch["advantages"][rows], b.batch["advantages"][rows])
+        assert same != matters
+        moves = [step(s)[1:] for s in (a, b)]
+        for one, other in zip(*moves):
+            assert all(torch.equal(one[name], other[name]) for name in one) != matters
+
+
+def test_advantages_are_whitened_for_each_token_apart():
+    """One reward of a hundred times the spread must not take all of the gradient."""
+    s = prepared(normal(24, 3) * torch.tensor([1.0, 100.0, 0.01]), kl_coef=0.0)
+    for token in range(3):
+        own = s.batch["mask"] & (s.batch["token"] == token)[:, None]
+        values = s.batch["advantages"][own]
+        assert abs(values.mean()) < 1e-5 and values.square().mean() == pytest.approx(1.0, abs=1e-3)
+
+
+def test_the_reward_is_that_of_the_motions_token():
+    R, every = normal(24, 3), torch.ones(2, 3, 4, dtype=torch.bool)
+    own = R[torch.arange(24), torch.arange(24) // 4 % 3]
+    for token_reward, expected in (("own", own), ("mean", R.mean(1))):
+        s = prepared(R, token_reward=token_reward)
+        wanted = pareto.standardise(expected.reshape(2, 3, 4), every).flatten()
+        torch.testing.assert_close(s.batch["r"], wanted)
+        torch.testing.assert_close(s.log["own"], expected.mean())
+
+
+def test_the_weighted_sum_has_no_tokens_and_keeps_all():
+    R = normal(24, 3)
+    s = prepared(R, selection="weighted-sum", weights="text=0.5,preference=0.5")
+    own = (R @ torch.tensor([0.5, 0.0, 0.5])).reshape(2, 1, 12)
+    torch.testing.assert_close(s.batch["r"], pareto.standardise(own, own > -9).flatten())
+    assert torch.equal(s.batch["text"], s.batch["plain"]) and s.log["kept"] == 1.0
+    log, moves, _ = step(s)
+    wanted = policy_gradient(prepared(R, selection="weighted-sum", weights="text=0.5,preference=0.5"),
+                             torch.ones(24))
+    for value, (name, _) in zip(wanted, s.learner.policy.gpt.named_parameters()):
+        torch.testing.assert_close(moves[name], value, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_weights_by_motion_or_by_token():
+    """Motions weigh alike, or tokens do (Eq. 7 as printed, up to a factor)."""
+    for reduction in ("motion", "token"):
+        s = prepared(reduction=reduction)
+        counts = s.batch["mask"].sum(1)
+        expected = pareto.front_weights(s.keep.reshape(2, 3, 4), "per-token").flatten()
+        total = expected if reduction == "motion" else expected * counts
+        torch.testing.assert_close(s.batch["weight"].sum(1), total)
+        assert (s.batch["weight"][~s.batch["mask"]] == 0).all() and len(set(counts.tolist())) > 1
+
+
+def test_numbers_of_the_selection_are_logged():
+    R = normal(24, 3)
+    R[:4, 1] = 0.5  # a constant reward in one set
+    log = prepared(R).log
+    assert log["constant"] == 1 and log["kept"] == pytest.approx(pareto.select(
+        R.reshape(2, 3, 4, 3), "per-token").double().mean().item())
+    assert [log[name].item() for name in pareto.REWARDS] == pytest.approx(R.mean(0).tolist(), abs=1e-6)
+
+
+# ---- rewards -----------------------------------------------------------------------------------------------
+
+
+class Heights:
+    """A preference score that looks at the motion alone."""
+    def score(self, motion, lengths):
+        return torch.stack([m[:n, 3].mean() for m, n in zip(motion, lengths)])
+
+
+def rewards(clips, **changes):
+    encoders = [retrieval_model(clips), retrieval_model(clips)]
+    for weight in encoders[1].parameters():
+        weight.data.mul_(1.1)
+    return pareto.Rewards(encoders, Heights(), torch.tensor([2.0, 0.5]), **{**dict(
+        low=torch.tensor([-3.0, -2.0, -1.0]), high=torch.tensor([0.0, 1.0, 2.0])), **changes})
+
+
+def test_the_three_rewards_by_hand():
+    """Text: distance to the caption; quality: to the real motion, so nothing is better than that itself;
+    preference: of the motion alone. All by the same straight line, without clipping."""
+    clips = tiny_clips()
+    judge, motion, lengths = rewards(clips), normal(3, 12, 251), torch.tensor([12, 8, 4])
+    R = judge(motion, lengths, CAPTIONS[:3], clips[:3])
+    for k, (captions, pairs) in enumerate(((CAPTIONS[:3], clips[:3]),)):
+        expected = torch.zeros(2, 3)
+        for weight, encoder in zip((2.0, 0.5), judge.encoders):
+            text, made, real = evaluators.embed_pairs(encoder, motion, lengths, captions, pairs)
+            expected -= weight * torch.stack([(text - made).square().sum(1), (real - made).square().sum(1)])
+    torch.testing.assert_close(R[:, 0], (expected[0] + 3) / 3)
+    torch.testing.assert_close(R[:, 1], (expected[1] + 2) / 3)
+    torch.testing.assert_close(R[:, 2], (Heights().score(motion, lengths) + 1) / 3)
+    real = torch.stack([torch.nn.functional.pad(torch.from_numpy(c.features), (0, 0, 0, 16 - len(c.features)))
+                        for c in clips[:3]])
+    own = judge(real, torch.tensor([len(c.features) for c in clips[:3]]), CAPTIONS[:3], clips[:3])
+    torch.testing.assert_close(own[:, 1], torch.full((3,), 2 / 3))  # distance zero
+    swapped = judge(motion, lengths, CAPTIONS[1:4], clips[:3])
+    assert torch.equal(swapped[:, 1:], R[:, 1:]) and (swapped[:, 0] != R[:, 0]).all()
+
+
+def test_normalise_never_clips():
+    low, high = torch.tensor([-2.0]), torch.tensor([2.0])
+    given = pareto.normalise(torch.tensor([[-6.0], [-2.0], [0.0], [2.0], [10.0]]), low, high)
+    assert given[:, 0].tolist() == [-1.0, 0.0, 0.5, 1.0, 3.0]
+
+
+def test_calibration():
+    """lambda: one over the spread of an encoder's distances to the text; min and max: the quantiles of the
+    normalised rewards are 0 and 1. Of the reference alone, and the same every time."""
+    args, policy, clips = arguments(calibration=60), tiny_policy(), tiny_clips()
+    judge = rewards(clips)
+    first, again = (pareto.calibrate(args, policy, judge.encoders, judge.critic, clips) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first[2:], again[2:]))
+    shifted = policy._replace(gpt=tiny_policy(shift=0.9).gpt)
+    third = pareto.calibrate(args, shifted, judge.encoders, judge.critic, clips)
+    assert all(torch.equal(a, b) for a, b in zip(first[2:], third[2:])), "the tuned policy plays no part"
+    assert (first.high > first.low).all() and first.lambdas.shape == (2,)
+
+
+class Constant:
+    def score(self, motion, lengths):
+        return torch.full((len(motion),), 2.5)
+
+
+def test_a_constant_reward_is_reported():
+    args, policy, clips = arguments(calibration=30), tiny_policy(), tiny_clips()
+    with pytest.raises(NonFiniteError, match="reward preference is 2.5 for all 30"):
+        pareto.calibrate(args, policy, rewards(clips).encoders, Constant(), clips)
+
+
+def test_a_reward_that_is_nan_names_prompt_and_reward():
+    args, policy, clips = arguments(), tiny_policy(), tiny_clips()
+    learner = pareto.make_learner(args, policy, "per-token", pareto.make_tokens(args, policy, clips))
+    batch = pareto.collect(args, learner, clips, 0, 0, 1)
+    broken = rewards(clips, low=torch.tensor([-3.0, math.nan, -1.0]))
+    with pytest.raises(NonFiniteError) as error:
+        pareto.score(broken, batch, 7)
+    assert "iteration 7: reward quality is nan" in str(error.value)
+    assert repr(batch["captions"][0]) in str(error.value)
+
+
+# ---- the preference of the user ----------------------------------------------------------------------------
+
+
+def test_parse_weights():
+    names = pareto.REWARDS
+    assert runs.parse_weights("", names, "--prefer") == pytest.approx([1 / 3] * 3)
+    assert runs.parse_weights("text=0.7,quality=0.2,preference=0.1", names, "") == [0.7, 0.2, 0.1]
+    assert runs.parse_weights("preference=1", names, "") == [0.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("spec, words", [
+    ("text=0.5", "sum to 0.5"), ("text=0.5,quality=0.6", "sum to 1.1"), ("speed=1", "'speed' is none of"),
+    ("text=1.5,quality=-0.5", "at least 0"), ("text=nan", "sum to nan"), ("text", "'' is no number"),
+    ("text=much", "'much' is no number"), ("text=0.5,,quality=0.5", "'' is none of")])
+def test_preferences_that_make_no_sense(spec, words):
+    with pytest.raises(InputError, match=words) as error:
+        runs.parse_weights(spec, pareto.REWARDS, "--prefer")
+    assert str(error.value).startswith(f"--prefer {spec}") and "\n" not in str(error.value)
+
+
+# ---- hypervolume -------------------------------------------------------------------------------------------
+
+
+def test_hypervolume_laws():
+    """A dominated point adds nothing, a new front point never lowers it, order plays no part, and stretched
+    axes stretch it. Checked by random points as well."""
+    points, zero = uniforms(12, 3).double(), torch.zeros(3)
+    volume = evaluators.hypervolume(points, zero)
+    assert evaluators.hypervolume(points.flip(0), zero) == pytest.approx(volume, abs=1e-12)
+    worse = torch.cat([points, 0.9 * points[:1]])
+    assert evaluators.hypervolume(worse, zero) == pytest.approx(volume, abs=1e-12)
+    better = torch.cat([points, points.max(0).values[None]])
+    corner = points.max(0).values.prod().item()
+    assert evaluators.hypervolume(better, zero) == pytest.approx(corner) and corner > volume
+    factors = torch.tensor([2.0, 0.5, 3.0])
+    assert evaluators.hypervolume(points * factors, zero) == pytest.approx(3.0 * volume)
+    inside = (uniforms(200000, 1, 3, k=1) <= points).all(-1).any(-1).double()
+    assert volume == pytest.approx(inside.mean().item(), abs=4 * inside.std().item() / math.sqrt(200000))
+    assert evaluators.hypervolume(-points, zero) == 0.0
+    assert evaluators.hypervolume([[2.0, 3.0]], [1.0, 1.0]) == 2.0
+
+
+# ---- does it learn? ----------------------------------------------------------------------------------------
+
+
+def learn(alpha, seed):
+    """40 iterations with rewards that are the shares of three groups of codes among the tokens: they oppose
+    each other -> M[k][j], mean reward j with the token of reward k."""
+    args = arguments(alpha=alpha, batch_prompts=3, samples_per_prompt=8, kl_coef=0.02, iterations=60,
+                     lr=4e-3, critic_lr=4e-3, seed=seed)
+    policy, clips = tiny_policy(shift=0.0), tiny_clips()[:3]
+    tokens = pareto.make_tokens(args, policy, clips)
+    learner = pareto.make_learner(args, policy, "per-token", tokens)
+
+    def score(tokens):
+        groups = torch.stack([(tokens // 4 == k) & (tokens < 12) for k in range(3)], -1).double()
+        return (groups.sum(1) / (tokens < 12).sum(1, keepdim=True).clamp(min=1)).float()
+    for iteration in range(40):
+        batch = pareto.collect(args, learner, clips, iteration, 0, 1)
+        batch, kept, _ = pareto.choose(args, learner, batch, score(batch["tokens"]))
+        plan = plans(args, iteration, kept, batch["index"])
+        pareto.assess(args, learner, batch, plan)
+        pareto.update(args, policy, learner.critic, batch, plan, learner.optimizer, iteration, Never())
+    matrix = []
+    for weights in torch.eye(3):
+        text = pareto.read_text(policy, [clip.captions[0] for clip in clips] * 40, tokens, weights, alpha)
+        *_, drawn = pareto.generate(policy, policy.gpt, text, 9, 0, "test", range(len(text)), 1.0)
+        matrix.append(score(drawn).mean(0))
+    return torch.stack(matrix)
+
+
+@pytest.mark.parametrize("seed", (0, 1))
+def test_each_token_raises_its_own_reward(seed):
+    """The diagonal holds the maximum of each column; without the tokens in the text it cannot."""
+    matrix = learn(0.5, seed)
+    assert (matrix.argmax(0) == torch.arange(3)).all() and (matrix.diagonal() > 0.5).all()
+    control = learn(0.0, seed)
+    assert (control.max(0).values - control.min(0).values).max() < 0.12

@@ -1,0 +1,76 @@
+"""Toy networks and data that the tests of both PPO scripts share."""
+import copy
+
+import numpy as np
+import torch
+
+from common import datasets, evaluators, runs, token_policy, tokenizer
+from common.motion_gpt import MotionGPT
+from common.runs import generator
+from common.text import TextEncoder
+
+WIDTH = 251  # features of a KIT frame
+CAPTIONS = ["a person walks forward", "someone turns left slowly", "a man waves", "a person jumps twice",
+            "a person claps", "somebody walks in a circle"]
+COMPOSED = ["a person walks forward and claps", "a man waves then turns left", "a person jumps and waves"]
+
+
+def normal(*shape, k=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=generator(0, k, "test"), dtype=dtype)
+
+
+def uniforms(*shape, k=0):
+    return torch.rand(*shape, generator=generator(0, k, "uniforms"))
+
+
+def small_gpt(codes=12, text_dim=16, width=16, layers=1, block=7, sharp=3.0, k=0):
+    """A random policy whose distributions are far from uniform."""
+    gpt = MotionGPT(codes, text_dim, width, 2, layers, layers, block)
+    runs.initialise(gpt, generator(0, k, "gpt"))
+    gpt.trans_head["head"].weight.data.mul_(sharp)
+    return gpt.eval()
+
+
+def tiny_clips():
+    rng = np.random.default_rng(0)
+    return [datasets.Clip(f"clip-{k}", rng.normal(size=(4 * (2 + k % 3), WIDTH)).astype(np.float32),
+                          [caption, f"{caption} again"], [[], []], [{}, {}])
+            for k, caption in enumerate(CAPTIONS)]
+
+
+def retrieval_model(clips):
+    vocabulary = datasets.Vocabulary.from_captions(CAPTIONS + COMPOSED)
+    statistics = datasets.Statistics.from_clips(clips, "scorer")
+    model = evaluators.RetrievalModel("transformer", vocabulary, statistics, width=16, layers=1, heads=2,
+                                      components=8)
+    return evaluators.freeze(model)
+
+
+def tiny_policy(halvings=1, shift=0.2):
+    """All networks at toy size with random weights; the policy is `shift` away from its reference."""
+    vq = tokenizer.VQVAE(WIDTH, 8, 4, 12, halvings)
+    vocabulary = datasets.Vocabulary.from_captions(CAPTIONS + COMPOSED)
+    text = TextEncoder(vocabulary, 16, 1, 2)
+    for k, part in enumerate((vq, text)):
+        runs.initialise(part, generator(0, k, "parts"))
+        evaluators.freeze(part)
+    vq.quantizer.codebook.copy_(normal(12, 4))
+    reference = small_gpt()
+    gpt = copy.deepcopy(reference)
+    for k, weight in enumerate(gpt.parameters()):
+        weight.data.add_(shift * normal(*weight.shape, k=k))
+    return token_policy.Policy(vq=vq, text=text, gpt=evaluators.freeze(gpt), shortest=4 // 2**halvings,
+                               reference=evaluators.freeze(reference), device=torch.device("cpu"))
+
+
+class Never:
+    def check(self):
+        pass
+
+
+def plans(args, iteration=0, rows=None, index=None):
+    """Minibatches of the samples `rows`, by default one a prompt; index: those that are held."""
+    rows = list(range(args.batch_prompts)) if rows is None else rows
+    return [runs.minibatches(rows, round(1 / args.minibatch_ratio), index or rows, args.micro_batch,
+                             generator(args.seed, iteration, "shuffle", epoch))
+            for epoch in range(args.ppo_epochs)]
