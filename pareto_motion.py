@@ -7,8 +7,7 @@ GPT says which reward is asked for; mixing tokens afterwards chooses a point bet
 
 Papers
   MotionRL (Liu et al. 2024, arXiv 2410.06513): the method; equations without a paper's name are its own
-  InstructMotion (Mao et al. 2024): PPO on motion tokens, see ppo_motion.py, on which this is built
-  MotionCritic (Wang et al. 2024): the preference model; ours is a synthetic one unless its weights are given
+  InstructMotion (Mao et al. 2024): PPO on motion tokens; MotionCritic (Wang et al. 2024): preferences
 
 `diff ppo_motion.py pareto_motion.py` is the lesson: one reward becomes a vector, a prompt becomes three, and
 not every motion is learnt from.
@@ -172,8 +171,7 @@ def check_args(args):
             raise InputError(message)
 
 
-# ---- 3. and 4. The networks, and what PPO starts from ------------------------------------------------------
-# Tokenizer, text encoder and supervised GPT are those of T2M-GPT: common/token_policy.py and what it imports.
+# ---- 3. and 4. The networks, and what PPO starts from: common/token_policy.py ------------------------------
 
 
 # [sync:critic]
@@ -355,10 +353,12 @@ def action_logps(logits, tokens, shortest, temperature):
     return logps.gather(-1, tokens.clamp(max=logits.shape[-1] - 1)[..., None])[..., 0], logps
 
 
-def score_actions(gpt, critic, tokens, text, shortest, temperature):
+def score_actions(gpt, critic, tokens, text, shortest, temperature, grad=True):
     """The actions under the current weights, in one teacher-forced pass: tokens (b n), text (b d) -> logp
-    (b n), logps of all actions (b n v), values (b n) or None without a critic. For old, new and reference."""
-    logits, hidden = gpt(tokens[:, :-1], text)
+    (b n), logps of all actions (b n v), values (b n) or None without a critic. For old, new and reference.
+    grad: whether the GPT learns from it, too."""
+    with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
+        logits, hidden = gpt(tokens[:, :-1], text)
     values = None if critic is None else critic(hidden, tokens[:, :-1], text)
     return *action_logps(logits, tokens, shortest, temperature), values
 
@@ -481,8 +481,8 @@ def score(rewards, batch, iteration):
 
 
 def choose(args, learner, batch, R):
-    """Stage 3, select -> the batch with r and weight of its motions, the numbers of all that are trained, and
-    numbers to log. Selection and spread look at all processes' motions, a prompt's are never split."""
+    """Stage 3, select -> the batch with r and weight of its motions, the numbers of all that are trained and
+    of the dominated ones, numbers to log. It looks at all processes' motions; a prompt's are never split."""
     R = rearrange(runs.all_gather_rows(R), "(p c n) k -> p c n k", c=learner.sets, p=args.batch_prompts)
     keep = select(R, learner.selection)
     own = own_reward(R) if learner.tokens is not None and args.token_reward == "own" else R.mean(-1)
@@ -498,7 +498,7 @@ def choose(args, learner, batch, R):
     log = dict(zip(REWARDS, flat.mean(0))) | {
         "own": own.mean(), "kept": keep.double().mean(), "text_quality": torch.corrcoef(flat[:, :2].T)[0, 1],
         "constant": (R.amax(2) == R.amin(2)).sum()}
-    return part, trained.nonzero()[:, 0].tolist(), log
+    return part, *(these.nonzero()[:, 0].tolist() for these in (trained, ~keep.flatten())), log
 
 
 # [sync:score_rollout]
@@ -555,8 +555,9 @@ def update(args, policy, critic, batch, plan, optimizer, iteration, stop):
         for rows in chunks:
             stop.check()
             part = {name: batch[name][rows] for name in TRAINED}
+            learns = args.critic == "shared" or bool(part["weight"].any())  # or the critic alone does
             logp, _, values = score_actions(policy.gpt, critic, part["tokens"], part["text"],
-                                            policy.shortest, args.temperature)
+                                            policy.shortest, args.temperature, learns)
             mask = part["mask"]
             logratio = torch.where(mask, logp - part["logp_old"], 0.0)
             ratio = logratio.exp()  # b n
@@ -592,9 +593,9 @@ def learn(args, learner, rewards, clips, iteration, loop, watch, rank, processes
     with watch.stage("reward"):
         loop.rewards = R = score(rewards, batch, iteration)
     with watch.stage("selection"):
-        batch, kept, log = choose(args, learner, batch, R)
-    plan = [runs.minibatches(kept, round(1 / args.minibatch_ratio), batch["index"], args.micro_batch,
-                             generator(args.seed, iteration, "shuffle", epoch))
+        batch, trained, dominated, log = choose(args, learner, batch, R)
+    plan = [runs.minibatches(trained, round(1 / args.minibatch_ratio), batch["index"], args.micro_batch,
+                             generator(args.seed, iteration, "shuffle", epoch), dominated)
             for epoch in range(args.ppo_epochs)]
     learner.optimizer.param_groups[0]["lr"] = args.lr * runs.rise_and_fall(iteration, args.iterations,
                                                                           args.warmup)
@@ -615,8 +616,7 @@ def train(start, policies, tokens, rewards, scorers, splits, folder):
     args, policy, rival = start.args, policies["tuned"], policies.get("weighted sum")
     rank, processes = runs.world(policy.device)
     learners = {"tuned": make_learner(args, policy, args.selection, tokens)}
-    if rival:
-        learners["rival"] = make_learner(args, rival, "weighted-sum", None)
+    learners |= {"rival": make_learner(args, rival, "weighted-sum", None)} if rival else {}
     parts = {f"{name} {part}": value for name, learner in learners.items() for part, value in (
         ("gpt", learner.policy.gpt), ("critic", learner.critic), ("optimizer", learner.optimizer))}
     networks = nn.ModuleDict({name: part for name, part in parts.items() if isinstance(part, nn.Module)})
@@ -691,14 +691,14 @@ def main(argv):
     start = runs.prepare(Args, TINY, argv, __doc__, method="pareto", product="pareto-policy",
                          check=check_args)
     args, stored, device, rank, watch = start.args, start.stored, start.device, start.rank, start.watch
-    folder = start.open_folder()
     if args.prompt:
-        write_motions(args, stored, folder, device)
+        write_motions(args, stored, start.open_folder(), device)
         return
     with watch.stage("data"):
         data = datasets.load_dataset(
             args.dataset, space="native", clips=args.clips, seed=args.base_seed, data_root=args.data_root,
             cache_dir=args.cache_dir, use_cache=args.cache)
+    folder = start.open_folder()
     print(f"{device}, {start.threads} CPU thread(s)\n  data: {data.label}")
     with watch.stage("reward encoders and judge"):
         losses = evaluators.INFO_NCE, (f"margin {args.margin}", evaluators.margin_pairs(args.margin))

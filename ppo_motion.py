@@ -252,10 +252,12 @@ def action_logps(logits, tokens, shortest, temperature):
     return logps.gather(-1, tokens.clamp(max=logits.shape[-1] - 1)[..., None])[..., 0], logps
 
 
-def score_actions(gpt, critic, tokens, text, shortest, temperature):
+def score_actions(gpt, critic, tokens, text, shortest, temperature, grad=True):
     """The actions under the current weights, in one teacher-forced pass: tokens (b n), text (b d) -> logp
-    (b n), logps of all actions (b n v), values (b n) or None without a critic. For old, new and reference."""
-    logits, hidden = gpt(tokens[:, :-1], text)
+    (b n), logps of all actions (b n v), values (b n) or None without a critic. For old, new and reference.
+    grad: whether the GPT learns from it, too."""
+    with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
+        logits, hidden = gpt(tokens[:, :-1], text)
     values = None if critic is None else critic(hidden, tokens[:, :-1], text)
     return *action_logps(logits, tokens, shortest, temperature), values
 
@@ -441,8 +443,9 @@ def update(args, policy, critic, batch, plan, optimizer, iteration, stop):
         for rows in chunks:
             stop.check()
             part = {name: batch[name][rows] for name in TRAINED}
+            learns = args.critic == "shared" or bool(part["weight"].any())  # or the critic alone does
             logp, _, values = score_actions(policy.gpt, critic, part["tokens"], part["text"],
-                                            policy.shortest, args.temperature)
+                                            policy.shortest, args.temperature, learns)
             mask = part["mask"]
             logratio = torch.where(mask, logp - part["logp_old"], 0.0)
             ratio = logratio.exp()  # b n

@@ -124,6 +124,16 @@ def warp(joints, grade, g, skeleton):
     return torch.lerp(joints[before], joints[before + 1], (at - before)[:, None, None])
 
 
+def rush(joints, grade, g, skeleton):
+    """Everything is 1.3, 1.6 or 2.2 times as fast, and goes backwards when it is over. Without this damage
+    the score is raised by haste: it had learnt that standing still is bad, and nothing against the rest."""
+    t = len(joints)
+    at = torch.arange(t) * (1.3, 1.6, 2.2)[grade - 1] % (2 * t - 2)
+    at = torch.minimum(at, 2 * t - 2 - at)
+    before = at.long().clamp(max=t - 2)
+    return torch.lerp(joints[before], joints[before + 1], (at - before)[:, None, None])
+
+
 def bones(joints, grade, g, skeleton):
     """Every bone is longer or shorter by a factor of its own; the root and all directions stay."""
     factors = torch.exp((0.06, 0.12, 0.25)[grade - 1] * torch.randn(skeleton.joints, generator=g))
@@ -152,8 +162,8 @@ def swap_codes(motion, grade, g, skeleton, vq):
     return metres(vq.decode(codes, counts)[0][0], skeleton)
 
 
-DAMAGES = {"jitter": jitter, "slide": slide, "freeze": freeze_frames, "bones": bones, "float": floating,
-           "codes": swap_codes, "warp": warp}
+DAMAGES = {"jitter": jitter, "slide": slide, "freeze": freeze_frames, "rush": rush, "bones": bones,
+           "float": floating, "codes": swap_codes, "warp": warp}
 HELD_OUT = "warp"  # never trained on: does the score mean anything beyond what it has seen?
 
 

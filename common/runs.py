@@ -789,17 +789,21 @@ def all_gather_rows(rows):
     return torch.cat([part[: int(count)] for part, count in zip(parts, counts)])
 
 
-def minibatches(samples, count, index, chunk, generator):
+def minibatches(samples, count, index, chunk, generator, apart=()):
     """Split samples, numbers in a list, into `count` shuffled minibatches -> [(size, chunks)].
 
     index: the samples that this process holds, in the order of its rows; chunks: those of its rows that
     belong to the minibatch, in lists of at most `chunk` (0: one list). size counts those of all processes.
+    apart: samples that share no chunk with others.
     """
     row, plan = {sample: n for n, sample in enumerate(index)}, []
     for part in torch.randperm(len(samples), generator=generator).chunk(count):
-        rows = [row[samples[k]] for k in part.tolist() if samples[k] in row]
-        step = chunk or max(len(rows), 1)
-        plan.append((len(part), [rows[a:a + step] for a in range(0, len(rows), step)]))
+        mine = [samples[k] for k in part.tolist() if samples[k] in row]
+        chunks, step = [], chunk or max(len(mine), 1)
+        for side in (False, True):
+            rows = [row[sample] for sample in mine if (sample in apart) == side]
+            chunks += [rows[a:a + step] for a in range(0, len(rows), step)]
+        plan.append((len(part), chunks))
     return plan
 
 

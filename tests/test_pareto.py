@@ -188,8 +188,8 @@ def prepared(R=None, selection="per-token", **changes):
     learner.critic.value.weight.data.copy_(0.3 * normal(*learner.critic.value.weight.shape, k=3))
     whole = pareto.collect(args, learner, clips, 0, 0, 1)
     R = normal(24, 3, k=5) if R is None else R
-    batch, kept, log = pareto.choose(args, learner, whole, R)
-    plan = plans(args, rows=kept, index=batch["index"])
+    batch, kept, dominated, log = pareto.choose(args, learner, whole, R)
+    plan = plans(args, rows=kept, index=batch["index"], apart=dominated)
     log |= pareto.assess(args, learner, batch, plan)
     keep = pareto.select(R.reshape(2, learner.sets, -1, 3), selection).flatten()
     return SimpleNamespace(args=args, learner=learner, batch=batch, kept=kept, plan=plan, log=log, R=R,
@@ -239,6 +239,20 @@ def test_a_dominated_motion_gives_no_policy_gradient():
         s.batch["advantages"][chosen] = 5.0
         _, moves, _ = step(s)
         assert (max(value.abs().max() for value in moves.values()) > 0) == moves_something
+
+
+@pytest.mark.parametrize("kind", ("shared-detach", "shared"))
+def test_the_critic_learns_from_the_dominated_motions(kind):
+    """From them alone here; its gradient bends the policy if the critic is told to be shared."""
+    s = prepared(critic=kind)
+    s.batch["advantages"] = torch.zeros_like(s.batch["advantages"])
+    rows = torch.tensor([k in s.keep.nonzero()[:, 0].tolist() for k in s.batch["index"]])
+    logits, hidden = s.learner.policy.gpt(s.batch["tokens"][:, :-1], s.batch["text"])
+    values = s.learner.critic(hidden, None, None)
+    s.batch["returns"][rows] = values.detach()[rows]  # nothing to learn from the kept ones
+    _, moves, critic = step(s)
+    assert critic["value.weight"].abs().max() > 1e-4
+    assert (max(value.abs().max() for value in moves.values()) > 1e-5) == (kind == "shared")
 
 
 def test_what_the_dominated_motions_are_used_for():
@@ -447,8 +461,8 @@ def learn(alpha, seed):
         return (groups.sum(1) / (tokens < 12).sum(1, keepdim=True).clamp(min=1)).float()
     for iteration in range(40):
         batch = pareto.collect(args, learner, clips, iteration, 0, 1)
-        batch, kept, _ = pareto.choose(args, learner, batch, score(batch["tokens"]))
-        plan = plans(args, iteration, kept, batch["index"])
+        batch, kept, dominated, _ = pareto.choose(args, learner, batch, score(batch["tokens"]))
+        plan = plans(args, iteration, kept, batch["index"], dominated)
         pareto.assess(args, learner, batch, plan)
         pareto.update(args, policy, learner.critic, batch, plan, learner.optimizer, iteration, Never())
     matrix = []

@@ -171,15 +171,16 @@ def test_slide_moves_the_whole_body_where_a_foot_stands(data):
 
 
 def test_freeze_repeats_one_pose_and_touches_nothing_else(data):
-    for grade, frames in ((1, 4), (2, 7), (3, 10)):  # .3, .55, .8 s at 12.5 frames a second
+    for grade, frames in ((1, 4), (2, 10)):  # .3 and .8 s at 12.5 frames a second
         joints, damaged = damage("freeze", data, grade, 3)
         changed = (damaged != joints).flatten(1).any(1).nonzero().flatten()
         first = int(changed[0]) - 1
         assert torch.equal(damaged[first:first + frames], joints[first].expand(frames, -1, -1))
         assert int(changed[-1]) == first + frames - 1
-    joints = perception.metres(walk(data), KIT)[:4]  # shorter than the freeze
-    still = perception.freeze_frames(joints, 3, generator(0, 0, "test"), KIT)
-    assert torch.equal(still, joints[:1].expand_as(joints))
+    joints = perception.metres(walk(data), KIT)
+    for part, grade in ((joints[:4], 2), (joints, 3)):  # shorter than the freeze; the strongest has no end
+        still = perception.freeze_frames(part, grade, generator(0, 0, "test"), KIT)
+        assert torch.equal(still, part[:1].expand_as(part))
 
 
 def test_bones_change_length_and_keep_direction(data):
@@ -212,6 +213,18 @@ def test_warp_plays_slower_with_one_jump_and_the_same_ends(data):
         steps = steps.diff()
         assert steps.max().item() == pytest.approx(1 - share + share * (t - 1), abs=1e-3)
         assert torch.allclose(steps.sort().values[:-1], torch.tensor(1 - share), atol=1e-4)
+
+
+def test_rush_is_faster_there_and_back():
+    t = 41
+    joints = torch.arange(float(t))[:, None, None].expand(t, 21, 3)  # the pose is the time
+    for grade, factor in ((1, 1.3), (2, 1.6), (3, 2.2)):
+        times = perception.rush(joints, grade, generator(0, 1, "test"), KIT)[:, 0, 0]
+        turn = math.ceil((t - 1) / factor)
+        torch.testing.assert_close(times[:turn], factor * torch.arange(float(turn)))
+        assert times[turn:turn + 3].diff().lt(0).all() and times.min() >= 0 and times.max() <= t - 1
+        steps = times.diff().abs()
+        assert steps.max() <= factor + 1e-4 and (steps > factor - 1e-4).float().mean() > 0.9
 
 
 def test_some_codes_are_drawn_anew(data, vq, monkeypatch):
@@ -344,7 +357,7 @@ def test_the_held_out_damage_is_never_trained_on(data, vq, tmp_path, monkeypatch
     monkeypatch.setattr(perception, "make_pairs", spy)
     fit(data, vq, tmp_path)
     assert used.pop("pairs") == used.pop("held-out pairs") == [
-        "jitter", "slide", "freeze", "bones", "float", "codes"]
+        "jitter", "slide", "freeze", "rush", "bones", "float", "codes"]
     assert list(used.values()) == [[name] for name in perception.DAMAGES]
 
 

@@ -339,6 +339,16 @@ def test_minibatches_split_the_named_samples_over_processes():
     assert sorted(whole[1][1][0]) == sorted(found[2] + found[3])
 
 
+def test_minibatches_keep_samples_apart():
+    """In the same minibatches as without, but in no chunk with the others."""
+    samples, index, apart = [0, 2, 3, 5, 6, 7, 8, 11], list(range(12)), {2, 6, 7}
+    plan = runs.minibatches(samples, 2, index, 2, runs.generator(0, 0, "shuffle"), apart)
+    whole = runs.minibatches(samples, 2, index, 0, runs.generator(0, 0, "shuffle"))
+    for (size, chunks), (_, [rows]) in zip(plan, whole):
+        assert sorted(sum(chunks, [])) == sorted(rows) and size == 4
+        assert all(len({row in apart for row in chunk}) == 1 and len(chunk) <= 2 for chunk in chunks)
+
+
 def test_threads_of_an_interrupted_run_are_used_again(tmp_path):
     def args(**changes):
         return SimpleNamespace(**{"resume": True, "threads": 0, **changes})

@@ -68,9 +68,10 @@ class Never:
         pass
 
 
-def plans(args, iteration=0, rows=None, index=None):
-    """Minibatches of the samples `rows`, by default one a prompt; index: those that are held."""
+def plans(args, iteration=0, rows=None, index=None, apart=()):
+    """Minibatches of the samples `rows`, by default one a prompt; index: those that are held; apart: those in
+    chunks of their own."""
     rows = list(range(args.batch_prompts)) if rows is None else rows
     return [runs.minibatches(rows, round(1 / args.minibatch_ratio), index or rows, args.micro_batch,
-                             generator(args.seed, iteration, "shuffle", epoch))
+                             generator(args.seed, iteration, "shuffle", epoch), apart)
             for epoch in range(args.ppo_epochs)]
