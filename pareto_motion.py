@@ -108,7 +108,7 @@ class Args:
     selection: str = arg("per-token", "sets that motions compete in; none: all kept; weighted-sum: no tokens",
                          choices=("per-token", "union", "literal", "none", "weighted-sum"))
     weights: str = arg("", "of --selection weighted-sum, as in --prefer; text=1: that reward alone")
-    alpha: float = arg(0.3, "share of the token in the text feature, Eq. (11) (MotionRL: unknown)")
+    alpha: float = arg(0.5, "share of the token in the text feature, Eq. (11) (MotionRL: unknown)")
     token_reward: str = arg("own", "what Eq. (7) sums: the token's own reward, or the mean of all",
                             choices=("own", "mean"))
     baseline: str = arg("all", "motions that mean, spread, values and whitening are taken from",
@@ -117,10 +117,10 @@ class Args:
                          choices=("motion", "token"))
     rival: bool = arg(True, "--no-rival: do not train the weighted sum beside it, for the fronts")
     # update
-    iterations: int = arg(100, "PPO iterations (MotionRL: 40 000)")
+    iterations: int = arg(120, "PPO iterations (MotionRL: 40 000)")
     batch_prompts: int = arg(8, "prompts P of a rollout (MotionRL: unknown)")
     samples_per_prompt: int = arg(16, "motions N of each prompt and token (MotionRL: 32?)", lowest=2)
-    lr: float = arg(1.5e-4, "highest learning rate of the policy (MotionRL: 5e-6)")
+    lr: float = arg(3e-4, "highest learning rate of the policy (MotionRL: 5e-6)")
     kl_coef: float = arg(0.05, "beta, weight of the KL in the reward (MotionRL: unknown)")
     reference_text: str = arg("plain", "what pi_ref reads (MotionRL: the text with its token)",
                               choices=("plain", "token"))

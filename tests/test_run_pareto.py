@@ -181,17 +181,20 @@ def test_a_reward_that_is_nan(finished, tmp_path, monkeypatch, no_evaluation):
 
 def test_prompts_follow_the_preference(finished, tmp_path):
     """The same command gives the same files, another preference others; a third each is the default."""
-    flags = ["--load", finished.product, "--compare", "--prompt", "a person walks forward"]
+    flags = ["--load", finished.product, "--compare"]
+    for caption in ("a person walks forward", "someone waves", "a man jumps twice", "a person turns left"):
+        flags += ["--prompt", caption]
     made = {}
     for spec in ("", "text=1", "preference=1", "text=0.25,quality=0.25,preference=0.5"):
         asked = ["--prefer", spec] if spec else []
         assert finished.call(*flags, *asked, "--out-dir", tmp_path / f"out {spec}")[0] == 0
         made[spec] = products(tmp_path / f"out {spec}")
-        assert set(made[spec]) == {"prompt00.gif", *(f"prompt00_{title}.{kind}" for kind in ("npy", "bvh")
-                                                    for title in ("before", "after"))}
-    after = {spec: files["prompt00_after.npy"] for spec, files in made.items()}
-    assert len({files["prompt00_before.npy"] for files in made.values()}) == 1
-    assert len(set(after.values())) > 1, "tokens change what is sampled"
+        assert set(made[spec]) == {f"prompt{k:02d}{end}" for k in range(4) for end in (
+            ".gif", "_before.npy", "_before.bvh", "_after.npy", "_after.bvh")}
+    before, after = ({spec: [files[f"prompt{k:02d}_{title}.npy"] for k in range(4)]
+                      for spec, files in made.items()} for title in ("before", "after"))
+    assert all(motions == before[""] for motions in before.values())
+    assert after["text=1"] != after["preference=1"], "tokens change what is sampled"
     assert finished.call(*flags, "--prefer", "text=1", "--out-dir", tmp_path / "out text=1")[0] == 0
     assert products(tmp_path / "out text=1") == made["text=1"]
 
