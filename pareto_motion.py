@@ -200,13 +200,13 @@ class Critic(nn.Module):
 
 
 def distance_reward(f_a, f_b, lambdas):
-    """Eq. (3) and Eq. (4): -sum_i lambda_i |a_i - b_i|^2 over encoders i. The predicted motion against the
-    text, or against the real motion. f_a, f_b (i b c), lambdas (i) -> (b)"""
+    """MotionRL Eq. (3), and Eq. (4): -sum_i lambda_i |a_i - b_i|^2 over encoders i. The predicted motion
+    against the text, or against the real motion. f_a, f_b (i b c), lambdas (i) -> (b)"""
     return -(lambdas[:, None] * (f_a - f_b).square().sum(-1)).sum(0)
 
 
 def normalise(R, low, high):
-    """Eq. (12). Its three branches are one straight line: nothing is clipped. R (... k), low and high (k)"""
+    """MotionRL Eq. (12): its three branches are one line, nothing is clipped. R (... k), low and high (k)"""
     return (R - low) / (high - low)
 
 
@@ -259,7 +259,7 @@ def calibrate(args, policy, encoders, critic, clips):
 
 
 def mix(f_t, f_tk, alpha):
-    """Eq. (11): the text feature that the policy reads, between that without and that with the token."""
+    """MotionRL Eq. (11): the text feature that is read, between that without and that with the token."""
     return (1 - alpha) * f_t + alpha * f_tk
 
 
@@ -278,9 +278,9 @@ def own_reward(R):
 
 
 def select(R, selection):
-    """Algorithm 1: who is learnt from. R (p c n k) -> keep (p c n). The sets are the motions of a prompt and
-    token (MotionRL section 4.2), all of a prompt (union), or, word for word, the triples of the tokens' i-th
-    motions, each with its own reward alone (literal)."""
+    """MotionRL Algorithm 1: who is learnt from. R (p c n k) -> keep (p c n). The sets are the motions of a
+    prompt and token (section 4.2), all of a prompt (union), or, word for word, the triples of i-th motions of
+    all tokens, each with its own reward alone (literal)."""
     if selection == "union":
         keep = nondominated(rearrange(R, "p c n k -> p (c n) k"))
         return rearrange(keep, "p (c n) -> p c n", c=R.shape[1])
@@ -521,8 +521,8 @@ def score_rollout(args, policy, critic, batch, plan, text_ref):
 
 
 def assess(args, learner, batch, plan):
-    """Stage 4, judge every token: rewards (Eq. 7), advantages (Eq. 8), returns -> added to the batch, with
-    numbers to log. Differs from ppo_motion.py: whitened for each token apart, because the rewards keep
+    """Stage 4, judge every token: rewards (MotionRL Eq. (7)), advantages (Eq. (8)), returns -> added to the
+    batch, with numbers to log. Differs from ppo_motion.py: whitened for each token apart, as rewards keep
     different spreads; a motion's tokens share its weight; the reference reads no reward token."""
     mask = batch["mask"]
     old, ref, values, log = score_rollout(args, learner.policy, learner.critic, batch, plan, batch["plain"])

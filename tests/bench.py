@@ -1,4 +1,4 @@
-"""What sampling costs beside the network it calls: `python -m tests.bench rollout [--guidance-scale W]`.
+"""What sampling and selecting cost beside the networks: `python -m tests.bench rollout` or `selection`.
 
 Diffusion:
     A  ddpo_motion's rollout of one batch: noise of every sample, captions encoded, N steps, all states kept
@@ -6,6 +6,10 @@ Diffusion:
 Tokens, one motion and 32 at a time:
     A  each token from a forward pass over the whole sequence so far, as the public T2M-GPT code samples
     B  ppo_motion's rollout of the same tokens, with cached keys and values
+
+`selection`
+    A  pareto_motion's non-dominated sets of 64 prompts x 3 tokens x 32 motions
+    B  the rollout of a sixteenth of these motions, which is a small part of an iteration
 
 The two run in turns (A B A B ...), after one round of warming up, with the default Args and random weights
 (the time does not depend on them). The ratio of the two minima is the overhead of the sampler, or the gain
@@ -20,6 +24,7 @@ import time
 import torch
 
 import ddpo_motion as ddpo
+import pareto_motion as pareto
 import ppo_motion as ppo
 from common import datasets, motion_gpt, runs
 
@@ -137,10 +142,26 @@ def time_cache(args, batch, tokens, rounds):
                            interleave((whole, cached), rounds))))
 
 
+def time_selection(args, tokens, rounds):
+    """Print the comparison A / B of the selection."""
+    gpt, g, (p, c, n) = make_gpt(args, tokens), runs.generator(0, 0, "bench"), (64, 3, 32)
+    R, motions = torch.randn(p, c, n, 3, generator=g), p * c * n // 16
+    text, uniform = torch.randn(motions, args.width, generator=g), torch.rand(motions, tokens, generator=g)
+
+    def select():
+        pareto.front_weights(pareto.select(R, "per-token"), "per-token")
+
+    def sample():
+        pareto.rollout(gpt, text, uniform, tokens, 1.0)
+
+    print(f"{p} prompts x {c} tokens x {n} motions; {motions} motions of {tokens} tokens")
+    print("\n".join(report(("A selection", "B rollout of a sixteenth"), interleave((select, sample), rounds))))
+
+
 def main(argv=None):
     """Command line of the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("rollout",))
+    parser.add_argument("what", choices=("rollout", "selection"))
     parser.add_argument("--batch", type=int, default=128, help="motions of a rollout (default 128 = 16 x 8)")
     parser.add_argument("--tokens", type=int, default=20, help="tokens of a motion (default 20 = 80 frames)")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of A and B, at least 5 (default 7)")
@@ -151,6 +172,9 @@ def main(argv=None):
     if options.rounds < 5:
         raise runs.InputError("--rounds: at least 5, or the minimum says little")
     runs.pick_threads(options.threads)
+    if options.what == "selection":
+        time_selection(ppo.Args(), 25, options.rounds)
+        return
     args = ddpo.Args(guidance_scale=options.guidance_scale)
     time_rollout(args, options.batch, options.tokens, options.rounds)
     for batch in (1, 32):

@@ -105,3 +105,9 @@ def test_command_line(capsys):
         assert "5 rounds" in lines[first + 2] and "ratio" in lines[first + 3]
     with pytest.raises(InputError, match="--rounds"):
         bench.main(["rollout", "--rounds", "4"])
+
+
+def test_the_bench_of_the_selection(capsys):
+    bench.main(["selection", "--rounds", "5"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "64 prompts x 3 tokens x 32 motions; 384 motions of 25 tokens" and "ratio" in lines[3]
