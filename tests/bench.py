@@ -155,7 +155,8 @@ def time_selection(args, tokens, rounds):
         pareto.rollout(gpt, text, uniform, tokens, 1.0)
 
     print(f"{p} prompts x {c} tokens x {n} motions; {motions} motions of {tokens} tokens")
-    print("\n".join(report(("A selection", "B rollout of a sixteenth"), interleave((select, sample), rounds))))
+    names = "A selection", "B rollout of a sixteenth"
+    print("\n".join(report(names, interleave((select, sample), rounds))))
 
 
 def main(argv=None):
