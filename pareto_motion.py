@@ -141,7 +141,7 @@ class Args:
     max_grad_norm: float = arg(1.0, "gradient norm clip, of policy and critic apart")
     # [/sync:ppo_flags]
     # evaluation
-    eval_every: int = arg(50, "iterations between looks at the validation prompts")
+    eval_every: int = arg(20, "iterations between looks at the validation prompts")
     eval_repeats: int = arg(3, "repeats of the final evaluation, for the 95 % interval (benchmark: 20)")
     front_prompts: int = arg(64, "prompts whose samples make the fronts and the hypervolume")
 

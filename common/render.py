@@ -368,31 +368,38 @@ def curves(path, runs, groups, x="iteration", bands=None):
         figure.savefig(temporary, format="png", dpi=DPI)
 
 
-def fronts(path, clouds, names):
-    """Rewards of several policies in one PNG, one projection for each pair of rewards.
+def fronts(path, clouds, names, groups=1):
+    """What several policies can do in two rewards at a time, in one PNG with a projection for each pair.
 
-    clouds: policy -> (p s k), k = len(names) rewards of s motions for each of p prompts. Dots are motions,
-    the line is the front of the whole cloud in that projection, the cross its mean.
+    clouds: policy -> (p s k), k = len(names) rewards of s motions for each of p prompts, in `groups` equal
+    parts (tokens). Line: the best of a prompt's s motions by a weighted sum of the two rewards, mean over the
+    prompts, from all weight on one to all on the other; an outer line is better. Dots: means of the parts,
+    with the first letter of the reward whose token they were sampled with.
     """
     pairs = list(itertools.combinations(range(len(names)), 2))
-    figure = _figure(290 * len(pairs), 280)
+    figure = _figure(290 * len(pairs), 290)
     for i, (x, y) in enumerate(pairs):
         axes = figure.add_subplot(1, len(pairs), i + 1)
         for name, cloud in clouds.items():
-            points = np.asarray(cloud).reshape(-1, len(names))[:, [x, y]]
-            best = points[np.argsort(-points[:, 0])]
-            best = best[best[:, 1] >= np.maximum.accumulate(best[:, 1])]
-            line = axes.step(best[:, 0], best[:, 1], where="post", linewidth=1.4, label=name)[0]
-            axes.plot(*points.T, ".", markersize=2, alpha=0.25, color=line.get_color(), markeredgewidth=0)
-            axes.plot(*points.mean(0), "X", markersize=9, color=line.get_color(), markeredgecolor="white")
+            points = np.asarray(cloud)[..., [x, y]]
+            weights = np.linspace(0, 1, 41)[:, None, None] * [1, -1] + [0, 1]  # w 1 2: of x, of y
+            best = np.einsum("psk,wok->wps", points, weights).argmax(-1)
+            front = np.take_along_axis(points[None], best[..., None, None], 2).mean((1, 2))
+            colour = axes.plot(*front.T, ".-", linewidth=1.2, markersize=3, label=name)[0].get_color()
+            parts = points.reshape(len(points), groups, -1, 2).mean((0, 2))
+            axes.plot(*parts.T, "o", markersize=5, color=colour, markeredgecolor="white")
+            for mean, letter in zip(parts, [word[0] for word in names] if groups == len(names) else ""):
+                axes.annotate(letter, mean, (3, 3), textcoords="offset points", fontsize=7, color=colour)
         axes.set_xlabel(names[x], fontsize=8)
         axes.set_ylabel(names[y], fontsize=8)
         axes.tick_params(labelsize=7, color=GREY)
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         if i == 0:
-            axes.legend(fontsize=7, frameon=False)
-    figure.tight_layout(pad=0.9)
+            axes.legend(fontsize=7, frameon=False, loc="center left")
+    legend = "line: best of a prompt's motions by two weights, dots: mean with a token (first letter)"
+    _text(figure, 290 * len(pairs) - 8, 286, legend, 6, ha="right", va="bottom", color=GREY)
+    figure.tight_layout(pad=0.9, rect=(0, 0.03, 1, 1))
     with _replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=DPI)
 

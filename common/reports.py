@@ -254,18 +254,19 @@ def compare_fronts(policies, clips, scorers, names, path):
     """Print the hypervolume of each policy (name -> samplers), its difference to the ones before, and that of
     the means of its samplers; draw the fronts -> {name: {...}}."""
     clouds = {name: front_points(samplers, clips, scorers, names) for name, samplers in policies.items()}
+    samplers = len(next(iter(policies.values())))
     volumes, found = {name: hypervolumes(points) for name, points in clouds.items()}, {}
     count = next(iter(clouds.values())).shape[1]
     print(f"\nhypervolume of {count} motions of each of {len(clips)} prompts, and of the means")
     for name, points in clouds.items():
-        means = points.reshape(len(clips), -1, FRONT_SAMPLES, len(names)).mean((0, 2))  # of each sampler
+        means = points.reshape(len(clips), samplers, -1, len(names)).mean((0, 2))  # of each sampler
         found[name] = {"hypervolume": over_prompts(volumes[name]),
                        "of the means": float(hypervolumes(means[None])[0]),
                        **{f"less {other}": over_prompts(volumes[name] - volumes[other]) for other in found}}
         cells = (f"{title} {value[0]:+.3f} +-{value[1]:.3f}" if isinstance(value, list)
                  else f"{title} {value:.3f}" for title, value in found[name].items())
         print(f"{name:14s} " + ", ".join(cells))
-    render.safely(render.fronts, path, clouds, names)
+    render.safely(render.fronts, path, clouds, names, samplers)
     return found
 
 
@@ -371,22 +372,53 @@ def summary(paths):
             cells = []
             for column in columns:
                 known = [r[table][row][column] for r in results if column in r[table].get(row, {})]
-                known = [pair for pair in known if isinstance(pair[0], float)]  # NaN is stored as text
-                numbers = np.array([pair[0] for pair in known])
-                spread = f" ({numbers.std(ddof=1):.3f})" if len(known) > 1 else ""
-                if len(results) == 1 and known:
-                    spread = f" +-{known[0][1]:.3f}"
-                sign = "+" if row == "gain" else ""
-                cells.append(f"{numbers.mean():{sign}.3f}{spread}" if len(numbers) else "-")
+                cells.append(cell(known, len(results), "+" if row == "gain" else ""))
             lines.append(f"| {row} | " + " | ".join(cells) + " |")
         gains = [r[table]["gain"] for r in results]
         beyond = [name for name in PAIRED[:4] if all(name in g and g[name][0] > g[name][1] for g in gains)]
         lines += ["", "Above zero beyond their own 95 % interval over prompts in every run: "
                   f"{', '.join(beyond) or 'none'}.", ""]
+    if all("fronts" in r for r in results):
+        lines += fronts_summary(results)
     seconds = {stage: [r["seconds"].get(stage, 0.0) for r in results] for stage in results[0]["seconds"]}
     means = ", ".join(f"{stage} {np.mean(values):.0f}" for stage, values in seconds.items())
     lines.append(f"Seconds (mean): {means}; peak memory {max(r['peak_memory_mb'] for r in results):.0f} MB.")
     return "\n".join(lines)
+
+
+def cell(known, count, sign=""):
+    """[[mean, half width]] of those of `count` runs that have one -> mean (standard deviation) over them; of
+    a single run: mean +- half."""
+    known = [pair for pair in known if isinstance(pair[0], float)]  # NaN is stored as text
+    if not known:
+        return "-"
+    numbers = np.array([pair[0] for pair in known])
+    spread = f" ({numbers.std(ddof=1):.3f})" if len(known) > 1 else ""
+    spread = f" +-{known[0][1]:.3f}" if count == 1 else spread
+    return f"{numbers.mean():{sign}.3f}{spread}"
+
+
+def fronts_summary(results):
+    """Hypervolumes with their differences, and the controllability matrix, as lines of Markdown."""
+    fronts, names = [r["fronts"] for r in results], list(results[0]["fronts"])
+    columns = ["hypervolume", *(f"less {name}" for name in names[:-1])]
+    lines = ["**hypervolume over prompts**", "", "| | " + " | ".join(columns) + " |",
+             "| --- " * (len(columns) + 1) + "|"]
+    for name in names:
+        cells = [cell([f[name][column] for f in fronts if column in f[name]], len(fronts),
+                      "+" if "less" in column else "") for column in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    matrices = np.array([r["controllability"] for r in results if r["controllability"]])
+    if len(matrices):
+        rewards, best = ("text", "quality", "preference"), matrices.mean(0).max(0)
+        lines += ["", "**controllability** (row: token, column: reward, * maximum of the column)", "",
+                  "| | " + " | ".join(rewards) + " |", "| --- " * (len(rewards) + 1) + "|"]
+        for name, row in zip(rewards, matrices.mean(0)):
+            cells = (f"{value:.3f}{'*' if value == top else ''}" for value, top in zip(row, best))
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        wins = (matrices.argmax(1) == np.arange(len(rewards))).sum(0)  # of the column maxima
+        lines.append("| runs with it on the diagonal | " + " | ".join(map(str, wins)) + " |")
+    return lines + [""]
 
 
 def one_row_each(paths, table):

@@ -209,6 +209,21 @@ def test_curves_name_what_is_missing(tmp_path):
     assert not (tmp_path / "c.png").exists()
 
 
+def test_fronts_of_two_policies(tmp_path, drawn):
+    """Two prompts with two motions each: the line goes from the best in one reward to the best in the other,
+    averaged over the prompts; the dots are the means of each half."""
+    first = np.array([[[0.0, 1.0], [1.0, 0.0]], [[0.0, 3.0], [2.0, 0.0]]])  # p s k
+    render.fronts(tmp_path / "f.png", {"start": first, "tuned": first + 1.0}, ("text", "quality"), 2)
+    [axes] = drawn[0].axes
+    front, dots, moved, _ = (line.get_xydata().tolist() for line in axes.lines)
+    assert front[0] == [0.0, 2.0] and front[-1] == [1.5, 0.0] and moved[0] == [1.0, 3.0]
+    assert [1.0, 1.5] not in front and [0.5, 1.5] in front, "the second prompt changes over first or last"
+    assert dots == [[0.0, 2.0], [1.5, 0.0]]
+    assert [text.get_text() for text in axes.texts] == ["t", "q"] * 2
+    render.fronts(tmp_path / "g.png", {"start": np.zeros((2, 4, 3))}, ("a", "b", "c"))
+    assert len(drawn[1].axes) == 3 and Image.open(tmp_path / "g.png").size == (870, 290)
+
+
 # ---- Failures ----------------------------------------------------------------------------------------------
 
 def test_a_failed_drawing_warns_and_leaves_the_old_file(tmp_path, monkeypatch):

@@ -338,6 +338,25 @@ def test_summary_claims_a_gain_only_if_every_run_has_it(tmp_path):
     assert "| gain | +0.300 +-0.050 |" in single, "one run: its own interval"
 
 
+def test_summary_of_several_rewards(tmp_path):
+    """Volumes, their differences, and on how many diagonals the maximum of a column is."""
+    folders = []
+    for seed, (gain, own) in enumerate(((0.1, 0.9), (0.3, 0.2))):
+        folders.append(write_results(tmp_path / str(seed), seed, 0.2, [0.3, 0.1], [0.5, 0.0], 1.0, 1.0))
+        file = folders[-1] / "results.json"
+        fronts = {"start": {"hypervolume": [0.5, 0.1]},
+                  "tuned": {"hypervolume": [0.5 + gain, 0.1], "less start": [gain, 0.05]}}
+        matrix = [[own, 0.1, 0.3], [0.4, 0.6, 0.3], [0.3, 0.2, 0.5]]
+        stored = json.loads(file.read_text())
+        runs.save_json(file, stored | {"fronts": fronts, "controllability": matrix})
+    lines = reports.summary(folders).splitlines()
+    assert "| start | 0.500 (0.000) | - |" in lines
+    assert "| tuned | 0.700 (0.141) | +0.200 (0.141) |" in lines
+    assert "| text | 0.550* | 0.100 | 0.300 |" in lines and "| quality | 0.400 | 0.600* | 0.300 |" in lines
+    assert "| runs with it on the diagonal | 1 | 2 | 2 |" in lines
+    assert "| tuned | 0.600 +-0.100 | +0.100 +-0.050 |" in reports.summary(folders[:1]).splitlines()
+
+
 def test_one_row_each(tmp_path):
     for name, fid, flags in (("a", 0.25, "--lr 0"), ("b", 0.5, "--critic shared")):
         gain = {name: [0.1 * k, 0.01] for k, name in enumerate(reports.PAIRED[:4])}
