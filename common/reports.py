@@ -12,6 +12,7 @@ both are read off the joints (common/oracle.py), and no model has learnt from th
 import argparse
 import json
 import math
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -423,22 +424,30 @@ def fronts_summary(results):
 
 def one_row_each(paths, table):
     """Markdown that sets runs of different flags side by side, by one of their tables: distances of the tuned
-    row, and what was gained +- half of its 95 % interval over prompts. InputError for no such table."""
-    results, gained = read_results(paths), PAIRED[:4]
+    row, and what was gained +- half of its 95 % interval over prompts. Runs that differ in their seed alone
+    share a row: mean (standard deviation). InputError for no such table."""
+    results, rows = read_results(paths), {}
     for path, result in zip(paths, results):
         if table not in result:
             raise runs.InputError(f"--each {table}: {path} has no such table")
+        flags = re.sub(r" ?--(?:seed|out-dir|cache-dir) \S+| ?--overwrite", "", result["command"])
+        rows.setdefault(flags.partition(".py ")[2], []).append(result)
     base = results[0][table]["base"]
-    columns = [name for name in ("fid", "r_precision_top1", "length_error") if name in base]
+    wanted = ("fid", "r_precision_top1", "length_error") + (("distinct", "speed") if "text" in base else ())
+    columns = [name for name in wanted if name in base]
+    gained = [name for name in PAIRED[:7] if name in results[0][table]["gain"]]
     headings = ["flags", *columns, *(f"{name}, gain" for name in gained)]
-    lines = ["| " + " | ".join(headings) + " |", "| --- " * len(headings) + "|"]
-    table_rows = [["base", *(f"{base[name][0]:.3f}" for name in columns), *["-"] * len(gained)]]
-    for result in results:
-        tuned, gain = (result[table][row] for row in ("tuned", "gain"))
-        table_rows.append([f"`{result['command'].partition('.py ')[2]}`",
-                           *(f"{tuned[name][0]:.3f}" for name in columns),
-                           *("{:+.3f} +-{:.3f}".format(*gain[name]) for name in gained)])
-    return "\n".join(lines + ["| " + " | ".join(cells) + " |" for cells in table_rows])
+    headings += ["hypervolume, gain"] * ("fronts" in results[0])
+    known = [f"{base[name][0]:.3f}" for name in columns]
+    lines = [headings, ["---"] * len(headings), ["base", *known, *["-"] * (len(headings) - 1 - len(known))]]
+    for flags, group in rows.items():
+        tuned, gain = ([result[table][row] for result in group] for row in ("tuned", "gain"))
+        lines.append([f"`{flags}`", *(cell([row[name] for row in tuned], len(group)).partition(" +-")[0]
+                                      for name in columns),
+                      *(cell([row[name] for row in gain], len(group), "+") for name in gained)])
+        if "fronts" in group[0]:
+            lines[-1].append(cell([r["fronts"]["tuned"]["less start"] for r in group], len(group), "+"))
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def main(argv=None):

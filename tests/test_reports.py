@@ -370,8 +370,23 @@ def test_one_row_each(tmp_path):
     assert base == "| base | 0.125 | - | - | - | - |"
     assert first == "| `--lr 0` | 0.250 | +0.000 +-0.010 | +0.100 +-0.010 | +0.200 +-0.010 | +0.300 +-0.010 |"
     assert second.startswith("| `--critic shared` | 0.500 |")
-    with pytest.raises(runs.InputError, match="--each other: .* no such table"):
-        reports.one_row_each([tmp_path / "a"], "other")
+    with pytest.raises(runs.InputError, match="--each other: .*b has no such table"):
+        reports.one_row_each([tmp_path / "b"], "other")
+
+
+def test_seeds_share_a_row(tmp_path):
+    for seed, gain in ((0, 0.1), (1, 0.3)):
+        (tmp_path / str(seed)).mkdir()
+        values = {"text": [0.5, 0.0], "fid": [0.2 * seed, 0.0], "speed": [1.0, 0.0]}
+        runs.save_json(tmp_path / str(seed) / "results.json", {
+            "command": f"python pareto_motion.py --dataset kit --seed {seed} --alpha 0", "data": {},
+            "fronts": {"tuned": {"less start": [gain, 0.1]}},
+            "paired_test": {"base": values, "tuned": values, "gain": {"judge": [gain, 0.01]}}})
+    head, _, base, row = reports.one_row_each([tmp_path / "0", tmp_path / "1"], "paired_test").splitlines()
+    assert head == "| flags | fid | speed | judge, gain | hypervolume, gain |"
+    assert base == "| base | 0.000 | 1.000 | - | - |"
+    assert row == ("| `--dataset kit --alpha 0` | 0.100 (0.141) | 1.000 (0.000) | +0.200 (0.141) | "
+                   "+0.200 (0.141) |")
 
 
 @pytest.mark.parametrize("content", (None, "", "{"))
