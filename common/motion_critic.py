@@ -218,6 +218,7 @@ def train_rotations(g, clips, clips_val, skeleton, *, iterations, batch=16, lr=3
         joints = [standard_joints(torch.from_numpy(clip.features), skeleton) for clip in part]
         return joints, [rotation_targets(one) for one in joints]
     joints, targets = prepare(clips)
+    frames = min(frames, *map(len, joints))
     optimizer = torch.optim.AdamW(g.parameters(), lr=lr)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, iterations,
                                                     pct_start=max(0.1, 2 / max(iterations, 3)))
