@@ -122,8 +122,6 @@ class Args:
     samples_per_prompt: int = arg(16, "motions N of each prompt and token (MotionRL: 32?)", lowest=2)
     lr: float = arg(3e-4, "highest learning rate of the policy (MotionRL: 5e-6)")
     kl_coef: float = arg(0.05, "beta, weight of the KL in the reward (MotionRL: unknown)")
-    reference_text: str = arg("plain", "what pi_ref reads (MotionRL: the text with its token)",
-                              choices=("plain", "token"))
     temperature: float = arg(1.0, "of sampling and of every log-probability in training (MotionRL: 1.5)")
     # [sync:ppo_flags]
     ppo_epochs: int = arg(2, "passes over a rollout (InstructMotion, MotionRL: 2)")
@@ -236,8 +234,7 @@ class Rewards(NamedTuple):
 
 
 def calibrate(args, policy, encoders, critic, clips):
-    """lambda of Eqs. (3), (4) and min, max of Eq. (12), from motions of pi_ref for prompts of the train
-    split -> Rewards."""
+    """-> Rewards: lambda of Eqs. (3), (4), min, max of Eq. (12), from pi_ref's motions for train prompts."""
     g = generator(args.base_seed, 0, "calibration")
     chosen = [clips[k] for k in torch.randint(len(clips), (args.calibration,), generator=g).tolist()]
     captions = datasets.draw_captions(chosen, g)
@@ -438,18 +435,23 @@ def make_learner(args, policy, selection, tokens):
     return Learner(policy, critic, optimizer, selection, tokens, 1 if tokens is None else len(tokens))
 
 
-def make_tokens(args, policy, clips):
-    """What the tokens add to a text feature: fixed, random, as long as a text feature is on average. The
-    small text encoder is frozen and has no word for them (MotionRL appends them to the sentence) -> (k d)"""
-    text = read_text(policy, [clip.captions[0] for clip in clips[:512]])
-    e = torch.randn(len(REWARDS), text.shape[1], generator=generator(args.base_seed, 0, "reward tokens"))
-    return F.normalize(e.to(text), dim=-1) * text.square().sum(-1).mean().sqrt()
+def make_tokens(policy, clips):
+    """What the tokens add to a text feature (MotionRL appends words): as much as a text feature is long, each
+    in a dimension of its own, for which the GPT gets weights of zero. So the supervised GPT reads no token;
+    random directions cost it four points of text reward before the first update -> (k d + k)"""
+    text, count = read_text(policy, [clip.captions[0] for clip in clips[:512]]), len(REWARDS)
+    for gpt in (policy.gpt, policy.reference):
+        first = gpt.trans_base["cond_emb"]
+        first.weight = nn.Parameter(F.pad(first.weight, (0, count)), requires_grad=False)
+        first.in_features += count
+    return F.pad(text.square().sum(-1).mean().sqrt() * torch.eye(count).to(text), (text.shape[1], 0))
 
 
 @torch.no_grad()
 def read_text(policy, captions, tokens=None, weights=None, alpha=0.0):
     """Text features (b d) of captions, mixed with reward tokens by weights (k) or (b k), if any."""
     f_t = evaluators.once(policy.text, captions)
+    f_t = F.pad(f_t, (0, policy.gpt.trans_base["cond_emb"].in_features - f_t.shape[1]))
     return f_t if tokens is None else mix(f_t, f_t + torch.as_tensor(weights).to(f_t) @ tokens, alpha)
 
 
@@ -462,13 +464,12 @@ def collect(args, learner, clips, iteration, rank, processes):
     index = [k for k in range(len(drawn) * size) if k // size * processes // len(drawn) == rank]
     captions, pairs = ([rows[k // size] for k in index] for rows in (lines, drawn))
     token = torch.tensor(index, device=policy.device) // (size // learner.sets) % learner.sets
-    plain = read_text(policy, captions)
     text = read_text(policy, captions, learner.tokens, F.one_hot(token, len(REWARDS)), args.alpha)
     motion, lengths, tokens = generate(policy, policy.gpt, text, args.seed, iteration, "rollout", index,
                                        args.temperature)
     mask = F.pad(tokens[:, :-1] < policy.gpt.end, (1, 0), value=True)  # codes and the end
     return dict(captions=captions, pairs=pairs, index=index, motion=motion, lengths=lengths, tokens=tokens,
-                text=text, plain=text if args.reference_text == "token" else plain, token=token, mask=mask)
+                text=text, token=token, mask=mask)
 
 
 def score(rewards, batch, iteration):
@@ -503,17 +504,16 @@ def choose(args, learner, batch, R):
 
 # [sync:score_rollout]
 @torch.no_grad()
-def score_rollout(args, policy, critic, batch, plan, text_ref):
+def score_rollout(args, policy, critic, batch, plan):
     """logp_old, logp_ref and values (b n) of a batch, in the very chunks of the first update so that its
-    ratios are exactly 1; text_ref: what the reference reads -> the three, with numbers to log."""
+    ratios are exactly 1 -> the three, with numbers to log."""
     tokens, text, mask = batch["tokens"], batch["text"], batch["mask"]
     old, ref, values, entropy, kl = (torch.zeros(tokens.shape, device=policy.device) for _ in range(5))
     options = policy.shortest, args.temperature
     for rows in (rows for _, chunks in plan[0] for rows in chunks):
-        part = tokens[rows]
-        old[rows], logps, values[rows] = score_actions(policy.gpt, critic, part, text[rows], *options)
+        old[rows], logps, values[rows] = score_actions(policy.gpt, critic, tokens[rows], text[rows], *options)
         entropy[rows] = -(logps.exp() * logps).sum(-1)
-        ref[rows], logps_ref, _ = score_actions(policy.reference, None, part, text_ref[rows], *options)
+        ref[rows], logps_ref, _ = score_actions(policy.reference, None, tokens[rows], text[rows], *options)
         kl[rows] = diagnostics.exact_kl(logps, logps_ref)
     return old, ref, values, diagnostics.rollout_stats(tokens, mask, batch["lengths"], policy.gpt.end, kl,
                                                        entropy)
@@ -523,9 +523,9 @@ def score_rollout(args, policy, critic, batch, plan, text_ref):
 def assess(args, learner, batch, plan):
     """Stage 4, judge every token: rewards (MotionRL Eq. (7)), advantages (Eq. (8)), returns -> added to the
     batch, with numbers to log. Differs from ppo_motion.py: whitened for each token apart, as rewards keep
-    different spreads; a motion's tokens share its weight; the reference reads no reward token."""
+    different spreads; a motion's tokens share its weight."""
     mask = batch["mask"]
-    old, ref, values, log = score_rollout(args, learner.policy, learner.critic, batch, plan, batch["plain"])
+    old, ref, values, log = score_rollout(args, learner.policy, learner.critic, batch, plan)
     rewards = token_rewards(batch["r"], old, ref, mask, args.kl_coef)
     advantages, returns = gae(rewards, values, mask, args.gamma, args.gae_lambda)
     white = torch.zeros_like(advantages)
@@ -716,7 +716,7 @@ def main(argv):
         critic, notes["perception"] = perception.build(data, policy.vq, device, **settings)
     tokens, policies = None, {"start": policy._replace(gpt=policy.reference), "tuned": policy}
     if args.selection != "weighted-sum":
-        tokens = stored["tokens"].to(device) if stored else make_tokens(args, policy, data.splits["train"])
+        tokens = stored["tokens"].to(device) if stored else make_tokens(policy, data.splits["train"])
         if args.rival:
             policies["weighted sum"] = policy._replace(gpt=copy.deepcopy(policy.reference))
     if stored:

@@ -395,17 +395,16 @@ def baseline(args, batch, r, scale):
 
 # [sync:score_rollout]
 @torch.no_grad()
-def score_rollout(args, policy, critic, batch, plan, text_ref):
+def score_rollout(args, policy, critic, batch, plan):
     """logp_old, logp_ref and values (b n) of a batch, in the very chunks of the first update so that its
-    ratios are exactly 1; text_ref: what the reference reads -> the three, with numbers to log."""
+    ratios are exactly 1 -> the three, with numbers to log."""
     tokens, text, mask = batch["tokens"], batch["text"], batch["mask"]
     old, ref, values, entropy, kl = (torch.zeros(tokens.shape, device=policy.device) for _ in range(5))
     options = policy.shortest, args.temperature
     for rows in (rows for _, chunks in plan[0] for rows in chunks):
-        part = tokens[rows]
-        old[rows], logps, values[rows] = score_actions(policy.gpt, critic, part, text[rows], *options)
+        old[rows], logps, values[rows] = score_actions(policy.gpt, critic, tokens[rows], text[rows], *options)
         entropy[rows] = -(logps.exp() * logps).sum(-1)
-        ref[rows], logps_ref, _ = score_actions(policy.reference, None, part, text_ref[rows], *options)
+        ref[rows], logps_ref, _ = score_actions(policy.reference, None, tokens[rows], text[rows], *options)
         kl[rows] = diagnostics.exact_kl(logps, logps_ref)
     return old, ref, values, diagnostics.rollout_stats(tokens, mask, batch["lengths"], policy.gpt.end, kl,
                                                        entropy)
@@ -416,7 +415,7 @@ def assess(args, policy, critic, batch, r, plan):
     """Stage 3, judge every token: rewards (Eq. 3), advantages, returns -> added to the batch, with numbers to
     log."""
     mask = batch["mask"]
-    old, ref, values, log = score_rollout(args, policy, critic, batch, plan, batch["text"])
+    old, ref, values, log = score_rollout(args, policy, critic, batch, plan)
     rewards = token_rewards(r, old, ref, mask, args.kl_coef)
     advantages, returns = gae(rewards, values, mask, args.gamma, args.gae_lambda)
     batch |= dict(logp_old=old, values=values, returns=returns, weight=mask.to(old.dtype),

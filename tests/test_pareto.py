@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import pareto_motion as pareto
-from common import evaluators, runs
+from common import evaluators, runs, token_policy
 from common.runs import InputError, NonFiniteError, generator
 from tests.token_helpers import (CAPTIONS, Never, normal, plans, retrieval_model, tiny_clips, tiny_policy,
                                  uniforms)
@@ -131,43 +131,51 @@ def test_mixing():
     torch.testing.assert_close(pareto.mix(f_t, f_tk, 0.3), f_t + 0.3 * (f_tk - f_t))
 
 
-def test_tokens_are_fixed_and_as_long_as_a_text():
-    args, policy, clips = arguments(), tiny_policy(), tiny_clips()
-    tokens, again = (pareto.make_tokens(args, policy, clips) for _ in range(2))
-    text = policy.text([clip.captions[0] for clip in clips])
-    assert torch.equal(tokens, again) and tokens.shape == (3, 16)
-    torch.testing.assert_close(tokens.norm(dim=1), text.square().sum(1).mean().sqrt().expand(3))
-    other = pareto.make_tokens(arguments(base_seed=1), policy, clips)
-    assert (other != tokens).any(1).all() and not tokens.requires_grad
+def test_the_supervised_gpt_reads_no_token():
+    """They are as long as a text, each in a dimension of its own, and change nothing before the training; a
+    policy that is stored with them reads them again."""
+    policy, clips = tiny_policy(shift=0.0), tiny_clips()
+    text, drawn = policy.text([clip.captions[0] for clip in clips]), torch.tensor([[1, 5, 3]] * 6)
+    before = policy.gpt(drawn, text)[0]
+    tokens = pareto.make_tokens(policy, clips)
+    assert tokens.shape == (3, 19) and (tokens[:, :16] == 0).all() and not tokens.requires_grad
+    length = text.square().sum(1).mean().sqrt()
+    torch.testing.assert_close(tokens[:, 16:], length * torch.eye(3))
+    for gpt in (policy.gpt, policy.reference):
+        for weights in torch.eye(3):
+            wide = pareto.read_text(policy, [clip.captions[0] for clip in clips], tokens, weights, 0.7)
+            assert wide.shape == (6, 19)
+            torch.testing.assert_close(gpt(drawn, wide)[0], before, rtol=1e-4, atol=1e-5)
+    stored = token_policy.state(policy)
+    args = arguments(width=16, text_layers=1, heads=2, load="policy.pt")
+    loaded = token_policy.load(stored, policy.device, **runs.arguments_of(token_policy.load, args))
+    assert torch.equal(loaded.gpt(drawn, wide)[0], policy.gpt(drawn, wide)[0])
 
 
 def test_each_motion_is_asked_for_with_its_own_token():
-    """In sampling and in the passes of the update alike; the reference reads the plain text."""
+    """In sampling and in the passes of the update alike."""
     args, policy, clips = arguments(alpha=0.4), tiny_policy(), tiny_clips()
-    tokens = pareto.make_tokens(args, policy, clips)
+    tokens = pareto.make_tokens(policy, clips)
     learner = pareto.make_learner(args, policy, "per-token", tokens)
     batch = pareto.collect(args, learner, clips, 0, 0, 1)
     assert batch["token"].tolist() == ([0] * 4 + [1] * 4 + [2] * 4) * 2 and len(batch["captions"]) == 24
     assert len(set(batch["captions"][:12])) == len(set(batch["captions"][12:])) == 1
-    plain = policy.text(list(batch["captions"])).detach()
-    torch.testing.assert_close(batch["plain"], plain)
+    plain = torch.nn.functional.pad(policy.text(list(batch["captions"])).detach(), (0, 3))
     torch.testing.assert_close(batch["text"], plain + 0.4 * tokens[batch["token"]])
     motion, lengths, drawn = pareto.generate(policy, policy.gpt, batch["text"], args.seed, 0, "rollout",
                                              range(24), 1.0)
     assert torch.equal(drawn, batch["tokens"]) and torch.equal(motion, batch["motion"])
     none = pareto.collect(arguments(alpha=0.0), learner, clips, 0, 0, 1)
-    assert torch.equal(none["text"], none["plain"])
+    torch.testing.assert_close(none["text"], plain)
     bare = pareto.make_learner(args, policy, "weighted-sum", None)
     batch = pareto.collect(args, bare, clips, 0, 0, 1)
-    assert torch.equal(batch["text"], batch["plain"]) and len(batch["captions"]) == 24 and bare.sets == 1
-    assert batch["token"].tolist() == [0] * 24
-    literal = pareto.collect(arguments(reference_text="token"), learner, clips, 0, 0, 1)
-    assert torch.equal(literal["plain"], literal["text"]) and not torch.equal(literal["text"], batch["text"])
+    torch.testing.assert_close(batch["text"], plain)
+    assert batch["token"].tolist() == [0] * 24 and len(batch["captions"]) == 24 and bare.sets == 1
 
 
 def test_two_processes_draw_the_samples_of_one():
     args, policy, clips = arguments(batch_prompts=5), tiny_policy(), tiny_clips()
-    learner = pareto.make_learner(args, policy, "per-token", pareto.make_tokens(args, policy, clips))
+    learner = pareto.make_learner(args, policy, "per-token", pareto.make_tokens(policy, clips))
     whole = pareto.collect(args, learner, clips, 3, 0, 1)
     parts = [pareto.collect(args, learner, clips, 3, rank, 2) for rank in range(2)]
     assert parts[0]["index"] + parts[1]["index"] == whole["index"] == list(range(60))
@@ -183,7 +191,7 @@ def prepared(R=None, selection="per-token", **changes):
     """Everything up to the update, with random rewards."""
     args = arguments(**{**dict(ppo_epochs=1, kl_coef=0.1, max_grad_norm=1e9), **changes})
     policy, clips = tiny_policy(), tiny_clips()
-    tokens = None if selection == "weighted-sum" else pareto.make_tokens(args, policy, clips)
+    tokens = None if selection == "weighted-sum" else pareto.make_tokens(policy, clips)
     learner = pareto.make_learner(args, policy, selection, tokens)
     learner.critic.value.weight.data.copy_(0.3 * normal(*learner.critic.value.weight.shape, k=3))
     whole = pareto.collect(args, learner, clips, 0, 0, 1)
@@ -294,7 +302,7 @@ def test_the_weighted_sum_has_no_tokens_and_keeps_all():
     s = prepared(R, selection="weighted-sum", weights="text=0.5,preference=0.5")
     own = (R @ torch.tensor([0.5, 0.0, 0.5])).reshape(2, 1, 12)
     torch.testing.assert_close(s.batch["r"], pareto.standardise(own, own > -9).flatten())
-    assert torch.equal(s.batch["text"], s.batch["plain"]) and s.log["kept"] == 1.0
+    assert s.log["kept"] == 1.0 and s.learner.tokens is None
     log, moves, _ = step(s)
     wanted = policy_gradient(prepared(R, selection="weighted-sum", weights="text=0.5,preference=0.5"),
                              torch.ones(24))
@@ -393,7 +401,7 @@ def test_a_constant_reward_is_reported():
 
 def test_a_reward_that_is_nan_names_prompt_and_reward():
     args, policy, clips = arguments(), tiny_policy(), tiny_clips()
-    learner = pareto.make_learner(args, policy, "per-token", pareto.make_tokens(args, policy, clips))
+    learner = pareto.make_learner(args, policy, "per-token", pareto.make_tokens(policy, clips))
     batch = pareto.collect(args, learner, clips, 0, 0, 1)
     broken = rewards(clips, low=torch.tensor([-3.0, math.nan, -1.0]))
     with pytest.raises(NonFiniteError) as error:
@@ -453,7 +461,7 @@ def learn(alpha, seed):
     args = arguments(alpha=alpha, batch_prompts=3, samples_per_prompt=8, kl_coef=0.02, iterations=60,
                      lr=4e-3, critic_lr=4e-3, seed=seed)
     policy, clips = tiny_policy(shift=0.0), tiny_clips()[:3]
-    tokens = pareto.make_tokens(args, policy, clips)
+    tokens = pareto.make_tokens(policy, clips)
     learner = pareto.make_learner(args, policy, "per-token", tokens)
 
     def score(tokens):
