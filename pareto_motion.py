@@ -436,15 +436,15 @@ def make_learner(args, policy, selection, tokens):
 
 
 def make_tokens(policy, clips):
-    """What the tokens add to a text feature (MotionRL appends words): as much as a text feature is long, each
-    in a dimension of its own, for which the GPT gets weights of zero. So the supervised GPT reads no token;
-    random directions cost it four points of text reward before the first update -> (k d + k)"""
+    """What the tokens add to a text feature (MotionRL appends words): each a dimension of its own, for which
+    the GPT gets weights of zero, and twelve texts long, so that they grow within some hundred steps of Adam.
+    Random directions cost the supervised GPT four points of text reward from the start -> (k d + k)"""
     text, count = read_text(policy, [clip.captions[0] for clip in clips[:512]]), len(REWARDS)
     for gpt in (policy.gpt, policy.reference):
         first = gpt.trans_base["cond_emb"]
         first.weight = nn.Parameter(F.pad(first.weight, (0, count)), requires_grad=False)
         first.in_features += count
-    return F.pad(text.square().sum(-1).mean().sqrt() * torch.eye(count).to(text), (text.shape[1], 0))
+    return F.pad(12 * text.square().sum(-1).mean().sqrt() * torch.eye(count).to(text), (text.shape[1], 0))
 
 
 @torch.no_grad()

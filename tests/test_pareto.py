@@ -132,7 +132,7 @@ def test_mixing():
 
 
 def test_the_supervised_gpt_reads_no_token():
-    """They are as long as a text, each in a dimension of its own, and change nothing before the training; a
+    """They are twelve texts long, each in a dimension of its own, and change nothing before the training; a
     policy that is stored with them reads them again."""
     policy, clips = tiny_policy(shift=0.0), tiny_clips()
     text, drawn = policy.text([clip.captions[0] for clip in clips]), torch.tensor([[1, 5, 3]] * 6)
@@ -140,7 +140,7 @@ def test_the_supervised_gpt_reads_no_token():
     tokens = pareto.make_tokens(policy, clips)
     assert tokens.shape == (3, 19) and (tokens[:, :16] == 0).all() and not tokens.requires_grad
     length = text.square().sum(1).mean().sqrt()
-    torch.testing.assert_close(tokens[:, 16:], length * torch.eye(3))
+    torch.testing.assert_close(tokens[:, 16:], 12 * length * torch.eye(3))
     for gpt in (policy.gpt, policy.reference):
         for weights in torch.eye(3):
             wide = pareto.read_text(policy, [clip.captions[0] for clip in clips], tokens, weights, 0.7)
