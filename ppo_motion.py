@@ -449,7 +449,7 @@ def update(args, policy, critic, batch, plan, optimizer, iteration, stop):
             logratio = torch.where(mask, logp - part["logp_old"], 0.0)
             ratio = logratio.exp()  # b n
             pg = clipped_loss(ratio, part["advantages"], args.clip_range)
-            pg = (pg * part["weight"]).sum() / weight
+            pg = (pg * part["weight"]).sum() / (weight or 1.0)  # none of them may be kept
             vf = value_loss(values, part["returns"], part["values"], args.value_clip)
             vf = (vf * mask).sum() / total
             loss = pg + args.vf_coef * vf

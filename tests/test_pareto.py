@@ -249,6 +249,13 @@ def test_a_dominated_motion_gives_no_policy_gradient():
         assert (max(value.abs().max() for value in moves.values()) > 0) == moves_something
 
 
+def test_a_minibatch_may_hold_dominated_motions_alone():
+    s = prepared(minibatch_ratio=1 / 24)
+    log, moves, _ = step(s, lr=0.01)
+    assert all(math.isfinite(value) for value in log.values())
+    assert all(torch.isfinite(value).all() for value in moves.values())
+
+
 @pytest.mark.parametrize("kind", ("shared-detach", "shared"))
 def test_the_critic_learns_from_the_dominated_motions(kind):
     """From them alone here; its gradient bends the policy if the critic is told to be shared."""
