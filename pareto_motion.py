@@ -120,7 +120,7 @@ class Args:
     iterations: int = arg(120, "PPO iterations (MotionRL: 40 000)")
     batch_prompts: int = arg(8, "prompts P of a rollout (MotionRL: unknown)")
     samples_per_prompt: int = arg(16, "motions N of each prompt and token (MotionRL: 32?)", lowest=2)
-    lr: float = arg(3e-4, "highest learning rate of the policy (MotionRL: 5e-6)")
+    lr: float = arg(1.5e-4, "highest learning rate of the policy (MotionRL: 5e-6)")
     kl_coef: float = arg(0.05, "beta, weight of the KL in the reward (MotionRL: unknown)")
     temperature: float = arg(1.0, "of sampling and of every log-probability in training (MotionRL: 1.5)")
     # [sync:ppo_flags]
