@@ -97,6 +97,10 @@ def test_every_choice_runs_and_matters(finished, tmp_path, flags, no_evaluation)
     mine, run = finished.stored(tmp_path / "run"), finished.stored(finished.folder)
     assert all_finite(mine["gpt"]) and not equal(mine["gpt"], run["gpt"])
     assert (log_rows(tmp_path / "run")["first_ratio_error"] == 0).all()
+    if len(mine["tokens"]) == 0:  # then the reference has no dimensions for them either
+        name = "trans_base.cond_emb.weight"
+        assert mine["reference"][name].shape == (32, 32) and run["reference"][name].shape == (32, 35)
+        run["reference"][name] = run["reference"][name][:, :32]
     assert equal(mine["reference"], run["reference"])
 
 
