@@ -26,7 +26,7 @@ COLUMNS = ("reward", "judge", "oracle", "oracle_all", "text", "quality", "prefer
            "r_precision_top3", "fid", "mm_dist", "diversity", "multimodality", "distinct", "length_error",
            "foot_skate", "jerk", "speed")
 CURVES = (("reward",), ("text", "rival_text"), ("quality", "rival_quality"),
-          ("preference", "rival_preference"), ("val_hypervolume", "rival_hypervolume"), ("val_reward",),
+          ("preference", "rival_preference"), ("val_reward",),
           ("val_judge",), ("val_oracle",), ("kl_base",), ("kl_ref", "rival_kl_ref"), ("val_jerk",),
           ("val_speed",), ("distinct",))
 PAIRED = ("reward", "judge", "oracle", "oracle_all", "text", "quality", "preference", "foot_skate", "jerk",

@@ -796,7 +796,7 @@ def minibatches(samples, count, index, chunk, generator, apart=()):
     belong to the minibatch, in lists of at most `chunk` (0: one list). size counts those of all processes.
     apart: samples that share no chunk with others.
     """
-    row, plan = {sample: n for n, sample in enumerate(index)}, []
+    row, apart, plan = {sample: n for n, sample in enumerate(index)}, set(apart), []
     for part in torch.randperm(len(samples), generator=generator).chunk(count):
         mine = [samples[k] for k in part.tolist() if samples[k] in row]
         chunks, step = [], chunk or max(len(mine), 1)

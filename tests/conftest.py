@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from common import reports
-from tests.run_helpers import Finished
+from tests.run_helpers import SMALL, Finished
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +29,13 @@ def elsewhere(tmp_path, monkeypatch):
 def no_pictures(monkeypatch):
     """Drawing is most of a small run."""
     monkeypatch.setattr(reports, "draw", lambda *args, **named: None)
+
+
+@pytest.fixture
+def no_evaluation(monkeypatch, no_pictures):
+    """Training alone."""
+    for module in (reports, *(small.script for small in SMALL.values())):
+        monkeypatch.setattr(module, "final_tables", lambda *args: {}, raising=False)
 
 
 @pytest.fixture(scope="session")

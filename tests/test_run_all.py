@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common import render, reports, runs
+from common import render, runs
 from tests import run_helpers as helpers
 from tests.run_helpers import METRICS, SMALL, log_rows, products
 
@@ -24,12 +24,6 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
 @pytest.fixture(scope="module", params=SMALL)
 def finished(request, finished_run):
     return finished_run(request.param)
-
-
-@pytest.fixture
-def no_evaluation(monkeypatch, no_pictures):
-    for module in (reports, *(small.script for small in SMALL.values())):
-        monkeypatch.setattr(module, "final_tables", lambda *args: {}, raising=False)
 
 
 # ---- 1. What a run leaves behind ---------------------------------------------------------------------------

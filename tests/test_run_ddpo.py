@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import ddpo_motion as ddpo
-from common import datasets, evaluators, features, render, reports, runs
+from common import datasets, evaluators, features, render, runs
 from tests import run_helpers as helpers
 from tests.run_helpers import all_finite, log_rows, products
 
@@ -30,11 +30,6 @@ def finished(finished_run):
 def same_weights(a, b):
     """Adapters of two files are equal bit for bit."""
     return helpers.equal(*(runs.load_checkpoint(path, kind="ddpo-adapter")["lora"] for path in (a, b)))
-
-
-@pytest.fixture
-def no_evaluation(monkeypatch, no_pictures):
-    monkeypatch.setattr(reports, "final_tables", lambda *args: {})
 
 
 # ---- 1. What a run leaves behind ---------------------------------------------------------------------------

@@ -22,11 +22,6 @@ def finished(finished_run):
     return finished_run("pareto")
 
 
-@pytest.fixture
-def no_evaluation(monkeypatch, no_pictures):
-    monkeypatch.setattr(pareto, "final_tables", lambda *args: {})
-
-
 # ---- 1. What a run leaves behind ---------------------------------------------------------------------------
 
 

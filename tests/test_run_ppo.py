@@ -38,11 +38,6 @@ def checkpoint_of(folder):
     return runs.load_checkpoint(folder / "checkpoint.pt", kind="ppo-run")
 
 
-@pytest.fixture
-def no_evaluation(monkeypatch, no_pictures):
-    monkeypatch.setattr(ppo, "final_tables", lambda *args: {})
-
-
 # ---- 1. What a run leaves behind ---------------------------------------------------------------------------
 
 
