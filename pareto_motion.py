@@ -117,10 +117,10 @@ class Args:
                          choices=("motion", "token"))
     rival: bool = arg(True, "--no-rival: do not train the weighted sum beside it, for the fronts")
     # update
-    iterations: int = arg(120, "PPO iterations (MotionRL: 40 000)")
+    iterations: int = arg(64, "PPO iterations (MotionRL: 40 000)")
     batch_prompts: int = arg(8, "prompts P of a rollout (MotionRL: unknown)")
     samples_per_prompt: int = arg(16, "motions N of each prompt and token (MotionRL: 32?)", lowest=2)
-    lr: float = arg(1.5e-4, "highest learning rate of the policy (MotionRL: 5e-6)")
+    lr: float = arg(3e-4, "highest learning rate of the policy (MotionRL: 5e-6)")
     kl_coef: float = arg(0.05, "beta, weight of the KL in the reward (MotionRL: unknown)")
     temperature: float = arg(1.0, "of sampling and of every log-probability in training (MotionRL: 1.5)")
     # [sync:ppo_flags]
@@ -656,17 +656,16 @@ def final_tables(args, policies, tokens, scorers, splits, folder):
     """Tables of val and test, the controllability matrix, and the fronts of all policies (by name)."""
     start, policy, single = policies["start"], policies["tuned"], torch.eye(len(REWARDS))
     rows = {"vq": None, "base": policy_sampler(args, start), "tuned": policy_sampler(args, policy, tokens)}
-    if "weighted sum" in policies:
-        rows["weighted sum"] = policy_sampler(args, policies["weighted sum"])
+    tables, rival = {}, policies.get("weighted sum")
+    more = {"weighted sum": policy_sampler(args, rival)} if rival else {}
     if tokens is not None:
-        rows["plain"] = policy_sampler(args, policy)
-        rows |= {f"token {name}": policy_sampler(args, policy, tokens, w) for name, w in zip(REWARDS, single)}
-    tables = {}
-    for name in ("val", "test"):
+        more["plain"] = policy_sampler(args, policy)
+        more |= {f"token {name}": policy_sampler(args, policy, tokens, w) for name, w in zip(REWARDS, single)}
+    for name, others in (("val", {}), ("test", more)):
         clips = splits[name][:300]
         rows["vq"] = tokenizer.reconstruction(policy.vq, clips, policy.device)
-        tables[f"paired_{name}"] = reports.compare(f"paired {name}", clips, scorers, rows, purpose=name,
-                                                   repeats=args.eval_repeats)
+        tables[f"paired_{name}"] = reports.compare(f"paired {name}", clips, scorers, rows | others,
+                                                   purpose=name, repeats=args.eval_repeats)
     samplers = {name: [policy_sampler(args, one, tokens if name == "tuned" else None, w) for w in single]
                 for name, one in policies.items()}
     return tables | {"controllability": reports.controllability(tables["paired_test"], REWARDS),
