@@ -32,19 +32,18 @@ Read in this order: section 6 (the maths), 7 (the loop), 3 (the network), then t
 # ---- 1. Imports --------------------------------------------------------------------------------------------
 
 import contextlib
+import functools
 import inspect
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
-from tqdm import tqdm
 
-from common import datasets, evaluators, features, lora, patches, reports, runs, samplers
+from common import datasets, denoising, evaluators, features, lora, patches, reports, runs, samplers
 from common.runs import InputError, NonFiniteError, arg, generator
 from common.tracker import PromptTracker
 
@@ -73,6 +72,7 @@ class Args:
     prompt: list = arg(None, "write a motion for this caption (repeatable); needs --load", action="append")
     compare: bool = arg(False, "with --prompt: base and tuned side by side")
     # [/sync:run_flags]
+    # [sync:diffusion_flags]
     length: int = arg(0, "with --prompt: frames at 20 fps; 0: the median of the source")
     # data
     source: str = arg("", "source domain, same forms; empty: the other one of kit / humanml3d")
@@ -92,8 +92,9 @@ class Args:
     text_drop: float = arg(0.1, "share of captions dropped for guidance (MDM: 0.1)")
     word_drop: float = arg(0.1, "share of words made unknown")
     word_swap: float = arg(0.03, "share of words made any other: rare words must leave it unsure, not wrong")
-    # sampling
     schedule: str = arg("linear", "noise schedule", choices=("linear", "scaled_linear", "cosine"))
+    # [/sync:diffusion_flags]
+    # sampling
     spacing: str = arg("linspace", "node spacing", choices=("linspace", "trailing", "karras"))
     steps: int = arg(5, "denoising steps N (paper: unknown; StableMoFusion: 10)")
     order: int = arg(1, "order of the stochastic DPM-Solver++ step; 2 is trained exactly too", choices=(1, 2))
@@ -256,43 +257,30 @@ class MotionDiffusion(nn.Module):
 
 # ---- 4. The base model: supervised pretraining on the source, cached ---------------------------------------
 
-# [sync:pretraining]
-def train_base(model, clips, args, device):
-    """Predict x_start from x_t at a random timestep (MDM eq. 2), some captions dropped for guidance."""
-    alphas_cumprod = torch.cumprod(1.0 - samplers.make_betas(args.schedule), 0).float().to(device)
-    encoded = [model.codec.encode(torch.from_numpy(c.features)[None].to(device))[0] for c in clips]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.base_lr, weight_decay=1e-2)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.base_lr, args.base_iterations,
-                                                    pct_start=max(0.05, 2 / max(args.base_iterations, 3)))
-    losses, bar = [], tqdm(range(args.base_iterations), desc="base", mininterval=1.0)
-    for iteration in bar:
-        g = generator(args.base_seed, iteration, "base")
-        chosen = torch.randint(len(clips), (args.base_batch,), generator=g).tolist()
-        captions = datasets.draw_captions([clips[k] for k in chosen], g)
-        x_start = nn.utils.rnn.pad_sequence([encoded[k] for k in chosen], batch_first=True)  # b n c
-        counts = torch.tensor([len(encoded[k]) for k in chosen], device=device)
-        mask = torch.arange(x_start.shape[1], device=device)[None] < counts[:, None]
-        timesteps = torch.randint(len(alphas_cumprod), (args.base_batch,), generator=g).to(device)
-        noise = torch.randn(x_start.shape, generator=g).to(device)
-        dropped = (torch.rand(args.base_batch, generator=g) < args.text_drop).to(device)
-        alpha_bar = alphas_cumprod[timesteps][:, None, None]
-        x_t = alpha_bar.sqrt() * x_start + (1 - alpha_bar).sqrt() * noise
-        text, text_mask = model.encode_text(captions, args.word_drop, args.word_swap, g)
-        text, text_mask = model.drop_text(text, text_mask, dropped)
-        pred_x_start = model(x_t * mask[..., None], timesteps, mask, text, text_mask)
-        error = (pred_x_start - x_start).square() * mask[..., None]
-        loss = error.sum() / (mask.sum() * x_start.shape[-1])
-        if not torch.isfinite(loss):
-            raise NonFiniteError(f"base: loss is {loss.item()} at iteration {iteration}; lower --base-lr")
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        losses.append(loss.item())
-        bar.set_postfix(loss=f"{np.mean(losses[-100:]):.4f}", refresh=False)
-    return losses
-# [/sync:pretraining]
+
+def corrupt(x_start, noise, timesteps, schedule):
+    """What the base reads and what it has to answer: x_t and, as in MDM eq. 2, x_start. (b n c) each"""
+    alphas_cumprod = torch.cumprod(1.0 - samplers.make_betas(schedule), 0).float().to(x_start.device)
+    alpha_bar = alphas_cumprod[timesteps][:, None, None]
+    return alpha_bar.sqrt() * x_start + (1 - alpha_bar).sqrt() * noise, x_start
+
+
+SHAPE_ARGS = ("width", "layers", "heads", "text_layers", "patch", "patch_dims", "schedule")  # of the network
+
+
+def build_base(args, source, device):
+    """The pretrained denoiser, from the source's train split alone -> model, notes. The training loop is in
+    common/denoising.py. Cached; a new network, a new base."""
+    clips, skeleton = source.splits["train"], source.skeleton
+    vocabulary = datasets.Vocabulary.from_captions([c for clip in clips for c in clip.captions])
+    model = MotionDiffusion(args, vocabulary, skeleton.feature_dim)
+    code = [inspect.getsource(part) for part in (sinusoid, Attention, Layer, MotionDiffusion, corrupt)]
+    shaping = {name: getattr(args, name) for name in SHAPE_ARGS}
+    weights = features.block_weights(skeleton, features.PATCH_WEIGHTS)
+    return model, denoising.fit(
+        model, clips, functools.partial(corrupt, schedule=args.schedule), weights, device,
+        shaped_by=[source.fingerprint, code, shaping], cache_dir=args.cache_dir, cache=args.cache,
+        **runs.arguments_of(denoising.train, args))
 
 
 # ---- 5. Rewards --------------------------------------------------------------------------------------------
@@ -384,9 +372,10 @@ def snr_step_weights(grid, trained):
     return (weights / weights.mean()).float()
 
 
+# [sync:predict]
 def predict(model, x_t, timesteps, mask, text, text_mask, guidance_scale):
-    """m_theta(x_t, t, c). With guidance the guided prediction IS the policy, in rollout and update alike:
-    m = m_null + w (m_text - m_null)."""
+    """The network's answer m_theta(x_t, t, c). With guidance the guided one IS the policy, in rollout and
+    update alike: m = m_null + w (m_text - m_null)."""
     if guidance_scale == 1.0:
         return model(x_t, timesteps, mask, text, text_mask)
     everything = torch.ones(len(text), dtype=torch.bool, device=text.device)
@@ -395,6 +384,7 @@ def predict(model, x_t, timesteps, mask, text, text_mask, guidance_scale):
                                          (text_mask, null_mask))]
     m_text, m_null = model(*both).chunk(2)
     return m_null + guidance_scale * (m_text - m_null)
+# [/sync:predict]
 
 
 @torch.no_grad()
@@ -458,28 +448,6 @@ def load_policy(args, adapter, device):
     policy = make_policy(args, model, adapter["tokens"], device)
     lora.load_lora(policy.model, adapter["lora"])
     return policy
-
-
-def build_base(args, source, device):
-    """The pretrained denoiser, from the source's train split alone. Cached; a new network, a new base."""
-    clips = source.splits["train"]
-    vocabulary = datasets.Vocabulary.from_captions([c for clip in clips for c in clip.captions])
-    model = MotionDiffusion(args, vocabulary, source.skeleton.feature_dim)
-    runs.initialise(model, generator(args.base_seed, 0, "initialise"))
-
-    def build():
-        weights = features.block_weights(source.skeleton, features.PATCH_WEIGHTS)
-        kept = model.codec.fit(clips, datasets.Statistics.from_clips(clips, role="generator"), weights)
-        losses = train_base(model.to(device), clips, args, device)
-        return {"model": model.state_dict(), "variance_kept": kept, "loss": float(np.mean(losses[-100:]))}
-
-    code = [inspect.getsource(part) for part in (Attention, Layer, MotionDiffusion, train_base, patches)]
-    shaping = {name: getattr(args, name) for name in BASE_ARGS}
-    key = [source.fingerprint, code, features.PATCH_WEIGHTS, shaping]
-    stored = runs.cached(args.cache_dir, key, build, "base", args.cache)
-    model.load_state_dict(stored.pop("model"))
-    print(f"  base: loss {stored['loss']:.4f}; patches keep {stored['variance_kept']:.1%} of the variance")
-    return model, stored
 
 
 def sample(args, policy, captions, lengths, iteration, purpose, indices):
@@ -658,10 +626,6 @@ def write_prompts(args, adapter, folder, device):
     chosen["after"] = policy_sampler(args, policy)
     frames, limit = args.length or adapter["frames"], adapter["tokens"] * args.patch
     reports.export(folder, args.prompt, frames, limit, features.T2M, chosen)
-
-
-BASE_ARGS = ("base_seed", "width", "layers", "heads", "text_layers", "patch", "patch_dims", "base_iterations",
-             "base_batch", "base_lr", "text_drop", "word_drop", "word_swap", "schedule")
 
 
 def main(argv):

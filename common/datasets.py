@@ -406,14 +406,15 @@ class Statistics:
     def from_clips(cls, clips, role, feat_bias=1.0, block_average=True):
         """Statistics of all frames of the clips (give the train split only).
 
-        block_average: one std a block, as in Std.npy of HumanML3D. feat_bias divides the std of the root and
+        Of features: block_average: one std a block, as in Std.npy of HumanML3D. feat_bias divides the std of the root and
         contact blocks, which makes these few numbers weigh more: 5 in old baselines, 25 in the released
         evaluators.
         """
         frames = sum(len(clip.features) for clip in clips)
         mean = sum(clip.features.sum(0, dtype=np.float64) for clip in clips) / frames
         std = np.sqrt(sum(((clip.features - mean) ** 2).sum(0) for clip in clips) / frames)
-        for name, columns in motion_features.blocks(SKELETONS[len(mean)]).items():
+        blocks = motion_features.blocks(SKELETONS[len(mean)]) if len(mean) in SKELETONS else {}
+        for name, columns in blocks.items():
             if block_average:
                 std[columns] = std[columns].mean()
             if name.startswith("root") or name == "contacts":

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 SCHEDULES = ("linear", "scaled_linear", "cosine")
-SPACINGS = ("linspace", "trailing", "karras")
+SPACINGS = ("linspace", "trailing", "leading", "karras")
 # name -> (order, stochastic); "ddpm" is also DDIM with eta = 1, "ddim" is DDIM with eta = 0
 METHODS = {"ddpm": (1, True), "sde-dpmpp-2m": (2, True), "ddim": (1, False), "dpmpp-2m": (2, False)}
 
@@ -82,7 +82,8 @@ class Grid:
 def make_grid(schedule, steps, spacing="linspace", final="zero", train_steps=1000):
     """Grid of `steps` steps; the same nodes as diffusers' DPMSolverMultistepScheduler.
 
-    spacing: "linspace" and "trailing" space timesteps evenly, "karras" sigma / alpha evenly in its 7th root.
+    spacing: "linspace", "trailing" and "leading" (from t = 1 up, as MLD) space timesteps evenly, "karras"
+    sigma / alpha evenly in its 7th root.
     final: the last node is noise-free ("zero") or has the smallest noise of training ("sigma_min").
     Karras crowds its steps at the end, where one step of a policy outweighs the others 1000-fold; on the
     cosine schedule its steps are nearly all t = 998: use that pair for comparisons only. Karras with
@@ -99,6 +100,9 @@ def make_grid(schedule, steps, spacing="linspace", final="zero", train_steps=100
     elif spacing == "trailing":
         used = torch.arange(steps, dtype=torch.float64) * train_steps / steps
         timesteps = (train_steps - used).round().long() - 1
+        ratio = ratios[timesteps]
+    elif spacing == "leading":
+        timesteps = torch.arange(steps).flip(0) * (train_steps // steps) + 1
         ratio = ratios[timesteps]
     elif spacing == "karras":
         ramp = torch.linspace(0, 1, steps, dtype=torch.float64)

@@ -176,7 +176,7 @@ def test_masked_frames_are_zero_and_do_not_touch_the_others():
 
 def test_wrong_names_are_refused():
     grid, x = make_grid("linear", 3), draw(1, 2)
-    for call in (lambda: make_grid("sqrt", 3), lambda: make_grid("linear", 3, "leading"),
+    for call in (lambda: make_grid("sqrt", 3), lambda: make_grid("linear", 3, "uniform"),
                  lambda: make_grid("linear", 3, final="none"), lambda: make_grid("linear", 0),
                  lambda: sample(lambda x_t, t: x_t, grid, x, "euler"),
                  lambda: sample(lambda x_t, t: x_t, grid, x, "ddpm"),
@@ -184,3 +184,12 @@ def test_wrong_names_are_refused():
         with pytest.raises(ValueError):
             call()
     assert math.isinf(grid.snr[-1])
+
+
+def test_leading_spacing_is_that_of_mld():
+    """50 steps of 1000: t = 981, 961 ... 1, and the end has the noise of timestep 0, not none."""
+    grid = make_grid("scaled_linear", 50, "leading", "sigma_min")
+    assert grid.timesteps.tolist() == list(range(981, 0, -20))
+    alphas_cumprod = (1 - make_betas("scaled_linear")).cumprod(0)
+    assert torch.allclose(grid.alpha[:-1] ** 2, alphas_cumprod[grid.timesteps], rtol=1e-12)
+    assert math.isclose(grid.alpha[-1] ** 2, alphas_cumprod[0], rel_tol=1e-12) and grid.sigma[-1] > 0

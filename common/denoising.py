@@ -1,0 +1,77 @@
+"""The base of the diffusion scripts: their denoiser, trained on the source's clips, or its copy in the cache.
+
+The network and what it is asked for (`corrupt`) are the scripts'.
+"""
+import inspect
+import sys
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from common import datasets, features, patches, runs
+from common.runs import NonFiniteError, generator
+
+TIMESTEPS = 1000  # of training; t is one of 0 .. 999
+
+
+def train(model, clips, corrupt, device, *, base_seed, base_iterations, base_batch, base_lr, text_drop,
+          word_drop, word_swap):
+    """Answer what `corrupt` asks at a random timestep, some captions dropped for guidance -> losses.
+
+    corrupt(x_start, noise, timesteps) -> what the model reads and what it has to answer, (b n c) each.
+    """
+    encoded = [model.codec.encode(torch.from_numpy(c.features)[None].to(device))[0] for c in clips]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=base_lr, weight_decay=1e-2)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, base_lr, base_iterations,
+                                                    pct_start=max(0.05, 2 / max(base_iterations, 3)))
+    losses, bar = [], tqdm(range(base_iterations), desc="base", mininterval=1.0)
+    for iteration in bar:
+        g = generator(base_seed, iteration, "base")
+        chosen = torch.randint(len(clips), (base_batch,), generator=g).tolist()
+        captions = datasets.draw_captions([clips[k] for k in chosen], g)
+        x_start = nn.utils.rnn.pad_sequence([encoded[k] for k in chosen], batch_first=True)  # b n c
+        counts = torch.tensor([len(encoded[k]) for k in chosen], device=device)
+        mask = torch.arange(x_start.shape[1], device=device)[None] < counts[:, None]
+        timesteps = torch.randint(TIMESTEPS, (base_batch,), generator=g).to(device)
+        noise = torch.randn(x_start.shape, generator=g).to(device)
+        dropped = (torch.rand(base_batch, generator=g) < text_drop).to(device)
+        x_t, wanted = corrupt(x_start, noise, timesteps)
+        text, text_mask = model.encode_text(captions, word_drop, word_swap, g)
+        text, text_mask = model.drop_text(text, text_mask, dropped)
+        answer = model(x_t * mask[..., None], timesteps, mask, text, text_mask)
+        error = (answer - wanted).square() * mask[..., None]
+        loss = error.sum() / (mask.sum() * x_start.shape[-1])
+        if not torch.isfinite(loss):
+            raise NonFiniteError(f"base: loss is {loss.item()} at iteration {iteration}; lower --base-lr")
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        losses.append(loss.item())
+        bar.set_postfix(loss=f"{np.mean(losses[-100:]):.4f}", refresh=False)
+    return losses
+
+
+def fit(model, clips, corrupt, weights, device, *, shaped_by, base_seed, cache_dir, cache, **training):
+    """Give the model its weights: trained on the clips, or cached -> notes.
+
+    weights (d): how much each number of a frame counts in the patches (None: alike). shaped_by: plain data
+    that name the clips, the network, `corrupt` and their settings; part of the cache's key. training: the
+    other keywords of `train`.
+    """
+    runs.initialise(model, generator(base_seed, 0, "initialise"))
+
+    def build():
+        kept = model.codec.fit(clips, datasets.Statistics.from_clips(clips, role="generator"), weights)
+        losses = train(model.to(device), clips, corrupt, device, base_seed=base_seed, **training)
+        return {"model": model.state_dict(), "variance_kept": kept, "loss": float(np.mean(losses[-100:]))}
+
+    code = [inspect.getsource(part) for part in (sys.modules[__name__], patches)]
+    key = [shaped_by, code, features.PATCH_WEIGHTS, base_seed, training]
+    stored = runs.cached(cache_dir, key, build, "base", cache)
+    model.load_state_dict(stored.pop("model"))
+    print(f"  base: loss {stored['loss']:.4f}; patches keep {stored['variance_kept']:.1%} of the variance")
+    return stored
