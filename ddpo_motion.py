@@ -32,7 +32,6 @@ Read in this order: section 6 (the maths), 7 (the loop), 3 (the network), then t
 # ---- 1. Imports --------------------------------------------------------------------------------------------
 
 import contextlib
-import functools
 import inspect
 import math
 from dataclasses import dataclass
@@ -258,29 +257,21 @@ class MotionDiffusion(nn.Module):
 # ---- 4. The base model: supervised pretraining on the source, cached ---------------------------------------
 
 
-def corrupt(x_start, noise, timesteps, schedule):
-    """What the base reads and what it has to answer: x_t and, as in MDM eq. 2, x_start. (b n c) each"""
-    alphas_cumprod = torch.cumprod(1.0 - samplers.make_betas(schedule), 0).float().to(x_start.device)
-    alpha_bar = alphas_cumprod[timesteps][:, None, None]
-    return alpha_bar.sqrt() * x_start + (1 - alpha_bar).sqrt() * noise, x_start
-
-
-SHAPE_ARGS = ("width", "layers", "heads", "text_layers", "patch", "patch_dims", "schedule")  # of the network
+SHAPE_ARGS = ("width", "layers", "heads", "text_layers", "patch", "patch_dims")  # of the network
 
 
 def build_base(args, source, device):
-    """The pretrained denoiser, from the source's train split alone -> model, notes. The training loop is in
-    common/denoising.py. Cached; a new network, a new base."""
+    """The pretrained denoiser, from the source's train split alone -> model, notes. It predicts x_start (MDM
+    eq. 2); the training loop is in common/denoising.py. Cached; a new network, a new base."""
     clips, skeleton = source.splits["train"], source.skeleton
     vocabulary = datasets.Vocabulary.from_captions([c for clip in clips for c in clip.captions])
     model = MotionDiffusion(args, vocabulary, skeleton.feature_dim)
-    code = [inspect.getsource(part) for part in (sinusoid, Attention, Layer, MotionDiffusion, corrupt)]
+    code = [inspect.getsource(part) for part in (sinusoid, Attention, Layer, MotionDiffusion)]
     shaping = {name: getattr(args, name) for name in SHAPE_ARGS}
-    weights = features.block_weights(skeleton, features.PATCH_WEIGHTS)
     return model, denoising.fit(
-        model, clips, functools.partial(corrupt, schedule=args.schedule), weights, device,
+        model, clips, features.block_weights(skeleton, features.PATCH_WEIGHTS), device,
         shaped_by=[source.fingerprint, code, shaping], cache_dir=args.cache_dir, cache=args.cache,
-        **runs.arguments_of(denoising.train, args))
+        prediction="sample", **runs.arguments_of(denoising.train, args))
 
 
 # ---- 5. Rewards --------------------------------------------------------------------------------------------

@@ -406,9 +406,9 @@ class Statistics:
     def from_clips(cls, clips, role, feat_bias=1.0, block_average=True):
         """Statistics of all frames of the clips (give the train split only).
 
-        Of features: block_average: one std a block, as in Std.npy of HumanML3D. feat_bias divides the std of the root and
-        contact blocks, which makes these few numbers weigh more: 5 in old baselines, 25 in the released
-        evaluators.
+        Of features, block_average: one std a block, as in Std.npy of HumanML3D. feat_bias divides the std of
+        the root and contact blocks, which makes these few numbers weigh more: 5 in old baselines, 25 in the
+        released evaluators.
         """
         frames = sum(len(clip.features) for clip in clips)
         mean = sum(clip.features.sum(0, dtype=np.float64) for clip in clips) / frames

@@ -1,6 +1,6 @@
 """The base of the diffusion scripts: their denoiser, trained on the source's clips, or its copy in the cache.
 
-The network and what it is asked for (`corrupt`) are the scripts'.
+The network is the scripts'; two scripts with the same network and settings share the file in the cache.
 """
 import inspect
 import sys
@@ -10,18 +10,33 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from common import datasets, features, patches, runs
+from common import datasets, features, patches, runs, samplers
 from common.runs import NonFiniteError, generator
 
 TIMESTEPS = 1000  # of training; t is one of 0 .. 999
 
 
-def train(model, clips, corrupt, device, *, base_seed, base_iterations, base_batch, base_lr, text_drop,
-          word_drop, word_swap):
-    """Answer what `corrupt` asks at a random timestep, some captions dropped for guidance -> losses.
+def corrupt(x_start, noise, timesteps, schedule, prediction):
+    """What the base reads, and what it has to answer: (b n c) each.
 
-    corrupt(x_start, noise, timesteps) -> what the model reads and what it has to answer, (b n c) each.
+    prediction: of a diffusion, "sample" (MDM eq. 2: x_start itself), "epsilon" (Ho et al. 2020: the noise) or
+    "v" (Salimans & Ho 2022); of a flow, "velocity": that of the straight way from noise to motion (Lipman et
+    al. 2023), on which timestep 0 is noise. schedule: of the diffusion's noise.
     """
+    if prediction == "velocity":
+        t = (timesteps / TIMESTEPS)[:, None, None]
+        return t * x_start + (1 - t) * noise, x_start - noise
+    alphas_cumprod = torch.cumprod(1.0 - samplers.make_betas(schedule), 0).float().to(x_start.device)
+    alpha_bar = alphas_cumprod[timesteps][:, None, None]
+    alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    wanted = {"sample": x_start, "epsilon": noise, "v": alpha * noise - sigma * x_start}
+    return alpha * x_start + sigma * noise, wanted[prediction]
+
+
+def train(model, clips, device, *, schedule, prediction, base_seed, base_iterations, base_batch, base_lr,
+          text_drop, word_drop, word_swap):
+    """Learn to answer what `corrupt` asks at a random timestep, some captions dropped for guidance -> losses.
+    The keywords are the scripts' flags."""
     encoded = [model.codec.encode(torch.from_numpy(c.features)[None].to(device))[0] for c in clips]
     optimizer = torch.optim.AdamW(model.parameters(), lr=base_lr, weight_decay=1e-2)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, base_lr, base_iterations,
@@ -37,7 +52,7 @@ def train(model, clips, corrupt, device, *, base_seed, base_iterations, base_bat
         timesteps = torch.randint(TIMESTEPS, (base_batch,), generator=g).to(device)
         noise = torch.randn(x_start.shape, generator=g).to(device)
         dropped = (torch.rand(base_batch, generator=g) < text_drop).to(device)
-        x_t, wanted = corrupt(x_start, noise, timesteps)
+        x_t, wanted = corrupt(x_start, noise, timesteps, schedule, prediction)
         text, text_mask = model.encode_text(captions, word_drop, word_swap, g)
         text, text_mask = model.drop_text(text, text_mask, dropped)
         answer = model(x_t * mask[..., None], timesteps, mask, text, text_mask)
@@ -55,18 +70,17 @@ def train(model, clips, corrupt, device, *, base_seed, base_iterations, base_bat
     return losses
 
 
-def fit(model, clips, corrupt, weights, device, *, shaped_by, base_seed, cache_dir, cache, **training):
+def fit(model, clips, weights, device, *, shaped_by, base_seed, cache_dir, cache, **training):
     """Give the model its weights: trained on the clips, or cached -> notes.
 
     weights (d): how much each number of a frame counts in the patches (None: alike). shaped_by: plain data
-    that name the clips, the network, `corrupt` and their settings; part of the cache's key. training: the
-    other keywords of `train`.
+    that name the clips and the network; part of the cache's key. training: the other keywords of `train`.
     """
     runs.initialise(model, generator(base_seed, 0, "initialise"))
 
     def build():
         kept = model.codec.fit(clips, datasets.Statistics.from_clips(clips, role="generator"), weights)
-        losses = train(model.to(device), clips, corrupt, device, base_seed=base_seed, **training)
+        losses = train(model.to(device), clips, device, base_seed=base_seed, **training)
         return {"model": model.state_dict(), "variance_kept": kept, "loss": float(np.mean(losses[-100:]))}
 
     code = [inspect.getsource(part) for part in (sys.modules[__name__], patches)]

@@ -7,6 +7,7 @@ policy that is sampled has to be the policy that is scored. Layers must be calle
 as nn.MultiheadAttention reads `layer.weight` directly and would pass the adapter by.
 """
 import contextlib
+import copy
 import math
 import re
 
@@ -170,3 +171,39 @@ def load_lora(model, state):
     for name, layer in adapters(model).items():
         layer.A.copy_(state[f"{name}.A"])
         layer.B.copy_(state[f"{name}.B"])
+
+
+class Tuned:
+    """What is trained of a model: adapters inside it ("lora"), or all its weights ("full"), of which a frozen
+    copy is kept as the base."""
+
+    def __init__(self, model, adapter, pattern, rank, alpha, generator=None):
+        self.model, self.frozen = model.requires_grad_(False), None
+        if adapter == "lora":
+            inject(model, pattern, rank, alpha, generator)
+        else:
+            self.frozen = copy.deepcopy(model)
+            model.requires_grad_(True)
+
+    def parameters(self):
+        """The trained parameters, as a list."""
+        return lora_parameters(self.model) if self.frozen is None else list(self.model.parameters())
+
+    @contextlib.contextmanager
+    def base(self):
+        """`with tuned.base() as base:` -- the model before any training, bit for bit."""
+        with disabled(self.model) if self.frozen is None else contextlib.nullcontext(self.frozen) as base:
+            yield base
+
+    def state(self):
+        """What training has changed, a dict for `load`."""
+        if self.frozen is None:
+            return lora_state(self.model)
+        return {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
+
+    def load(self, state):
+        """Take over a `state`; strict."""
+        if self.frozen is None:
+            load_lora(self.model, state)
+        else:
+            self.model.load_state_dict(state)

@@ -22,15 +22,15 @@ import torch.nn.functional as F
 
 from common import datasets, evaluators, features, oracle, render, runs
 
-COLUMNS = ("reward", "judge", "oracle", "oracle_all", "text", "quality", "preference", "r_precision_top1",
-           "r_precision_top3", "fid", "mm_dist", "diversity", "multimodality", "distinct", "length_error",
-           "foot_skate", "jerk", "speed")
+COLUMNS = ("reward", "judge", "oracle", "oracle_all", "text", "quality", "preference", "authenticity",
+           "r_precision_top1", "r_precision_top3", "fid", "mm_dist", "diversity", "multimodality", "distinct",
+           "length_error", "foot_skate", "jerk", "speed")
 CURVES = (("reward",), ("text", "rival_text"), ("quality", "rival_quality"),
           ("preference", "rival_preference"), ("val_reward",),
           ("val_judge",), ("val_oracle",), ("kl_base",), ("kl_ref", "rival_kl_ref"), ("val_jerk",),
           ("val_speed",), ("distinct",))
-PAIRED = ("reward", "judge", "oracle", "oracle_all", "text", "quality", "preference", "foot_skate", "jerk",
-          "speed")
+PAIRED = ("reward", "judge", "oracle", "oracle_all", "text", "quality", "preference", "authenticity",
+          "foot_skate", "jerk", "speed")
 
 
 class Scorers(NamedTuple):
@@ -417,8 +417,9 @@ def fronts_summary(results):
         for name, row in zip(rewards, matrices.mean(0)):
             cells = (f"{value:.3f}{'*' if value == top else ''}" for value, top in zip(row, best))
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
-        wins = (matrices.argmax(1) == np.arange(len(rewards))).sum(0)  # of the column maxima
-        lines.append("| runs with it on the diagonal | " + " | ".join(map(str, wins)) + " |")
+        own = np.eye(len(rewards), dtype=bool)
+        wins = (matrices.diagonal(axis1=1, axis2=2) > np.where(own, -np.inf, matrices).max(1)).sum(0)
+        lines.append("| runs in which the diagonal is above the rest | " + " | ".join(map(str, wins)) + " |")
     return lines + [""]
 
 
@@ -435,7 +436,7 @@ def one_row_each(paths, table):
     base = results[0][table]["base"]
     wanted = ("fid", "r_precision_top1", "length_error") + (("distinct", "speed") if "text" in base else ())
     columns = [name for name in wanted if name in base]
-    gained = [name for name in PAIRED[:7] if name in results[0][table]["gain"]]
+    gained = [name for name in PAIRED[:8] if name in results[0][table]["gain"]]
     headings = ["flags", *columns, *(f"{name}, gain" for name in gained)]
     headings += ["hypervolume, gain"] * ("fronts" in results[0])
     known = [f"{base[name][0]:.3f}" for name in columns]

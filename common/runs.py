@@ -472,10 +472,11 @@ def parse_weights(spec, names, flag):
 
 
 def arguments_of(function, args):
-    """Those of the script's arguments that a function takes as keywords of the same name, as a dict."""
+    """Those of the script's arguments that a function takes as keywords of the same name, as a dict; what is
+    no argument of this script is left out."""
     wanted = inspect.signature(function).parameters
     return {name: getattr(args, name) for name, parameter in wanted.items()
-            if parameter.kind is inspect.Parameter.KEYWORD_ONLY}
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY and hasattr(args, name)}
 
 
 NEUTRAL_ARGS = {"out_dir", "cache_dir", "cache", "data_root", "device", "threads", "resume", "overwrite",

@@ -25,6 +25,8 @@ CHECKS = {
     "pareto_": "tests.parity_pareto",
     "motioncritic_": "tests.parity_pareto",
     "hypervolume_bt_": "tests.parity_pareto",
+    "stepwise_rewardloss_": "tests.parity_motion_reward",
+    "stepwise_": "tests.parity_stepwise",
 }
 
 

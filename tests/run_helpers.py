@@ -14,6 +14,7 @@ import torch
 import ddpo_motion
 import pareto_motion
 import ppo_motion
+import stepwise_motion
 from common import datasets, evaluators, pretraining, render, runs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,6 +43,14 @@ SMALL = {
         "--tiny --threads 1 --device cpu --source-clips 120 --target-clips 80 --base-iterations 30 "
         "--iterations 4 --reward-iterations 10 --best-of 2",
         "adapter.pt", ["base", "judge", "reward"],
+        {"target_val": ROWS | {"gt"}, "target_test": ROWS | {"gt", "best of 2"},
+         "source_test": ROWS | {"gt"}}),
+    "stepwise": Small(
+        stepwise_motion,
+        "--tiny --threads 1 --device cpu --source-clips 120 --target-clips 80 --base-iterations 30 "
+        "--iterations 4 --reward-iterations 10 --spl-iterations 2 --head-iterations 4 --generated 20 "
+        "--window 2 --lr 1e-2 --best-of 2",
+        "adapter.pt", ["base", "judge", "motion_reward", "motion_reward_heads"],
         {"target_val": ROWS | {"gt"}, "target_test": ROWS | {"gt", "best of 2"},
          "source_test": ROWS | {"gt"}}),
     "ppo": Small(

@@ -353,7 +353,7 @@ def test_summary_of_several_rewards(tmp_path):
     assert "| start | 0.500 (0.000) | - |" in lines
     assert "| tuned | 0.700 (0.141) | +0.200 (0.141) |" in lines
     assert "| text | 0.550* | 0.100 | 0.300 |" in lines and "| quality | 0.400 | 0.600* | 0.300 |" in lines
-    assert "| runs with it on the diagonal | 1 | 2 | 2 |" in lines
+    assert "| runs in which the diagonal is above the rest | 1 | 2 | 2 |" in lines
     assert "| tuned | 0.600 +-0.100 | +0.100 +-0.050 |" in reports.summary(folders[:1]).splitlines()
 
 

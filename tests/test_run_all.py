@@ -101,7 +101,7 @@ def test_using_a_product_never_deletes_its_run(finished, tmp_path, no_evaluation
 
 
 # ppo: in an iteration there are one rollout and eight losses, of two passes, two minibatches and two micro
-# batches; a rollout before the first iteration gives the reward its scale.
+# batches; a rollout before the first iteration gives the reward its scale. stepwise: two losses, one a step.
 @pytest.mark.parametrize("name, moment, count, number, code, kept", [
     ("ddpo", "retrieval_reward", 3, signal.SIGTERM, 143, 1),
     ("ddpo", "retrieval_reward", 3, signal.SIGINT, 130, 1),
@@ -113,7 +113,9 @@ def test_using_a_product_never_deletes_its_run(finished, tmp_path, no_evaluation
     ("ppo", "after a checkpoint", 1, signal.SIGTERM, 143, 1),
     ("ppo", "between log and checkpoint", 1, signal.SIGKILL, -9, 0),
     ("pareto", "collect", 6, signal.SIGTERM, 143, 1), ("pareto", "clipped_loss", 45, signal.SIGINT, 130, 0),
-    ("pareto", "between log and checkpoint", 1, signal.SIGKILL, -9, 0)])
+    ("pareto", "between log and checkpoint", 1, signal.SIGKILL, -9, 0),
+    ("stepwise", "collect", 2, signal.SIGTERM, 143, 0), ("stepwise", "anchor_loss", 6, signal.SIGINT, 130, 1),
+    ("stepwise", "between log and checkpoint", 2, signal.SIGKILL, -9, 1)])
 def test_resumed_equals_uninterrupted(finished_run, tmp_path, no_evaluation, name, moment, count, number,
                                       code, kept):
     finished, run = finished_run(name), tmp_path / "run"

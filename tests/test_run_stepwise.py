@@ -1,0 +1,221 @@
+"""End to end, what is particular to stepwise_motion.py; what all scripts share is in test_run_all.py."""
+import functools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import ddpo_motion
+import stepwise_motion as sw
+from common import datasets, runs
+from tests import run_helpers as helpers
+from tests.run_helpers import all_finite, log_rows
+
+call, refused = (functools.partial(f, sw) for f in (helpers.call, helpers.refused))
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
+
+@pytest.fixture
+def finished(finished_run):
+    return finished_run("stepwise")
+
+
+def weights(finished, folder):
+    return finished.stored(folder)["weights"]
+
+
+def moved(state):
+    """Every matrix B of the adapters started at zero."""
+    return all(value.abs().max() > 0 for name, value in state.items() if name.endswith(".B"))
+
+
+# ---- what a run leaves behind ------------------------------------------------------------------------------
+
+
+def test_the_log_counts_samples_updates_and_calls(finished):
+    log = log_rows(finished.folder)
+    assert log["iteration"].tolist() == [0, 1, 2, 3] and log["samples"].tolist() == [8, 16, 24, 32]
+    assert log["updates"].tolist() == [2, 4, 6, 8], "one for each of the two steps of the window"
+    # 8 motions x (4 forwards, 2 of them with a backward pass, and 2 of the base for the anchor)
+    assert log["calls"].tolist() == [64, 128, 192, 256]
+    assert np.isfinite(log["val_judge"]).tolist() == [False, True, False, True]
+    for name in ("total", "semantic", "preference", "authenticity", "anchor", "grad_norm", "saved_mb"):
+        assert np.isfinite(log[name]).all(), name
+    assert "m2m" not in log or np.isnan(log["m2m"]).all()
+    total = log["semantic"] + 0.02 * log["preference"] + 0.05 * log["authenticity"]
+    np.testing.assert_allclose(log["total"], total, rtol=1e-4)
+    assert (log["grad_norm"] > 0).all() and log["anchor"][0] < log["anchor"][3]
+
+
+def test_the_product_holds_the_best_look(finished, tmp_path, no_evaluation):
+    checkpoint = finished.checkpoint(finished.folder)
+    best, log = checkpoint["best"], log_rows(finished.folder)
+    looks = {int(i): judge for i, judge in zip(log["iteration"], log["val_judge"]) if np.isfinite(judge)}
+    assert best["iteration"] == max(looks, key=looks.get)
+    assert helpers.equal(weights(finished, finished.folder), best["weights"])
+    assert finished.results["best look"]["iteration"] == best["iteration"]
+    assert finished.call("--out-dir", tmp_path / "run", "--keep", "last")[0] == 0
+    assert helpers.equal(weights(finished, tmp_path / "run"), checkpoint["weights"])
+    assert moved(checkpoint["weights"])
+
+
+def test_the_reward_is_described(finished):
+    reward = finished.results["parts"]["reward"]
+    for moment in ("before", "after"):
+        assert set(reward[moment]) == {"features", "joints", "rotations"}
+        assert all(0 <= row["R1"] <= 1 for row in reward[moment].values())
+    assert 0 <= reward["authenticity"] <= 1 and "warp" in reward["preference"]
+    for word in ("before -> after SPL", "never trained on: warp", "authenticity (features)"):
+        assert word in finished.out
+
+
+def test_the_default_base_is_that_of_ddpo(finished):
+    """One file in the cache: DDPO can be compared on the same base."""
+    common = finished.flags[:finished.flags.index("--iterations")]
+    args = helpers.parse(ddpo_motion, *common, "--cache-dir", finished.cache)
+    source, _ = datasets.load_pair(args.source, args.dataset, clips=(args.source_clips, args.target_clips),
+                                   data_root=args.data_root, cache_dir=finished.cache, seed=0)
+    before = sorted(path.name for path in finished.cache.iterdir())
+    model, _ = ddpo_motion.build_base(args, source, torch.device("cpu"))
+    assert sorted(path.name for path in finished.cache.iterdir()) == before
+    stored = finished.stored(finished.folder)["base"]
+    assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
+
+
+# ---- every method and every kind of generator --------------------------------------------------------------
+
+ONE = ["--iterations", 1, "--eval-every", 1]
+
+
+@pytest.mark.parametrize("flags, updates, calls", [
+    (["--method", "refl", "--window", 1, "--steps", 3], 1, 8 * (2 + 2 + 2 + 1)),
+    (["--method", "draft"], 1, 8 * (2 + 4 + 2 + 1)),
+    (["--method", "draft", "--window", 4], 1, 8 * (8 + 2 + 1)),
+    (["--method", "draft", "--checkpointing"], 1, 8 * (2 + 4 + 2 + 1)),
+    (["--method", "alignprop"], 1, None), (["--method", "alignprop-bernoulli"], 1, None),
+    (["--update", "chain"], 2, 64), (["--update", "accum"], 1, 64), (["--reward-input", "xt"], 2, 64),
+    (["--reward-input", "mixed"], 2, 64), (["--beta-anchor", 0], 2, 48), (["--sweep", 0.5], 2, 48),
+    (["--adapter", "full", "--lr", 1e-3], 2, 64), (["--w-m2m", 1], 2, 64),
+    (["--guidance-scale", 2], 2, 128), (["--reward-data", "source"], 2, 64), (["--spl", "code"], 2, 64),
+    (["--w-preference", 0, "--w-authenticity", 0], 2, 64)],
+    ids=lambda value: "_".join(map(str, value)) if isinstance(value, list) else "")
+def test_methods_run(finished, tmp_path, no_evaluation, flags, updates, calls):
+    code, _, err = finished.call(*ONE, *flags, "--out-dir", tmp_path / "run")
+    assert code == 0, err
+    log = log_rows(tmp_path / "run")
+    assert log["updates"] == [updates] and (calls is None or log["calls"] == [calls])
+    state = weights(finished, tmp_path / "run")
+    assert all_finite(state) and not helpers.equal(state, weights(finished, finished.folder))
+    if "full" not in flags:
+        assert moved(state)
+
+
+@pytest.mark.parametrize("flags", (
+    ["--representation", "joints"], ["--representation", "rotations"], ["--generator", "flow"],
+    ["--generator", "flow", "--method", "drtune"], ["--prediction", "epsilon", "--method", "drtune"],
+    ["--prediction", "v", "--spacing", "leading", "--schedule", "scaled_linear"]), ids="_".join)
+def test_generators_run(finished, tmp_path, no_pictures, flags):
+    """Training, tables and a prompt, each with a base of its own."""
+    code, out, err = finished.call(*ONE, *flags, "--eval-repeats", 1, "--out-dir", tmp_path / "run")
+    assert code == 0, err
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert math.isfinite(results["target_test"]["tuned"]["judge"][0])
+    state = weights(finished, tmp_path / "run")
+    assert all_finite(state) and moved(state)
+    flags = ["--prompt", "a man walks", "--load", tmp_path / "run" / "adapter.pt", "--length", 40]
+    assert call(*flags, "--tiny", "--threads", 1, "--out-dir", tmp_path / "prompt")[0] == 0
+    joints = np.load(tmp_path / "prompt" / "prompt00_after.npy")
+    assert joints.shape == (40, 22, 3) and np.isfinite(joints).all()
+
+
+def test_a_rate_of_zero_changes_nothing(finished, tmp_path, no_evaluation):
+    code, *_ = finished.call(*ONE, "--lr", 0, "--out-dir", tmp_path / "run")
+    state = weights(finished, tmp_path / "run")
+    assert code == 0
+    assert not any(value.abs().max() > 0 for name, value in state.items() if name.endswith(".B"))
+    assert log_rows(tmp_path / "run")["anchor"][0] == 0
+
+
+# ---- the reward --------------------------------------------------------------------------------------------
+
+
+def test_the_reward_is_frozen_and_asked_for_the_right_caption(finished, tmp_path, monkeypatch, no_evaluation):
+    seen, terms = [], sw.reward_terms
+
+    def watched(model, motion, lengths, captions, *rest):
+        seen.append((model, {name: value.clone() for name, value in model.state_dict().items()}, captions))
+        assert not model.training and motion.requires_grad
+        return terms(model, motion, lengths, captions, *rest)
+
+    monkeypatch.setattr(sw, "reward_terms", watched)
+    assert finished.call(*ONE, "--out-dir", tmp_path / "one")[0] == 0
+    model, before, captions = seen[0]
+    assert helpers.equal(before, dict(model.state_dict()))
+    assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+    assert finished.call(*ONE, "--reward", "shuffled", "--out-dir", tmp_path / "two")[0] == 0
+    wrong = seen[-1][2]
+    assert len(wrong) == len(captions) and all(a != b for a, b in zip(wrong, captions))
+
+
+def test_a_reward_that_is_nan(finished, tmp_path, monkeypatch, no_evaluation):
+    terms, calls = sw.reward_terms, []
+
+    def broken(*args):
+        calls.append(1)
+        found = terms(*args)
+        return found | {"total": found["total"] * math.nan} if len(calls) == 5 else found
+
+    monkeypatch.setattr(sw, "reward_terms", broken)
+    code, _, err = finished.call("--out-dir", tmp_path / "run")
+    assert code == 3 and "Traceback" not in err
+    assert "iteration 2, step 2" in err.splitlines()[-1] and "lower --lr" in err.splitlines()[-1]
+    assert finished.checkpoint(tmp_path / "run")["iteration"] == 1
+    monkeypatch.setattr(sw, "reward_terms", terms)
+    assert finished.call("--out-dir", tmp_path / "run", "--resume")[0] == 0
+    assert finished.is_same(tmp_path / "run")
+
+
+# ---- the user's mistakes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--method", "drtune"], ["--method drtune", "--prediction epsilon"]),
+    (["--window", 5], ["--window", "4 denoising steps"]), (["--batch", 0], ["--batch"]),
+    (["--steps", 0], ["--steps"]), (["--lr", "nan"], ["--lr"]), (["--beta-anchor", -1], ["--beta-anchor"]),
+    (["--lora-targets", "nothing"], ["nothing"]), (["--prompt", "a man walks"], ["--load"]),
+    (["--dataset", "absent"], ["--source"]), (["--source-clips", 3], ["3 clips"])],
+    ids=lambda value: "_".join(map(str, value)))
+def test_wrong_flags(finished, tmp_path, flags, words):
+    line = finished.refused("--out-dir", tmp_path / "run", *flags)
+    assert all(word in line for word in words), line
+    assert helpers.products(tmp_path / "run") == {}
+
+
+def test_a_product_of_another_method_cannot_be_contradicted(finished, tmp_path):
+    line = finished.refused("--eval-only", "--load", finished.product, "--method", "draft", "--out-dir",
+                            tmp_path / "run")
+    assert "method was 'easytune' and is 'draft'" in line
+
+
+# ---- several processes -------------------------------------------------------------------------------------
+
+
+def test_two_processes_equal_one(finished, tmp_path, no_evaluation):
+    flags = [*finished.flags, "--iterations", "2", "--lr", "2e-4"]
+    assert call(*flags, "--out-dir", tmp_path / "one")[0] == 0
+    helpers.two_processes(sw, [*flags, "--out-dir", tmp_path / "two"], tmp_path)
+    one, two = log_rows(tmp_path / "one"), log_rows(tmp_path / "two")
+    for name in ("samples", "updates", "calls"):
+        np.testing.assert_array_equal(two[name], one[name], err_msg=name)
+    for name in ("total", "semantic", "anchor", "grad_norm", "val_reward"):
+        np.testing.assert_allclose(two[name], one[name], rtol=1e-3, atol=1e-5, err_msg=name)
+    a, b = (weights(finished, tmp_path / name) for name in ("one", "two"))
+    for name in a:
+        torch.testing.assert_close(torch.as_tensor(b[name]), torch.as_tensor(a[name]), rtol=0, atol=1e-4)
+
+
+def test_the_kind_of_the_product(finished):
+    with pytest.raises(runs.InputError):
+        runs.load_checkpoint(finished.product, kind="ddpo-adapter")
