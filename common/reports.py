@@ -27,7 +27,8 @@ COLUMNS = ("reward", "judge", "oracle", "oracle_all", "text", "quality", "prefer
            "length_error", "foot_skate", "jerk", "speed")
 CURVES = (("reward",), ("text", "rival_text"), ("quality", "rival_quality"),
           ("preference", "rival_preference"), ("val_reward",),
-          ("val_judge",), ("val_oracle",), ("kl_base",), ("kl_ref", "rival_kl_ref"), ("val_jerk",),
+          ("val_judge",), ("val_oracle",), ("val_fid",), ("total",), ("semantic",), ("authenticity",),
+          ("anchor",), ("kl_base",), ("kl_ref", "rival_kl_ref"), ("val_jerk",),
           ("val_speed",), ("distinct",))
 PAIRED = ("reward", "judge", "oracle", "oracle_all", "text", "quality", "preference", "authenticity",
           "foot_skate", "jerk", "speed")
@@ -423,6 +424,36 @@ def fronts_summary(results):
     return lines + [""]
 
 
+def flags_of(result):
+    """The flags of a run, without those that do not tell it from its other seeds."""
+    flags = re.sub(r" ?--(?:seed|out-dir|cache-dir) \S+| ?--overwrite", "", result["command"])
+    return flags.partition(".py ")[2]
+
+
+def at_equal(paths, axis):
+    """Markdown that compares runs at equal cost: of each the last look at val before `axis`, a column of its
+    log such as samples, updates or calls, exceeds what the shortest run came to. Runs that differ in their
+    seed alone share a row: mean (standard deviation). InputError for a log without that column or look."""
+    rows, logs = {}, []
+    for path, result in zip(paths, read_results(paths)):
+        log = render.read_csv(Path(path) / "logs.csv")
+        if axis not in log or "val_judge" not in log:
+            raise runs.InputError(f"--at {axis}: {path} has no such column in its log")
+        logs.append(({name: values[np.isfinite(log["val_judge"])] for name, values in log.items()}, result))
+    limit = min(log[axis].max() for log, _ in logs)
+    columns = [axis] + [name for name in logs[0][0] if name.startswith("val_")]
+    for (log, result), path in zip(logs, paths):
+        if not (log[axis] <= limit).any():
+            raise runs.InputError(f"--at {axis}: {path} had no look before {limit:g}; lower its --eval-every")
+        last = np.flatnonzero(log[axis] <= limit)[-1]
+        rows.setdefault(flags_of(result), []).append([float(log[name][last]) for name in columns])
+    lines = [["flags", *columns], ["---"] * (len(columns) + 1)]
+    for flags, group in rows.items():
+        cells = [cell([[value, 0.0] for value in values], 2) for values in zip(*group)]
+        lines.append([f"`{flags}`", f"{np.mean([values[0] for values in group]):.0f}", *cells[1:]])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
 def one_row_each(paths, table):
     """Markdown that sets runs of different flags side by side, by one of their tables: distances of the tuned
     row, and what was gained +- half of its 95 % interval over prompts. Runs that differ in their seed alone
@@ -431,8 +462,7 @@ def one_row_each(paths, table):
     for path, result in zip(paths, results):
         if table not in result:
             raise runs.InputError(f"--each {table}: {path} has no such table")
-        flags = re.sub(r" ?--(?:seed|out-dir|cache-dir) \S+| ?--overwrite", "", result["command"])
-        rows.setdefault(flags.partition(".py ")[2], []).append(result)
+        rows.setdefault(flags_of(result), []).append(result)
     base = results[0][table]["base"]
     wanted = ("fid", "r_precision_top1", "length_error") + (("distinct", "speed") if "text" in base else ())
     columns = [name for name in wanted if name in base]
@@ -456,9 +486,12 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="One table from several finished runs (seeds).")
     parser.add_argument("runs", nargs="+", help="run folders with a results.json")
     parser.add_argument("--each", metavar="TABLE", help="instead one row a run, for runs of different flags")
+    parser.add_argument("--at", metavar="COLUMN", help="instead looks at val at equal samples, updates "
+                                                       "or calls")
     parser.add_argument("--curves", help="PNG of their learning curves: mean, lowest and highest")
     args = parser.parse_args(argv)
-    print(one_row_each(args.runs, args.each) if args.each else summary(args.runs))
+    print(one_row_each(args.runs, args.each) if args.each else at_equal(args.runs, args.at) if args.at
+          else summary(args.runs))
     if args.curves:
         draw_curves(args.curves, [Path(run) / "logs.csv" for run in args.runs])
 

@@ -1,4 +1,4 @@
-"""What sampling and selecting cost beside the networks: `python -m tests.bench rollout` or `selection`.
+"""What the parts of an iteration cost: `python -m tests.bench rollout`, `selection` or `memory`.
 
 Diffusion:
     A  ddpo_motion's rollout of one batch: noise of every sample, captions encoded, N steps, all states kept
@@ -11,6 +11,10 @@ Tokens, one motion and 32 at a time:
     A  pareto_motion's non-dominated sets of 64 prompts x 3 tokens x 32 motions
     B  the rollout of a sixteenth of these motions, which is a small part of an iteration
 
+`memory`
+    what one update of each method of stepwise_motion.py keeps for its backward pass, by the number of
+    denoising steps, and its seconds; no A and B. --picture FILE draws it.
+
 The two run in turns (A B A B ...), after one round of warming up, with the default Args and random weights
 (the time does not depend on them). The ratio of the two minima is the overhead of the sampler, or the gain
 of the cache; it is not printed if one of the two varies by more than 20 %, because then the machine was busy
@@ -20,13 +24,16 @@ Seconds are for reading; what can be asserted is counted in test_bench.py.
 import argparse
 import math
 import time
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 import ddpo_motion as ddpo
 import pareto_motion as pareto
 import ppo_motion as ppo
-from common import datasets, motion_gpt, runs
+import stepwise_motion as stepwise
+from common import datasets, features, motion_gpt, motion_reward, render, runs
 
 WORDS = "a person walks forward slowly then turns left and waves with the right hand"
 FEATURE_DIM = 263
@@ -159,20 +166,75 @@ def time_selection(args, tokens, rounds):
     print("\n".join(report(names, interleave((select, sample), rounds))))
 
 
+METHODS = {  # name -> flags of stepwise_motion.py
+    "easytune": dict(method="easytune"), "refl": dict(method="refl"),
+    "drtune 5": dict(method="drtune", window=5), "draft 2": dict(method="draft", window=2),
+    "alignprop": dict(method="alignprop"),
+    "draft": dict(method="draft"), "draft + checkpoints": dict(method="draft", checkpointing=True)}
+
+
+def one_update(flags, steps, batch, tokens):
+    """One update of a method with random weights -> MB saved for the backward pass at most, seconds."""
+    flags = {**flags, "window": min(flags.get("window", 0), steps)}
+    args = stepwise.Args(steps=steps, batch=batch, beta_anchor=0.0, prediction="epsilon", **flags)
+    model = stepwise.MotionDiffusion(args, datasets.Vocabulary.from_captions([WORDS]), FEATURE_DIM)
+    runs.initialise(model, runs.generator(0, 0, "initialise"))
+    policy = stepwise.make_policy(args, model, tokens, torch.device("cpu"))
+    with torch.random.fork_rng(devices=[]):
+        reward = motion_reward.MotionReward(model.vocabulary, features.T2M, heads_read="features",
+                                            **motion_reward.SIZES).requires_grad_(False).eval()
+    lengths = torch.full((batch,), tokens * args.patch)
+    noise, mask = stepwise.start_noise(policy, lengths, 0, 0, "bench", range(batch))
+    asked = dict(captions=[WORDS] * batch, real=None, noise=noise, mask=mask, lengths=lengths,
+                 route=runs.generator(0, 0, "route"))
+    updates = stepwise.Updates(args, policy.tuned.parameters())
+    loop, start = SimpleNamespace(check=lambda: None, rewards=None), time.perf_counter()
+    log = stepwise.update(args, policy, reward, asked, [WORDS] * batch, updates, 1.0, loop, 0)
+    return log["saved_mb"], time.perf_counter() - start
+
+
+def measure_memory(counts, batch, tokens, picture=None):
+    """Print MB and seconds of an update of every method, for some numbers of denoising steps -> {name: MB}.
+
+    Checkpoints keep the states alone, and while a step is computed again also what easytune keeps; the hooks
+    do not see that, so it is added.
+    """
+    log = {"steps": np.array(counts, float)}
+    for name, flags in METHODS.items():
+        measured = [one_update(flags, n, batch, tokens) for n in counts]
+        again = log["easytune"] if "checkpointing" in flags else 0.0
+        log[name] = np.array([saved for saved, _ in measured]) + again
+        log[f"{name}, seconds"] = np.array([seconds for _, seconds in measured])
+    print(f"MB saved for one backward pass (seconds of an update); batch {batch}, {tokens} tokens\n"
+          f"{'':20s}" + "".join(f"{f'{n} steps':>18s}" for n in counts))
+    for name in METHODS:
+        cells = (f"{saved:8.2f} ({seconds:6.2f} s)"
+                 for saved, seconds in zip(log[name], log[f"{name}, seconds"]))
+        print(f"{name:20s}" + "".join(f"{cell:>18s}" for cell in cells))
+    if picture:
+        groups = [tuple(METHODS), tuple(f"{name}, seconds" for name in METHODS)]
+        render.curves(picture, log, groups, x="steps")
+    return {name: log[name] for name in METHODS}
+
+
 def main(argv=None):
     """Command line of the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("rollout", "selection"))
+    parser.add_argument("what", choices=("rollout", "selection", "memory"))
     parser.add_argument("--batch", type=int, default=128, help="motions of a rollout (default 128 = 16 x 8)")
     parser.add_argument("--tokens", type=int, default=20, help="tokens of a motion (default 20 = 80 frames)")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of A and B, at least 5 (default 7)")
     parser.add_argument("--gpt-tokens", type=int, default=50, help="of the token policy (T2M-GPT: 50)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    parser.add_argument("--picture", help="PNG for `memory`")
     parser.add_argument("--guidance-scale", type=float, default=1.0, help="1.0: one forward a step; else two")
     options = parser.parse_args(argv)
     if options.rounds < 5:
         raise runs.InputError("--rounds: at least 5, or the minimum says little")
     runs.pick_threads(options.threads)
+    if options.what == "memory":
+        measure_memory((1, 2, 5, 10, 20, 50), 32, options.tokens, options.picture)
+        return
     if options.what == "selection":
         time_selection(ppo.Args(), 25, options.rounds)
         return

@@ -389,6 +389,34 @@ def test_seeds_share_a_row(tmp_path):
                    "+0.200 (0.141) |")
 
 
+def test_looks_at_equal_cost(tmp_path):
+    """Of each run the last look within what the shortest one came to; seeds share a row."""
+    for name, flags, calls in (("a", "--method refl --seed 0", 10), ("b", "--method refl --seed 1", 10),
+                               ("c", "--method draft", 25)):
+        (tmp_path / name).mkdir()
+        runs.save_json(tmp_path / name / "results.json", {"command": f"python stepwise_motion.py {flags}",
+                                                          "data": {"target": "kit"}})
+        rows = ["iteration,calls,val_judge,total"] + [
+            f"{k},{calls * (k + 1)},{'' if k % 2 == 0 else k + (name == 'b')},1" for k in range(6)]
+        (tmp_path / name / "logs.csv").write_text("\n".join(rows) + "\n")
+    head, _, refl, draft = reports.at_equal([tmp_path / name for name in "abc"], "calls").splitlines()
+    assert head == "| flags | calls | val_judge |"
+    assert refl == "| `--method refl` | 60 | 5.500 (0.707) |"
+    assert draft == "| `--method draft` | 50 | 1.000 |", "its next look, at 100, is beyond 60"
+    with pytest.raises(runs.InputError, match="--at samples: .*a has no such column"):
+        reports.at_equal([tmp_path / "a"], "samples")
+    (tmp_path / "c" / "logs.csv").write_text("iteration,calls,val_judge\n0,900,1\n")
+    with pytest.raises(runs.InputError, match="--at calls: .*c had no look before 60"):
+        reports.at_equal([tmp_path / "a", tmp_path / "c"], "calls")
+
+
+def test_a_diagonal_of_equals_wins_nothing(tmp_path):
+    matrix = [[0.5, 0.5, 0.1], [0.5, 0.4, 0.1], [0.5, 0.3, 0.2]]
+    fronts = {"start": {"hypervolume": [0.5, 0.1]}}
+    lines = reports.fronts_summary([{"fronts": fronts, "controllability": matrix}])
+    assert "| runs in which the diagonal is above the rest | 0 | 0 | 1 |" in lines
+
+
 @pytest.mark.parametrize("content", (None, "", "{"))
 def test_summary_of_an_unfinished_run_is_one_line(tmp_path, content):
     if content is not None:
