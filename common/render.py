@@ -19,6 +19,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from PIL import Image  # installed with matplotlib, which needs it itself
 
 from common.runs import InputError
@@ -364,6 +365,33 @@ def curves(path, runs, groups, x="iteration", bands=None):
         shading = f"mean of {len(logs)} runs, shaded: lowest to highest"
         _text(figure, 270 * columns - 8, 200 * lines - 4, shading, 6, ha="right", va="bottom", color=GREY)
     figure.tight_layout(pad=0.9)
+    with _replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=DPI)
+
+
+def lines(path, x, label, panels):
+    """Curves over x on logarithmic axes in one PNG: panels: title -> {name: values like x}, the same names in
+    each; label names x. The legend stands at the right."""
+    figure = _figure(300 * len(panels) + 150, 280)
+    for i, (title, values) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, len(panels), i + 1)
+        for k, (name, y) in enumerate(values.items()):  # the first one may lie under others
+            axes.plot(x, y, ".-", linewidth=1.3 if k else 4, markersize=5, label=name)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xticks(x, [f"{value:g}" for value in x])
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(lambda value, place: f"{value:g}")
+        axes.minorticks_off()
+        axes.set_title(title, fontsize=9, loc="left", weight="bold")
+        axes.set_xlabel(label, fontsize=7, color=GREY)
+        axes.tick_params(labelsize=7, color=GREY)
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    width = 300 * len(panels) / (300 * len(panels) + 150)
+    figure.legend(*axes.get_legend_handles_labels(), fontsize=7, frameon=False, loc="center left",
+                  bbox_to_anchor=(width, 0.5))
+    figure.tight_layout(pad=0.9, rect=(0, 0, width, 1))
     with _replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=DPI)
 

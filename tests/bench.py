@@ -212,8 +212,9 @@ def measure_memory(counts, batch, tokens, picture=None):
                  for saved, seconds in zip(log[name], log[f"{name}, seconds"]))
         print(f"{name:20s}" + "".join(f"{cell:>18s}" for cell in cells))
     if picture:
-        groups = [tuple(METHODS), tuple(f"{name}, seconds" for name in METHODS)]
-        render.curves(picture, log, groups, x="steps")
+        render.lines(picture, log["steps"], "denoising steps", {
+            "MB kept for a backward pass": {name: log[name] for name in METHODS},
+            "seconds of an update": {name: log[f"{name}, seconds"] for name in METHODS}})
     return {name: log[name] for name in METHODS}
 
 

@@ -69,8 +69,9 @@ SMALL = {
         "--samples-per-prompt 4 --minibatch-ratio 0.5 --micro-batch 5 --lr 5e-3 --warmup 2 --eval-every 2 "
         "--eval-repeats 2 --front-prompts 4",
         "policy.pt", ["gpt", "judge", "perception", "reward", "reward", "tokenizer"],
-        {f"paired_{split}": ROWS | {"gt", "vq", "weighted sum", "plain", "token text", "token quality",
-                                    "token preference"} for split in ("val", "test")})}
+        {"paired_val": ROWS | {"gt", "vq"},
+         "paired_test": ROWS | {"gt", "vq", "weighted sum", "plain", "token text", "token quality",
+                                "token preference"}})}
 
 
 class Finished:

@@ -111,3 +111,19 @@ def test_the_bench_of_the_selection(capsys):
     bench.main(["selection", "--rounds", "5"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "64 prompts x 3 tokens x 32 motions; 384 motions of 25 tokens" and "ratio" in lines[3]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_what_the_methods_keep_for_their_backward_pass(capsys, tmp_path):
+    """The whole update, reward included: easytune to the byte the same for any number of steps, the chain
+    with a constant slope; what is fixed in length stops growing; checkpoints cost states and one step."""
+    saved = bench.measure_memory((1, 3, 5, 7), 2, 4, tmp_path / "memory.png")
+    assert len(set(saved["easytune"])) == 1 and len(set(saved["refl"])) == 1
+    chain, slope = saved["draft"], saved["draft"][2] - saved["draft"][1]
+    assert chain[3] - chain[2] == pytest.approx(slope) == chain[1] - chain[0] and slope > 0
+    assert saved["draft 2"][1] == saved["draft 2"][3] < chain[1]
+    assert saved["drtune 5"][3] < chain[3] and saved["alignprop"][3] < chain[3]
+    assert (saved["draft + checkpoints"][3] - saved["draft + checkpoints"][2]) < 0.1 * slope
+    assert all(values[0] == pytest.approx(saved["easytune"][0], rel=0.02) for name, values in saved.items()
+               if "checkpoints" not in name), "with one step they are one"
+    assert "easytune" in capsys.readouterr().out and (tmp_path / "memory.png").stat().st_size > 5000
