@@ -114,7 +114,7 @@ def test_using_a_product_never_deletes_its_run(finished, tmp_path, no_evaluation
     ("ppo", "between log and checkpoint", 1, signal.SIGKILL, -9, 0),
     ("pareto", "collect", 6, signal.SIGTERM, 143, 1), ("pareto", "clipped_loss", 45, signal.SIGINT, 130, 0),
     ("pareto", "between log and checkpoint", 1, signal.SIGKILL, -9, 0),
-    ("stepwise", "collect", 2, signal.SIGTERM, 143, 0), ("stepwise", "anchor_loss", 6, signal.SIGINT, 130, 1),
+    ("stepwise", "collect", 2, signal.SIGTERM, 143, 0), ("stepwise", "anchor_loss", 5, signal.SIGINT, 130, 1),
     ("stepwise", "between log and checkpoint", 2, signal.SIGKILL, -9, 1)])
 def test_resumed_equals_uninterrupted(finished_run, tmp_path, no_evaluation, name, moment, count, number,
                                       code, kept):
