@@ -44,9 +44,8 @@ from torch.utils.checkpoint import checkpoint
 
 from common import (datasets, denoising, evaluators, features, lora, memory, motion_reward, patches,
                     reports, representations, runs, samplers)
+from common.motion_reward import TERMS
 from common.runs import InputError, NonFiniteError, arg, generator
-
-TERMS = ("semantic", "m2m", "preference", "authenticity")
 
 # ---- 2. Arguments ------------------------------------------------------------------------------------------
 
@@ -337,14 +336,14 @@ def diffusion_table(grid, prediction):
     p, q = {"sample": (zero, one), "epsilon": (1 / alpha, -sigma / alpha), "v": (alpha, -sigma)}[prediction]
     keep = grid.sigma[1:] / sigma            # DDIM eq. 12: x_{i+1} = alpha' m + sigma' (x - alpha m) / sigma
     gain = grid.alpha[1:] - keep * alpha
-    level = torch.cat([grid.timesteps / 1000, grid.sigma[-1:] * 0])
+    level = torch.cat([grid.timesteps / denoising.TIMESTEPS, grid.sigma[-1:] * 0])
     return Table(p, q, keep + gain * p, gain * q, grid.timesteps, level)
 
 
 def flow_table(steps):
     """Euler steps along the velocity from noise (t = 0) to the motion (t = 1)."""
     t, one = torch.arange(steps, dtype=torch.float64) / steps, torch.ones(steps, dtype=torch.float64)
-    return Table(one, 1 - t, one, one / steps, 1000 * t, 1 - torch.cat([t, one[:1]]))
+    return Table(one, 1 - t, one, one / steps, denoising.TIMESTEPS * t, 1 - torch.cat([t, one[:1]]))
 
 
 class Route(NamedTuple):
@@ -692,7 +691,8 @@ def build_reward(args, source, target, policy, base, device):
     def noised(motion, lengths, level, g):  # what x_t looks like, for a reward that is to judge it
         x, t = model.codec.encode(motion), 1 - level if args.generator == "flow" else level
         noise = torch.randn(x.shape, generator=g).to(x)
-        x_t, _ = denoising.corrupt(x, noise, (t * 999).long(), args.schedule, args.prediction)
+        x_t, _ = denoising.corrupt(x, noise, (t * (denoising.TIMESTEPS - 1)).long(), args.schedule,
+                                   args.prediction)
         return model.codec.decode(x_t)
     reward_model, notes["reward"] = motion_reward.fit_motion_reward(
         seen, lambda: motion_reward.draw_motions(sampler, seen, args.generated, args.base_seed),

@@ -602,6 +602,13 @@ def inverse_document_frequency(ids, size):
     return torch.tensor([math.log((1 + len(ids)) / (1 + counts[word])) + 1 for word in range(size)])
 
 
+def rise_and_cosine(optimiser, iterations):
+    """Learning-rate schedule: rises over the first twentieth, falls as a cosine."""
+    warmup = max(1, iterations // 20)
+    return torch.optim.lr_scheduler.LambdaLR(optimiser, lambda i: min(1.0, (i + 1) / warmup) * 0.5 * (
+        1 + math.cos(math.pi * max(0, i - warmup) / max(1, iterations - warmup))))
+
+
 def train_retrieval(model, clips, *, whitening=0.5, iterations=900, batch=96, lr=2e-3, seed=0, noise=0.3,
                     word_drop=0.1, temperature=0.1, weight_decay=1e-2, progress=True,
                     label="retrieval model", loss=None):
@@ -631,9 +638,7 @@ def train_retrieval(model, clips, *, whitening=0.5, iterations=900, batch=96, lr
 
     model.train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
-    warmup = max(1, iterations // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda i: min(1.0, (i + 1) / warmup) * 0.5 * (
-        1 + math.cos(math.pi * max(0, i - warmup) / max(1, iterations - warmup))))
+    schedule = rise_and_cosine(optimiser, iterations)
     curves = {"loss": [], "top1": []}
     bar = tqdm(range(iterations), desc=label, disable=not progress, mininterval=1.0)
     for _ in bar:

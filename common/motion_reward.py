@@ -472,13 +472,6 @@ class Library:
         return *self.model.tokenise(motion, lengths, name), level
 
 
-def schedule(optimiser, iterations):
-    """Cosine after a rise over the first twentieth, as in evaluators.train_retrieval."""
-    warmup = max(1, iterations // 20)
-    return torch.optim.lr_scheduler.LambdaLR(optimiser, lambda i: min(1.0, (i + 1) / warmup) * 0.5 * (
-        1 + math.cos(math.pi * max(0, i - warmup) / max(1, iterations - warmup))))
-
-
 def step(optimiser, parameters, loss, where):
     """One update, the gradient's norm clipped to 1; NonFiniteError naming `where` for a loss that is not."""
     if not torch.isfinite(loss):
@@ -506,7 +499,7 @@ def train_semantics(model, library, *, stage, iterations, batch, seed, represent
     parameters = [parameter for part in (model.backbone, model.words, model.text_encoder, model.decoder)
                   for parameter in part.parameters()]
     optimiser = torch.optim.AdamW(parameters, lr=LR[stage], weight_decay=weight_decay)
-    rates, losses, failed = schedule(optimiser, iterations), [], []
+    rates, losses, failed = evaluators.rise_and_cosine(optimiser, iterations), [], []
     bar = tqdm(range(iterations), desc=f"motion reward, {stage}", mininterval=1.0)
     for iteration in bar:
         g = generator(seed, iteration, f"motion_reward {stage}")
@@ -583,7 +576,7 @@ def train_head(model, name, representation, *, draw, loss, iterations, lr, seed)
     for parameter in parameters:
         parameter.requires_grad_(True)
     optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-2)
-    rates, losses = schedule(optimiser, iterations), []
+    rates, losses = evaluators.rise_and_cosine(optimiser, iterations), []
     bar = tqdm(range(iterations), desc=f"motion reward, {name}", mininterval=1.0)
     for iteration in bar:
         tokens, mask = draw(generator(seed, iteration, f"motion_reward {name}"))

@@ -320,6 +320,13 @@ def read_csv(path):
     return {name: np.array([number(row[name]) for row in rows]) for name in rows[0]}
 
 
+def _plain(axes):
+    """Small ticks, a faint grid, no frame above and at the right."""
+    axes.tick_params(labelsize=7, color=GREY)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def curves(path, runs, groups, x="iteration", bands=None):
     """Small axes in one PNG, one per group of columns.
 
@@ -356,9 +363,7 @@ def curves(path, runs, groups, x="iteration", bands=None):
                               color=colour, alpha=0.2, linewidth=0)
         axes.set_title(", ".join(names).replace("_", " "), fontsize=9, loc="left", weight="bold")
         axes.set_xlabel(x, fontsize=7, color=GREY)
-        axes.tick_params(labelsize=7, color=GREY)
-        axes.grid(alpha=0.25, linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
+        _plain(axes)
         if len(names) > 1:
             axes.legend(fontsize=7, frameon=False)
     if len(logs) > 1:
@@ -385,9 +390,7 @@ def lines(path, x, label, panels):
         axes.minorticks_off()
         axes.set_title(title, fontsize=9, loc="left", weight="bold")
         axes.set_xlabel(label, fontsize=7, color=GREY)
-        axes.tick_params(labelsize=7, color=GREY)
-        axes.grid(alpha=0.25, linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
+        _plain(axes)
     width = 300 * len(panels) / (300 * len(panels) + 150)
     figure.legend(*axes.get_legend_handles_labels(), fontsize=7, frameon=False, loc="center left",
                   bbox_to_anchor=(width, 0.5))
@@ -420,9 +423,7 @@ def fronts(path, clouds, names, groups=1):
                 axes.annotate(letter, mean, (3, 3), textcoords="offset points", fontsize=7, color=colour)
         axes.set_xlabel(names[x], fontsize=8)
         axes.set_ylabel(names[y], fontsize=8)
-        axes.tick_params(labelsize=7, color=GREY)
-        axes.grid(alpha=0.25, linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
+        _plain(axes)
         if i == 0:
             axes.legend(fontsize=7, frameon=False, loc="center left")
     legend = "line: best of a prompt's motions by two weights, dots: mean with a token (first letter)"
