@@ -42,7 +42,8 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 
-from common import datasets, denoising, evaluators, features, lora, patches, reports, runs, samplers
+from common import (datasets, denoising, evaluators, features, lora, motion_reward, patches, reports, runs,
+                    samplers)
 from common.runs import InputError, NonFiniteError, arg, generator
 from common.tracker import PromptTracker
 
@@ -99,7 +100,8 @@ class Args:
     order: int = arg(1, "order of the stochastic DPM-Solver++ step; 2 is trained exactly too", choices=(1, 2))
     guidance_scale: float = arg(1.0, "classifier-free guidance, in rollout and update (MDM: 2.5)")
     # reward
-    reward: str = arg("retrieval", "shuffled, random: controls", choices=("retrieval", "shuffled", "random"))
+    reward: str = arg("retrieval", "motion-reward: that of stepwise_motion.py; shuffled, random: controls",
+                      choices=("retrieval", "motion-reward", "shuffled", "random"))
     reward_data: str = arg("both", "whose clips the reward model saw; source: the strict reading of no MoCap",
                            choices=("source", "both"))
     reward_iterations: int = arg(900, "updates of the reward model and of the judge")
@@ -281,6 +283,18 @@ def retrieval_reward(scorer, motion, lengths, captions):
     """Cosine of the mean latents of motion and caption (TMR), in [-1, 1]. motion is raw, (b t d): the scorer
     normalises with its own statistics. Whether the paper uses the cosine or a distance is unknown."""
     return scorer.similarity(motion, lengths, captions)
+
+
+def build_reward(args, source, target, device):
+    """The reward model and the judge, which share no clip -> both, notes."""
+    seen = [source] if args.reward_data == "source" else [source, target]
+    options = dict(iterations=args.reward_iterations, seed=args.base_seed, cache_dir=args.cache_dir,
+                   use_cache=args.cache, device=device)
+    if args.reward != "motion-reward":
+        return evaluators.rewards_and_judge(seen, [source, target], saw=args.reward_data, **options)
+    judge, notes = evaluators.rewards_and_judge([], [source, target], saw="", losses=(), **options)
+    model, notes["reward"] = motion_reward.fit_motion_reward(seen, [], head_iterations=0, saw=[], **options)
+    return model, judge, notes
 
 
 # ---- 6. The algorithm: pure functions, no I/O, no globals --------------------------------------------------
@@ -633,10 +647,7 @@ def main(argv):
     folder = start.open_folder()
     print(f"{device}, {start.threads} CPU thread(s)\n  source: {source.label}\n  target: {target.label}")
     with watch.stage("reward model and judge"):
-        reward_model, judge, notes = evaluators.rewards_and_judge(
-            [source] if args.reward_data == "source" else [source, target], [source, target],
-            saw=args.reward_data, iterations=args.reward_iterations, seed=args.base_seed,
-            cache_dir=args.cache_dir, use_cache=args.cache, device=device)
+        reward_model, judge, notes = build_reward(args, source, target, device)
     scorers = reports.Scorers(reward_model, judge, source.skeleton)
     with watch.stage("base"):
         if adapter:

@@ -117,7 +117,7 @@ class Args:
                            choices=("source", "both"))
     generated: int = arg(512, "motions of the base that its heads learn from")
     reward_iterations: int = arg(900, "updates of MotionReward's first stage, and of the judge")
-    head_iterations: int = arg(300, "updates of each of its heads")
+    head_iterations: int = arg(600, "updates of each of its heads, in turn over the representations")
     spl: str = arg("paper", "self-refinement preference learning", choices=("paper", "code", "off"))
     spl_iterations: int = arg(60, "updates with it")
     # method
@@ -282,9 +282,6 @@ class MotionDiffusion(nn.Module):
 # ---- 4. The base model: supervised pretraining on the source, cached ---------------------------------------
 
 
-SHAPE_ARGS = ("width", "layers", "heads", "text_layers", "patch", "patch_dims")  # of the network
-
-
 def build_base(args, source, device):
     """The pretrained denoiser, from the source's train split alone -> model, notes. The training loop is in
     common/denoising.py. Differs from ddpo_motion.py: any representation, any answer; the default is its base.
@@ -294,7 +291,8 @@ def build_base(args, source, device):
     vocabulary = datasets.Vocabulary.from_captions([c for clip in clips for c in clip.captions])
     model = MotionDiffusion(args, vocabulary, representations.width(args.representation, skeleton))
     code = [inspect.getsource(part) for part in (sinusoid, Attention, Layer, MotionDiffusion)]
-    shaping = {name: getattr(args, name) for name in SHAPE_ARGS}
+    shaping = {name: getattr(args, name)
+               for name in ("width", "layers", "heads", "text_layers", "patch", "patch_dims")}
     shaping |= {} if known else {"read": [args.representation, inspect.getsource(representations)]}
     return model, denoising.fit(
         model, clips, features.block_weights(skeleton, features.PATCH_WEIGHTS) if known else None, device,
@@ -491,11 +489,12 @@ def load_policy(args, stored, device):
 
 
 def make_network(args, policy, model, captions, mask, calls):
-    """network(x, i) -> e for `denoise`; counts what it costs in calls."""
+    """network(x, i) -> e for `denoise`, counted in calls; made without gradients, it reads captions once."""
     scale = 1 if args.guidance_scale == 1.0 else 2
+    known = None if torch.is_grad_enabled() else model.encode_text(captions)
 
     def answer(x, i):
-        text, text_mask = model.encode_text(captions)
+        text, text_mask = known or model.encode_text(captions)
         timesteps = x.new_full((len(x),), float(policy.table.timesteps[i]))
         return predict(model, x, timesteps, mask, text, text_mask, args.guidance_scale)
 
@@ -578,6 +577,8 @@ def update(args, policy, reward_model, batch, asked, updates, progress, loop, it
     route, table, share = draw_route(args, progress, batch["route"]), policy.table, len(asked) / args.batch
     log = {"calls": 0.0, "anchor": 0.0}
     network = make_network(args, policy, policy.tuned.model, batch["captions"], batch["mask"], log)
+    with torch.no_grad(), policy.tuned.base() as base:
+        reference = make_network(args, policy, base, batch["captions"], batch["mask"], log)
 
     def judge(i, z, e, trail):
         loop.check()
@@ -589,8 +590,8 @@ def update(args, policy, reward_model, batch, asked, updates, progress, loop, it
             if args.method != "easytune":  # one step of its way stands for the whole chain
                 i = int(torch.randint(len(trail), (), generator=batch["route"]))
                 e = network(trail[i], i)
-            with torch.no_grad(), policy.tuned.base() as base:
-                e_ref = make_network(args, policy, base, batch["captions"], batch["mask"], log)(trail[i], i)
+            with torch.no_grad(), policy.tuned.base():
+                e_ref = reference(trail[i], i)
             anchor = anchor_loss(e, e_ref, batch["mask"]).mean()
             loss = loss + args.beta_anchor * anchor
             log["anchor"] += share * anchor.item() / len(route.judged)
@@ -740,8 +741,7 @@ def main(argv):
         base, tuned = policy_sampler(args, policy, adapted=False), policy_sampler(args, policy)
         tables = reports.final_tables(source, target, scorers, base, tuned, args.eval_repeats, args.best_of)
     with watch.stage("pictures"):
-        before_after = {"before": base, "after": tuned}
-        reports.draw(folder, target.splits["test"], scorers, before_after, curves=not stored)
+        reports.draw(folder, target.splits["test"], scorers, {"before": base, "after": tuned}, not stored)
     motions = 0 if stored else args.iterations * args.batch
     runs.finish(folder, watch, {**about, **tables, "counts": {"motions": motions}})
 

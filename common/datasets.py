@@ -403,17 +403,18 @@ class Statistics:
         return x * self.std.to(x.device) + self.mean.to(x.device)
 
     @classmethod
-    def from_clips(cls, clips, role, feat_bias=1.0, block_average=True):
+    def from_clips(cls, clips, role, feat_bias=1.0, block_average=True, blocks=None):
         """Statistics of all frames of the clips (give the train split only).
 
-        Of features, block_average: one std a block, as in Std.npy of HumanML3D. feat_bias divides the std of
-        the root and contact blocks, which makes these few numbers weigh more: 5 in old baselines, 25 in the
-        released evaluators.
+        block_average: one std a block, as in Std.npy of HumanML3D. feat_bias divides the std of the root and
+        contact blocks, which makes these few numbers weigh more: 5 in old baselines, 25 in the released
+        evaluators. blocks: {name: slice (d)}, by default those of features, and none at other widths.
         """
         frames = sum(len(clip.features) for clip in clips)
         mean = sum(clip.features.sum(0, dtype=np.float64) for clip in clips) / frames
         std = np.sqrt(sum(((clip.features - mean) ** 2).sum(0) for clip in clips) / frames)
-        blocks = motion_features.blocks(SKELETONS[len(mean)]) if len(mean) in SKELETONS else {}
+        if blocks is None:
+            blocks = motion_features.blocks(SKELETONS[len(mean)]) if len(mean) in SKELETONS else {}
         for name, columns in blocks.items():
             if block_average:
                 std[columns] = std[columns].mean()

@@ -146,7 +146,8 @@ def p_real(logits):
 SIZES = dict(width=64, latent=64, layers=3, heads=4, ff=128, components=64, max_words=32, rank=16, alpha=32)
 PATCH = 4                                                # frames a token
 TARGETS = r"self_attn|linear1|linear2|projections"       # what the adapters act on, as in [MR]
-TERMS = ("semantic", "m2m", "preference", "authenticity")
+HEADS = ("preference", "authenticity")
+TERMS = ("semantic", "m2m", *HEADS)
 
 
 def mlp(*sizes):
@@ -251,16 +252,14 @@ class MotionReward(nn.Module):
     Not in the paper: tokens of four frames in 64 whitened components (PatchCodec) in place of an MLP on every
     frame, which spares most of the cost on a CPU; a learned word table in place of Sentence-T5; and the mean
     latent in use, where the public code samples one, in evaluation too: a noisy reward with a noisy gradient.
-
-    The heads read one representation, that of the generator: `heads_read`, "" before they are trained.
     """
 
     def __init__(self, vocabulary, skeleton, *, width, latent, layers, heads, ff, components, max_words, rank,
-                 alpha, heads_read=""):
+                 alpha, has_heads=False):
         super().__init__()
         self.config = dict(width=width, latent=latent, layers=layers, heads=heads, ff=ff, rank=rank,
                            alpha=alpha, components=components, max_words=max_words)
-        self.vocabulary, self.skeleton, self.heads_read = vocabulary, skeleton, heads_read
+        self.vocabulary, self.skeleton, self.has_heads = vocabulary, skeleton, has_heads  # trained ones
         widths = {name: representations.width(name, skeleton) for name in REPRESENTATIONS}
         self.codecs = nn.ModuleDict({name: PatchCodec(PATCH, w, components) for name, w in widths.items()})
         self.backbone = Backbone(width, latent, layers, heads, ff, components)
@@ -270,8 +269,8 @@ class MotionReward(nn.Module):
         self.heads = nn.ModuleDict({"preference": mlp(latent, 2 * latent, latent, latent // 2, 1),
                                     "authenticity": mlp(latent, 2 * latent, latent, latent // 2, 2)})
         self.adapters = nn.ModuleDict({name: Adapter(self.backbone, rank, alpha) for name in self.heads})
-        self.register_buffer("preference_mean", torch.tensor(0.0))
-        self.register_buffer("preference_std", torch.tensor(1.0))
+        self.register_buffer("preference_mean", torch.zeros(len(REPRESENTATIONS)))
+        self.register_buffer("preference_std", torch.ones(len(REPRESENTATIONS)))
 
     # -- motion and text -> latent --
 
@@ -330,9 +329,10 @@ class MotionReward(nn.Module):
         """What the head "preference" (b 1) or "authenticity" (b 2) says, through its own adapter."""
         return self.heads[name](self.encode(tokens, mask, representation, level, name)[0])
 
-    def standardised(self, scores):
+    def standardised(self, scores, representation):
         """Preference scores (b), 0 for the average motion of the base generator; 1 is one spread of those."""
-        return (scores - self.preference_mean) / self.preference_std
+        row = REPRESENTATIONS.index(representation)
+        return (scores - self.preference_mean[row]) / self.preference_std[row]
 
     def reward(self, motion, lengths, captions, representation, weights, real=None, level=None):
         """R of section 2.4: raw motion (b t w), lengths (b), captions -> {term: (b)} and their weighted sum
@@ -347,8 +347,8 @@ class MotionReward(nn.Module):
             raise ValueError("no reward has a weight")
         if unknown := set(weights) - set(TERMS):
             raise ValueError(f"no such reward: {', '.join(sorted(unknown))}")
-        if self.heads_read != representation and {"preference", "authenticity"} & set(wanted):
-            raise ValueError(f"the heads read {self.heads_read or 'nothing yet'}, not {representation}")
+        if not self.has_heads and set(HEADS) & set(wanted):
+            raise ValueError("the heads are not trained")
         tokens, mask = self.tokenise(motion, lengths, representation)
         terms = {}
         if {"semantic", "m2m"} & set(wanted):
@@ -359,7 +359,7 @@ class MotionReward(nn.Module):
             terms["m2m"] = F.cosine_similarity(z, self.embed_motion(*real, representation), dim=-1)
         if "preference" in wanted:
             score = self.head("preference", tokens, mask, representation, level)[:, 0]
-            terms["preference"] = self.standardised(score)
+            terms["preference"] = self.standardised(score, representation)
         if "authenticity" in wanted:
             terms["authenticity"] = p_real(self.head("authenticity", tokens, mask, representation, level))
         return terms | {"total": weighted_sum(terms, weights)}
@@ -368,20 +368,19 @@ class MotionReward(nn.Module):
     def columns(self, motion, lengths, captions, clips):
         """What the heads say of raw features (b t d), as further columns of the tables: {term: (b)}; {}
         without heads."""
-        if not self.heads_read:
+        if not self.has_heads:
             return {}
-        heads = {"preference": 1.0, "authenticity": 1.0}
         device = self.words.weight.device
-        motion = from_features(motion.to(device), self.heads_read, self.skeleton)
-        terms = self.reward(motion, lengths.to(device), captions, self.heads_read, heads)
-        return {name: terms[name].double().cpu().numpy() for name in heads}
+        terms = self.reward(motion.to(device), lengths.to(device), captions, "features",
+                            dict.fromkeys(HEADS, 1.0))
+        return {name: terms[name].double().cpu().numpy() for name in HEADS}
 
     # -- files --
 
     def export(self):
         """Plain dict (tensors, strings, numbers) for caches; MotionReward.load reads it."""
         return {"config": dict(self.config), "words": list(self.vocabulary.words),
-                "heads_read": self.heads_read, "skeleton": self.skeleton.feature_dim,
+                "has_heads": self.has_heads, "skeleton": self.skeleton.feature_dim,
                 "state": {key: value.detach().cpu().clone() for key, value in self.state_dict().items()}}
 
     @classmethod
@@ -389,7 +388,7 @@ class MotionReward(nn.Module):
         """Model from what export() returned; strict."""
         with torch.random.fork_rng(devices=[]):  # constructors draw from the global stream
             model = cls(datasets.Vocabulary(exported["words"]), features.SKELETONS[exported["skeleton"]],
-                        heads_read=exported["heads_read"], **exported["config"])
+                        has_heads=exported["has_heads"], **exported["config"])
         model.load_state_dict(exported["state"])
         return model
 
@@ -400,17 +399,6 @@ class MotionReward(nn.Module):
 # the limbs (see evaluators.fit_retrieval); in joints the path is large as it is.
 ROOT_BIAS = {"features": 5.0, "joints": 1.0, "rotations": 5.0}
 WHITENING = 0.5
-
-
-def statistics(clips, representation, skeleton):
-    """Mean and std (w) of clips in a representation, one std a block as in Std.npy of HumanML3D."""
-    rows = torch.from_numpy(np.concatenate([clip.features for clip in clips])).double()
-    mean, std = rows.mean(0), rows.std(0)
-    for name, columns in representations.blocks(representation, skeleton).items():
-        std[columns] = std[columns].mean()
-        if name.startswith("root") or name == "contacts":
-            std[columns] /= ROOT_BIAS[representation]
-    return datasets.Statistics(mean, std.clamp(min=1e-6), "scorer")
 
 
 class Library:
@@ -424,7 +412,9 @@ class Library:
         self.tokens = {}
         for name, codec in model.codecs.items():
             converted = convert_clips(clips, name, model.skeleton)
-            codec.fit(converted, statistics(converted, name, model.skeleton), whitening=WHITENING)
+            statistics = datasets.Statistics.from_clips(
+                converted, "scorer", ROOT_BIAS[name], blocks=representations.blocks(name, model.skeleton))
+            codec.fit(converted, statistics, whitening=WHITENING)
             motions = [torch.from_numpy(clip.features) for clip in converted]  # t w
             self.tokens[name] = [self._tokens(motion, name) for motion in motions]
             if name == keep:
@@ -566,10 +556,12 @@ KNOWN = [name for name in perception.DAMAGES if name not in ("codes", perception
 FIFTH = 5  # every fifth generated motion is held out
 
 
-def train_head(model, name, representation, *, draw, loss, iterations, lr, seed):
-    """Train one head and its adapter, all else frozen -> mean loss of the last tenth.
+def train_head(model, name, *, draw, loss, iterations, lr, seed):
+    """Train one head and its adapter, all else frozen -> mean loss of the last tenth. One representation an
+    iteration in turn.
 
-    draw(g) -> tokens (b n k), mask (b n), the two sides one after the other; loss(answers) of the head.
+    draw(representation, g) -> tokens (b n k), mask (b n), the two sides one after the other; loss(answers) of
+    the head.
     """
     parameters = [*model.heads[name].parameters(), *model.adapters[name].parameters()]
     model.requires_grad_(False)
@@ -579,7 +571,8 @@ def train_head(model, name, representation, *, draw, loss, iterations, lr, seed)
     rates, losses = evaluators.rise_and_cosine(optimiser, iterations), []
     bar = tqdm(range(iterations), desc=f"motion reward, {name}", mininterval=1.0)
     for iteration in bar:
-        tokens, mask = draw(generator(seed, iteration, f"motion_reward {name}"))
+        representation = REPRESENTATIONS[iteration % len(REPRESENTATIONS)]
+        tokens, mask = draw(representation, generator(seed, iteration, f"motion_reward {name}"))
         value = loss(model.head(name, tokens, mask, representation))
         step(optimiser, parameters, value, f"{name}, iteration {iteration}")
         rates.step()
@@ -596,8 +589,9 @@ def padded(rows):
     return tokens, length_mask(counts, tokens.shape[1])
 
 
-def damage_pairs(model, motions, count, names, grades, representation, seed, purpose):
-    """Pairs of perception.make_pairs, of raw features (t d), as tokens -> two lists of (n k): better, worse.
+def damage_pairs(model, motions, count, names, grades, seed, purpose):
+    """Pairs of perception.make_pairs, of raw features (t d), as tokens -> {representation: two lists of
+    (n k): better, worse}.
 
     Both sides pass through joints, so that the way through them tells nothing.
     """
@@ -605,39 +599,40 @@ def damage_pairs(model, motions, count, names, grades, representation, seed, pur
 
     def read(joints):
         joints = joints * skeleton.units_per_metre                                                 # t j 3
-        if representation == "joints":
-            motion = rearrange(joints, "t j c -> t (j c)")
-        else:
-            motion = torch.from_numpy(features_of_joints(joints.numpy(), skeleton))
-            motion = from_features(motion, representation, skeleton)
-        lengths = torch.tensor([len(motion)], device=device)
-        return model.tokenise(motion[None].to(device), lengths, representation)[0][0]
+        known = torch.from_numpy(features_of_joints(joints.numpy(), skeleton))
+        motions = {name: from_features(known, name, skeleton) for name in REPRESENTATIONS}
+        motions["joints"] = rearrange(joints, "t j c -> t (j c)")
+        lengths = torch.tensor([len(joints)], device=device)
+        return {name: model.tokenise(motion[None].to(device), lengths, name)[0][0]
+                for name, motion in motions.items()}
     pairs = perception.make_pairs(motions, count, names, grades, skeleton, None, seed, purpose)
-    return tuple([read(joints) for joints in side] for side in pairs)
+    sides = [[read(joints) for joints in side] for side in pairs]
+    return {name: tuple([row[name] for row in side] for side in sides) for name in REPRESENTATIONS}
 
 
-def train_preference(model, motions, representation, *, pairs, iterations, batch, lr, seed):
+def train_preference(model, motions, *, pairs, iterations, batch, lr, seed):
     """Learn which of two copies of a motion is less damaged; motions: raw features (t d), a list."""
-    better, worse = damage_pairs(model, motions, pairs, KNOWN, perception.GRADES, representation, seed,
-                                 "preference pairs")
+    made = damage_pairs(model, motions, pairs, KNOWN, perception.GRADES, seed, "preference pairs")
 
-    def draw(g):
+    def draw(representation, g):
         rows = torch.randint(pairs, (batch,), generator=g).tolist()
-        return padded([side[row] for side in (better, worse) for row in rows])
-    return train_head(model, "preference", representation, draw=draw, iterations=iterations, lr=lr, seed=seed,
+        return padded([side[row] for side in made[representation] for row in rows])
+    return train_head(model, "preference", draw=draw, iterations=iterations, lr=lr, seed=seed,
                       loss=lambda answers: ranking_loss(*answers[:, 0].chunk(2)))
 
 
 @torch.no_grad()
-def preference_accuracy(model, motions, representation, seed):
-    """{damage: share of the motions (raw features (t d)) that score higher than a damaged copy}; equal scores
-    count as half."""
-    shares = {}
-    for name in [*KNOWN, perception.HELD_OUT]:
-        sides = damage_pairs(model, motions, len(motions), [name], perception.GRADES[:3], representation,
-                             seed, f"{name} pairs")
-        better, worse = (model.head("preference", *padded(side), representation)[:, 0] for side in sides)
-        shares[name] = ((better > worse).double() + (better == worse).double() / 2).mean().item()
+def preference_accuracy(model, motions, seed):
+    """{representation: {damage: share of the motions (raw features (t d)) that score higher than a damaged
+    copy}}; equal scores count as half."""
+    shares = {name: {} for name in REPRESENTATIONS}
+    for damage in [*KNOWN, perception.HELD_OUT]:
+        made = damage_pairs(model, motions, len(motions), [damage], perception.GRADES[:3], seed,
+                            f"{damage} pairs")
+        for name, sides in made.items():
+            better, worse = (model.head("preference", *padded(side), name)[:, 0] for side in sides)
+            shares[name][damage] = ((better > worse).double()
+                                    + (better == worse).double() / 2).mean().item()
     return shares
 
 
@@ -651,47 +646,50 @@ def crops(model, real, generated, representation, g):
         for side, motion in zip(parts, pair):
             start = int(torch.randint(len(motion) - PATCH * n + 1, (), generator=g))
             side.append(motion[start:start + PATCH * n])
-    rows, device = parts[0] + parts[1], model.words.weight.device
-    motion = from_features(pad_sequence(rows, batch_first=True).to(device), representation, model.skeleton)
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    return model.tokenise(motion, lengths, representation)
+    return read_features(model, parts[0] + parts[1], representation)
 
 
-def train_authenticity(model, real, generated, representation, *, iterations, batch, lr, seed):
+def read_features(model, motions, representation):
+    """Raw features (t d), a list of b -> tokens (b n k), mask (b n) of them as a representation."""
+    device = model.words.weight.device
+    motion = from_features(pad_sequence(motions, batch_first=True).to(device), representation, model.skeleton)
+    return model.tokenise(motion, torch.tensor([len(row) for row in motions], device=device), representation)
+
+
+def train_authenticity(model, real, generated, *, iterations, batch, lr, seed):
     """Learn which motions are recordings; real, generated: raw features (t d), lists."""
-    def draw(g):
+    def draw(representation, g):
         picked = ([motions[k] for k in torch.randint(len(motions), (batch,), generator=g).tolist()]
                   for motions in (real, generated))
         return crops(model, *picked, representation, g)
 
     def loss(logits):
         return authenticity_loss(logits, torch.arange(2 * batch, device=logits.device) >= batch)
-    return train_head(model, "authenticity", representation, draw=draw, iterations=iterations, lr=lr,
-                      seed=seed, loss=loss)
+    return train_head(model, "authenticity", draw=draw, iterations=iterations, lr=lr, seed=seed, loss=loss)
 
 
 @torch.no_grad()
-def authenticity_accuracy(model, real, generated, representation, seed):
-    """Share of motions told right, half of them real: raw features (t d), as many as the shorter list has."""
-    tokens, mask = crops(model, real, generated, representation, generator(seed, 0, "authenticity check"))
-    real, generated = p_real(model.head("authenticity", tokens, mask, representation)).chunk(2)
-    return torch.cat([real > 0.5, generated < 0.5]).double().mean().item()
+def authenticity_accuracy(model, real, generated, seed):
+    """{representation: share of motions told right}, half of them real: raw features (t d), as many as the
+    shorter list has."""
+    shares = {}
+    for name in REPRESENTATIONS:
+        tokens, mask = crops(model, real, generated, name, generator(seed, 0, "authenticity check"))
+        true, false = p_real(model.head("authenticity", tokens, mask, name)).chunk(2)
+        shares[name] = torch.cat([true > 0.5, false < 0.5]).double().mean().item()
+    return shares
 
 
 @torch.no_grad()
-def standardise(model, motions, representation, chunk=64):
-    """Set what `standardised` subtracts and divides by: mean and spread of the scores of these motions."""
-    scores, device = [], model.words.weight.device
-    for start in range(0, len(motions), chunk):
-        part = motions[start:start + chunk]
-        lengths = torch.tensor([len(motion) for motion in part], device=device)
-        motion = from_features(pad_sequence(part, batch_first=True).to(device), representation,
-                               model.skeleton)
-        scores.append(model.head("preference", *model.tokenise(motion, lengths, representation),
-                                 representation)[:, 0])
-    scores = torch.cat(scores)
-    model.preference_mean.copy_(scores.mean())
-    model.preference_std.copy_(scores.std().clamp(min=1e-6))
+def standardise(model, motions, chunk=64):
+    """Set what `standardised` subtracts and divides by: mean and spread of the scores of these motions (raw
+    features (t d), a list) in each representation."""
+    for row, name in enumerate(REPRESENTATIONS):
+        scores = torch.cat([
+            model.head("preference", *read_features(model, motions[start:start + chunk], name), name)[:, 0]
+            for start in range(0, len(motions), chunk)])
+        model.preference_mean[row] = scores.mean()
+        model.preference_std[row] = scores.std().clamp(min=1e-6)
 
 
 # ---- 5. All of it ------------------------------------------------------------------------------------------
@@ -709,7 +707,7 @@ def draw_motions(sampler, domains, count, seed):
 
 
 def fit_motion_reward(domains, generated, *, representation="features", iterations=700, spl="paper",
-                      spl_iterations=60, head_iterations=300, seed, cache_dir, use_cache, device, saw,
+                      spl_iterations=60, head_iterations=600, seed, cache_dir, use_cache, device, saw,
                       target=None, noise=None, batch=64, pairs=1800, sizes=SIZES):
     """A trained MotionReward, or its copy in the cache -> frozen model, notes.
 
@@ -717,11 +715,10 @@ def fit_motion_reward(domains, generated, *, representation="features", iteratio
     from. target: whose val split retrieval and preference are measured on, by default the last one's.
     generated: raw features (t d), a list, made by the base generator for train prompts of all domains (of
     one of them, and the domain would tell what is real), or a function that makes them, called where the
-    cache has no heads; every fifth is held out. representation: what the heads read; head_iterations 0:
-    there are none. spl: "paper", "code" or "off". saw: plain data that names what else shaped the inputs: the
-    noise, and what a function would generate.
-    noise(motion (b t w) raw in `representation`, lengths (b), level (b), g) -> noised motion: half of the
-    batches of that representation are noised, and the time token is told the level.
+    cache has no heads; every fifth is held out. head_iterations 0: there are no heads. spl: "paper", "code"
+    or "off". saw: plain data that names what else shaped the inputs: the noise, and what a function would
+    generate. noise(motion (b t w) raw in `representation`, lengths (b), level (b), g) -> noised motion: half
+    of the batches of that representation are noised, and the time token is told the level.
     """
     if spl != "off" and spl not in SPL:
         raise InputError(f"spl {spl!r}: paper, code or off")
@@ -750,8 +747,8 @@ def fit_motion_reward(domains, generated, *, representation="features", iteratio
 
     code = [inspect.getsource(part) for part in
             (sys.modules[__name__], patches, representations, evaluators, features, perception)]
-    key = [[domain.fingerprint for domain in (*domains, target)], iterations, spl, spl_iterations, seed, saw,
-           batch, sizes, representation if noise else "any", code]
+    key = [[domain.fingerprint for domain in (*domains, target)], iterations, spl, spl_iterations, seed,
+           batch, sizes, [saw, representation] if noise else [], code]
     stored = runs.cached(cache_dir, key, semantics, "motion_reward", use_cache)
     model, notes = MotionReward.load(stored["model"]).to(device), stored["notes"]
     shown = [f"{name} {notes['before'][name]['R1']:.2f} -> {notes['after'][name]['R1']:.2f}"
@@ -772,24 +769,24 @@ def fit_motion_reward(domains, generated, *, representation="features", iteratio
         options = dict(iterations=head_iterations, lr=LR["heads"], seed=seed, batch=32)
         both = [motion for pair in zip(real, made) for motion in pair]  # what is scored later is generated
         both += real[len(made):] + made[len(real):]
-        loss = {"preference": train_preference(model, both, representation, pairs=pairs, **options),
-                "authenticity": train_authenticity(model, real, made, representation, **options)}
-        standardise(model, motions, representation)
-        model.heads_read = representation
+        loss = {"preference": train_preference(model, both, pairs=pairs, **options),
+                "authenticity": train_authenticity(model, real, made, **options)}
+        standardise(model, motions)
+        model.has_heads = True
         return {"model": model.export(), "notes": {
-            "heads_read": representation, "loss": loss,
-            "preference": preference_accuracy(model, target_val[:64], representation, seed),
-            "authenticity": authenticity_accuracy(model, real_val, made_val, representation, seed),
-            "preference_scale": [model.preference_mean.item(), model.preference_std.item()]}}
+            "loss": loss, "preference": preference_accuracy(model, target_val[:64], seed),
+            "authenticity": authenticity_accuracy(model, real_val, made_val, seed),
+            "preference_scale": [model.preference_mean.tolist(), model.preference_std.tolist()]}}
 
     if head_iterations:
         lazy = callable(generated)
-        key += [representation, [] if lazy else list(generated), head_iterations, pairs]
+        key += [saw, [] if lazy else list(generated), head_iterations, pairs]
         stored = runs.cached(cache_dir, key, heads, "motion_reward_heads", use_cache)
         model, notes = MotionReward.load(stored["model"]).to(device), notes | stored["notes"]
-        held_out = perception.HELD_OUT
-        shown = [f"{name} {share:.2f}" for name, share in notes["preference"].items() if name != held_out]
-        print(f"  preference ({representation}): accuracy {', '.join(shown)} | never trained on: "
-              f"{held_out} {notes['preference'][held_out]:.2f}")
-        print(f"  authenticity ({representation}): accuracy {notes['authenticity']:.2f} on held-out motions")
+        print("  accuracy on held-out motions" + "".join(
+            f"{'; ' if k else ': '}{name}: preference {np.mean([shares[d] for d in KNOWN]):.2f} (new damage "
+            f"{shares[perception.HELD_OUT]:.2f}), authenticity {notes['authenticity'][name]:.2f}"
+            for k, (name, shares) in enumerate(notes["preference"].items())))
+        print("  preference by damage: " + ", ".join(
+            f"{d} {np.mean([shares[d] for shares in notes['preference'].values()]):.2f}" for d in KNOWN))
     return freeze(model), notes

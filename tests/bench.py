@@ -181,7 +181,7 @@ def one_update(flags, steps, batch, tokens):
     runs.initialise(model, runs.generator(0, 0, "initialise"))
     policy = stepwise.make_policy(args, model, tokens, torch.device("cpu"))
     with torch.random.fork_rng(devices=[]):
-        reward = motion_reward.MotionReward(model.vocabulary, features.T2M, heads_read="features",
+        reward = motion_reward.MotionReward(model.vocabulary, features.T2M, has_heads=True,
                                             **motion_reward.SIZES).requires_grad_(False).eval()
     lengths = torch.full((batch,), tokens * args.patch)
     noise, mask = stepwise.start_noise(policy, lengths, 0, 0, "bench", range(batch))

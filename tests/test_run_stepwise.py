@@ -66,8 +66,9 @@ def test_the_reward_is_described(finished):
     for moment in ("before", "after"):
         assert set(reward[moment]) == {"features", "joints", "rotations"}
         assert all(0 <= row["R1"] <= 1 for row in reward[moment].values())
-    assert 0 <= reward["authenticity"] <= 1 and "warp" in reward["preference"]
-    for word in ("before -> after SPL", "never trained on: warp", "authenticity (features)"):
+    assert all(0 <= share <= 1 for share in reward["authenticity"].values())
+    assert all("warp" in shares for shares in reward["preference"].values())
+    for word in ("before -> after SPL", "accuracy on held-out motions: features: preference 0."):
         assert word in finished.out
 
 
