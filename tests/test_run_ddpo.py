@@ -327,10 +327,8 @@ def train_scorers(finished, cache, monkeypatch, *flags):
         source, target = datasets.load_pair(
             args.source, args.dataset, clips=(args.source_clips, args.target_clips), data_root=args.data_root,
             cache_dir=args.cache_dir, seed=args.base_seed)
-        seen = [source] if args.reward_data == "source" else [source, target]
-        reward_model, *_ = evaluators.rewards_and_judge(
-            seen, [source, target], saw=args.reward_data, iterations=3, seed=0, cache_dir=cache,
-            use_cache=True, device=torch.device("cpu"))
+        args.reward_iterations, args.base_seed = 3, 0
+        reward_model, *_ = ddpo.build_reward(args, source, target, torch.device("cpu"))
     return saw, source, target, reward_model, keys
 
 
@@ -396,6 +394,18 @@ def test_controls_run(finished, tmp_path, no_evaluation, reward):
     code, *_ = call(*finished.flags, "--iterations", 1, "--reward", reward, "--out-dir", tmp_path / "run")
     mine, run = (log_rows(folder)["reward"][0] for folder in (tmp_path / "run", finished.folder))
     assert code == 0 and mine != run
+    assert not same_weights(tmp_path / "run" / "adapter.pt", finished.product)
+
+
+def test_the_reward_of_stepwise_motion(finished, tmp_path, no_evaluation):
+    """MotionReward without its heads; the judge is the same."""
+    flags = [*finished.flags, "--iterations", 1, "--reward", "motion-reward", "--out-dir", tmp_path / "run"]
+    code, out, _ = call(*flags)
+    assert code == 0 and "R@1 on target val before -> after SPL" in out and "preference" not in out
+    parts = json.loads((tmp_path / "run" / "results.json").read_text())["parts"]
+    assert set(parts["reward"]["after"]) == {"features", "joints", "rotations"}
+    assert parts["judge"] == finished.results["parts"]["judge"]
+    assert log_rows(tmp_path / "run")["reward"][0] != log_rows(finished.folder)["reward"][0]
     assert not same_weights(tmp_path / "run" / "adapter.pt", finished.product)
 
 
