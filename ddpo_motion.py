@@ -553,8 +553,19 @@ def update(args, policy, batch, advantages, optimizer, iteration, stop):
     return runs.reduce_log(log, lowest={"ratio_min"}, highest={"ratio_max", "first_ratio_error", "grad_norm"})
 
 
-LOG_FIELDS = ("iteration", "reward", "group_std", "frac_zero_std", "loss", "approx_kl", "clipfrac", "kl_base",
-              "grad_norm", "first_ratio_error", "ratio_min", "ratio_max",
+def costs(args):
+    """What an iteration costs: motions sampled, updates, and calls of the denoiser, a forward pass of one
+    motion at one step; a backward pass counts as another."""
+    samples = args.prompts_per_iteration * args.samples_per_prompt
+    learnt = args.inner_epochs * (args.kept_samples or samples) * (args.steps - args.skip_last)
+    passes = 3 + bool(args.kl_coef)  # old log-probabilities, there and back, and the base's means
+    guided = 1 if args.guidance_scale == 1.0 else 2
+    return {"samples": samples, "updates": args.inner_epochs * args.minibatches,
+            "calls": guided * (samples * args.steps + learnt * passes)}
+
+
+LOG_FIELDS = ("iteration", "samples", "updates", "calls", "reward", "group_std", "frac_zero_std", "loss",
+              "approx_kl", "clipfrac", "kl_base", "grad_norm", "first_ratio_error", "ratio_min", "ratio_max",
               "val_reward", "val_judge", "val_oracle", "val_foot_skate", "val_jerk")
 
 
@@ -596,6 +607,7 @@ def train(start, policy, scorers, source, target, folder):
                 "iteration": iteration, "reward": rewards.mean().item(),
                 "group_std": groups.std(1).mean().item(),
                 "frac_zero_std": (groups.std(1) < 1e-8).float().mean().item()}
+            row |= {name: (iteration + 1) * cost for name, cost in costs(args).items()}
             if (iteration + 1) % args.eval_every == 0:
                 with watch.stage("validation"):
                     val = reports.evaluate(target.splits["val"], scorers, policy_sampler(args, policy),
@@ -671,8 +683,7 @@ def main(argv):
     with watch.stage("pictures"):
         before_after = {"before": base, "after": tuned}
         reports.draw(folder, target.splits["test"], scorers, before_after, curves=not adapter)
-    motions = 0 if adapter else args.iterations * args.prompts_per_iteration * args.samples_per_prompt
-    counts = {"motions": motions, "denoiser_calls": motions * args.steps}
+    counts = {name: 0 if adapter else args.iterations * cost for name, cost in costs(args).items()}
     runs.finish(folder, watch, {**about, **tables, "counts": counts})
 
 

@@ -430,27 +430,58 @@ def flags_of(result):
     return flags.partition(".py ")[2]
 
 
-def at_equal(paths, axis):
-    """Markdown that compares runs at equal cost: of each the last look at val before `axis`, a column of its
-    log such as samples, updates or calls, exceeds what the shortest run came to. Runs that differ in their
-    seed alone share a row: mean (standard deviation). InputError for a log without that column or look."""
-    rows, logs = {}, []
+AXES = ("samples", "updates", "calls")  # what a method may be said to cost, in its log
+
+
+def looks(paths, *needed):
+    """The looks at val of finished runs -> [(flags, {column of the log: values})]; InputError for a log
+    without one of the columns `needed`."""
+    found = []
     for path, result in zip(paths, read_results(paths)):
         log = render.read_csv(Path(path) / "logs.csv")
-        if axis not in log or "val_judge" not in log:
-            raise runs.InputError(f"--at {axis}: {path} has no such column in its log")
-        logs.append(({name: values[np.isfinite(log["val_judge"])] for name, values in log.items()}, result))
-    limit = min(log[axis].max() for log, _ in logs)
-    columns = [axis] + [name for name in logs[0][0] if name.startswith("val_")]
-    for (log, result), path in zip(logs, paths):
+        for name in (*needed, "val_judge"):
+            if name not in log:
+                raise runs.InputError(f"{path}: its log has no column {name}")
+        seen = np.isfinite(log["val_judge"])
+        found.append((flags_of(result), {name: values[seen] for name, values in log.items()}))
+    return found
+
+
+def at_equal(paths, axis):
+    """Markdown that compares runs at equal cost: of each the last look at val before `axis`, one of AXES,
+    exceeds what the shortest run came to. Runs that differ in their seed alone share a row: mean (standard
+    deviation). InputError for a run without such a look."""
+    found, rows = looks(paths, axis), {}
+    limit = min(log[axis].max() for _, log in found)
+    columns = [axis] + [name for name in found[0][1] if name.startswith("val_")]
+    for (flags, log), path in zip(found, paths):
         if not (log[axis] <= limit).any():
             raise runs.InputError(f"--at {axis}: {path} had no look before {limit:g}; lower its --eval-every")
         last = np.flatnonzero(log[axis] <= limit)[-1]
-        rows.setdefault(flags_of(result), []).append([float(log[name][last]) for name in columns])
+        rows.setdefault(flags, []).append([float(log[name][last]) if name in log else math.nan
+                                           for name in columns])
     lines = [["flags", *columns], ["---"] * (len(columns) + 1)]
     for flags, group in rows.items():
-        cells = [cell([[value, 0.0] for value in values], 2) for values in zip(*group)]
+        cells = [cell([[value, 0.0] for value in values], 2) if np.isfinite(values).all() else "-"
+                 for values in zip(*group)]
         lines.append([f"`{flags}`", f"{np.mean([values[0] for values in group]):.0f}", *cells[1:]])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def until(paths, name, level):
+    """Markdown of what runs cost up to the first look at val where `name` is at least level: mean over runs
+    that differ in their seed alone (lowest to highest), and in how many of them it came so far."""
+    rows = {}
+    for flags, log in looks(paths, name):
+        there = np.flatnonzero(log[name] >= level)
+        cost = [float(log[axis][there[0]]) for axis in AXES] if len(there) else None
+        rows.setdefault(flags, []).append(cost)
+    lines = [["flags", *AXES, f"{name} >= {level:g} in"], ["---"] * (len(AXES) + 2)]
+    for flags, group in rows.items():
+        reached = [costs for costs in group if costs]
+        cells = [f"{np.mean(values):.0f} ({min(values):.0f} to {max(values):.0f})"
+                 for values in zip(*reached)]
+        lines.append([f"`{flags}`", *(cells or ["-"] * len(AXES)), f"{len(reached)} of {len(group)}"])
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
@@ -486,12 +517,19 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="One table from several finished runs (seeds).")
     parser.add_argument("runs", nargs="+", help="run folders with a results.json")
     parser.add_argument("--each", metavar="TABLE", help="instead one row a run, for runs of different flags")
-    parser.add_argument("--at", metavar="COLUMN", help="instead looks at val at equal samples, updates "
-                                                       "or calls")
+    parser.add_argument("--at", choices=AXES, help="instead looks at val at equal cost")
+    parser.add_argument("--until", metavar="COLUMN=LEVEL",
+                        help="instead the cost up to a look at val, such as val_reward=0.85")
     parser.add_argument("--curves", help="PNG of their learning curves: mean, lowest and highest")
     args = parser.parse_args(argv)
-    print(one_row_each(args.runs, args.each) if args.each else at_equal(args.runs, args.at) if args.at
-          else summary(args.runs))
+    if args.until:
+        name, _, level = args.until.partition("=")
+        if not re.fullmatch(r"-?\d*\.?\d+", level):
+            raise runs.InputError(f"--until {args.until}: COLUMN=LEVEL, such as val_reward=0.85")
+        print(until(args.runs, name, float(level)))
+    else:
+        print(one_row_each(args.runs, args.each) if args.each else at_equal(args.runs, args.at) if args.at
+              else summary(args.runs))
     if args.curves:
         draw_curves(args.curves, [Path(run) / "logs.csv" for run in args.runs])
 

@@ -389,25 +389,51 @@ def test_seeds_share_a_row(tmp_path):
                    "+0.200 (0.141) |")
 
 
-def test_looks_at_equal_cost(tmp_path):
-    """Of each run the last look within what the shortest one came to; seeds share a row."""
+@pytest.fixture
+def three_runs(tmp_path):
+    """Two seeds of one method and a run of another, with a look at val in every second row."""
     for name, flags, calls in (("a", "--method refl --seed 0", 10), ("b", "--method refl --seed 1", 10),
                                ("c", "--method draft", 25)):
         (tmp_path / name).mkdir()
         runs.save_json(tmp_path / name / "results.json", {"command": f"python stepwise_motion.py {flags}",
                                                           "data": {"target": "kit"}})
-        rows = ["iteration,calls,val_judge,total"] + [
-            f"{k},{calls * (k + 1)},{'' if k % 2 == 0 else k + (name == 'b')},1" for k in range(6)]
+        rows = ["iteration,samples,updates,calls,val_judge,total"] + [
+            f"{k},{k},{2 * k},{calls * (k + 1)},{'' if k % 2 == 0 else k + (name == 'b')},1"
+            for k in range(6)]
         (tmp_path / name / "logs.csv").write_text("\n".join(rows) + "\n")
-    head, _, refl, draft = reports.at_equal([tmp_path / name for name in "abc"], "calls").splitlines()
+    return [tmp_path / name for name in "abc"]
+
+
+def test_looks_at_equal_cost(three_runs):
+    """Of each run the last look within what the shortest one came to; seeds share a row."""
+    a, _, c = three_runs
+    head, _, refl, draft = reports.at_equal(three_runs, "calls").splitlines()
     assert head == "| flags | calls | val_judge |"
     assert refl == "| `--method refl` | 60 | 5.500 (0.707) |"
     assert draft == "| `--method draft` | 50 | 1.000 |", "its next look, at 100, is beyond 60"
-    with pytest.raises(runs.InputError, match="--at samples: .*a has no such column"):
-        reports.at_equal([tmp_path / "a"], "samples")
-    (tmp_path / "c" / "logs.csv").write_text("iteration,calls,val_judge\n0,900,1\n")
-    with pytest.raises(runs.InputError, match="--at calls: .*c had no look before 60"):
-        reports.at_equal([tmp_path / "a", tmp_path / "c"], "calls")
+    with pytest.raises(runs.InputError, match="a: its log has no column kl"):
+        reports.at_equal([a], "kl")
+    (a / "logs.csv").write_text("iteration,calls,val_judge,val_fid\n0,200,1,2\n")
+    (c / "logs.csv").write_text("iteration,calls,val_judge\n0,50,1\n1,200,4\n")
+    assert reports.at_equal([a, c], "calls").splitlines()[-1] == "| `--method draft` | 200 | 4.000 | - |"
+    (c / "logs.csv").write_text("iteration,calls,val_judge\n0,201,1\n")
+    with pytest.raises(runs.InputError, match="--at calls: .*c had no look before 200"):
+        reports.at_equal([a, c], "calls")
+
+
+def test_cost_of_a_level(three_runs, capsys):
+    head, _, refl, draft = reports.until(three_runs, "val_judge", 3.5).splitlines()
+    assert head == "| flags | samples | updates | calls | val_judge >= 3.5 in |"
+    assert refl == "| `--method refl` | 4 (3 to 5) | 8 (6 to 10) | 50 (40 to 60) | 2 of 2 |"
+    assert draft == "| `--method draft` | 5 (5 to 5) | 10 (10 to 10) | 150 (150 to 150) | 1 of 1 |"
+    reports.main([*map(str, three_runs), "--until", "val_judge=5.5"])
+    assert [line.split(" | ")[1:] for line in capsys.readouterr().out.splitlines()[2:]] == [
+        ["5 (5 to 5)", "10 (10 to 10)", "60 (60 to 60)", "1 of 2 |"], ["-", "-", "-", "0 of 1 |"]]
+    for wrong in ("val_judge", "val_judge=high"):
+        with pytest.raises(runs.InputError, match="--until .*: COLUMN=LEVEL"):
+            reports.main([str(three_runs[0]), "--until", wrong])
+    with pytest.raises(runs.InputError, match="a: its log has no column val_oracle"):
+        reports.main([str(three_runs[0]), "--until", "val_oracle=1"])
 
 
 def test_a_diagonal_of_equals_wins_nothing(tmp_path):

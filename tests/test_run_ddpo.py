@@ -53,7 +53,7 @@ def test_results_say_where_they_come_from(finished):
     assert results["data"] == {"source": "embedded humanml3d", "target": "embedded kit"}
     assert "EMBEDDED" in finished.out and "embedded kit" in finished.out
     assert {"base", "rollout", "reward", "update", "evaluation"} <= set(results["seconds"])
-    assert results["counts"]["motions"] == 4 * 4 * 4 and results["counts"]["denoiser_calls"] > 0
+    assert results["counts"]["samples"] == 4 * 4 * 4
     assert set(results["fingerprints"]) == {"source", "target"}
 
 
@@ -407,6 +407,27 @@ def test_the_reward_of_stepwise_motion(finished, tmp_path, no_evaluation):
     assert parts["judge"] == finished.results["parts"]["judge"]
     assert log_rows(tmp_path / "run")["reward"][0] != log_rows(finished.folder)["reward"][0]
     assert not same_weights(tmp_path / "run" / "adapter.pt", finished.product)
+
+
+@pytest.mark.parametrize("flags", ([], ["--kl-coef", 0, "--inner-epochs", 2, "--kept-samples", 0],
+                                   ["--guidance-scale", 2, "--skip-last", 2, "--minibatches", 4]))
+def test_costs_are_what_is_called(finished, tmp_path, monkeypatch, no_evaluation, flags):
+    calls, updates, forward, clip = [], [], ddpo.MotionDiffusion.forward, runs.clip_gradients
+
+    def counted(self, x_t, *rest):
+        calls.append(len(x_t) * (2 if torch.is_grad_enabled() else 1))
+        return forward(self, x_t, *rest)
+
+    def updated(*given):
+        updates.append(1)
+        return clip(*given)
+    monkeypatch.setattr(ddpo.MotionDiffusion, "forward", counted)
+    monkeypatch.setattr(runs, "clip_gradients", updated)
+    flags = [*finished.flags, "--iterations", 2, "--eval-every", 9, *flags]
+    assert call(*flags, "--out-dir", tmp_path / "run")[0] == 0
+    log = log_rows(tmp_path / "run")
+    assert log["calls"][-1] == sum(calls) and log["updates"][-1] == len(updates)
+    assert log["samples"].tolist() == [16, 32] and log["calls"][0] * 2 == log["calls"][1]
 
 
 # ---- 7. Several processes ----------------------------------------------------------------------------------
