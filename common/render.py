@@ -327,16 +327,17 @@ def _plain(axes):
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def curves(path, runs, groups, x="iteration", bands=None):
+def curves(path, runs, groups, x="iteration", bands=None, peak=None):
     """Small axes in one PNG, one per group of columns.
 
     runs: a log or a list of logs (seeds): CSV paths or dicts of arrays. groups: tuples of columns. bands:
     column -> column with the half width of its interval, shaded when there is one run. Several runs are
-    matched by x: mean, shaded from lowest to highest. Raises InputError if a column is missing.
+    matched by x: mean, shaded from lowest to highest. peak: a column; where it is highest, a line crosses all
+    axes. Raises InputError if a column is missing.
     """
     runs, bands = runs if isinstance(runs, (list, tuple)) else [runs], bands or {}
     logs = [run if isinstance(run, dict) else read_csv(run) for run in runs]
-    for name in (x, *bands.values(), *(name for names in groups for name in names)):
+    for name in (x, *bands.values(), *filter(None, [peak]), *(name for names in groups for name in names)):
         if any(name not in log for log in logs):
             raise InputError(f"no column {name!r} to draw; the log has {', '.join(logs[0])}")
     steps = np.unique(np.concatenate([log[x] for log in logs]))
@@ -347,6 +348,11 @@ def curves(path, runs, groups, x="iteration", bands=None):
             row[np.searchsorted(steps, log[x])] = log[name]
         return filled
 
+    notes = [f"mean of {len(logs)} runs, shaded: lowest to highest"] * (len(logs) > 1)
+    if peak:
+        means = np.array([np.nanmean(column) if np.isfinite(column).any() else np.nan
+                          for column in table(peak).T])
+        notes.append(f"dotted: {peak.replace('_', ' ')} is highest")
     lines = -(-len(groups) // 4)
     columns = -(-len(groups) // lines)
     figure = _figure(270 * columns, 200 * lines)
@@ -361,14 +367,15 @@ def curves(path, runs, groups, x="iteration", bands=None):
                                markersize=5 if there.sum() < 30 else 0)[0].get_color()
             axes.fill_between(steps[there], np.nanmin(values, 0) - half, np.nanmax(values, 0) + half,
                               color=colour, alpha=0.2, linewidth=0)
+        if peak:
+            axes.axvline(steps[np.nanargmax(means)], color=GREY, linewidth=1, linestyle=":")
         axes.set_title(", ".join(names).replace("_", " "), fontsize=9, loc="left", weight="bold")
         axes.set_xlabel(x, fontsize=7, color=GREY)
         _plain(axes)
         if len(names) > 1:
             axes.legend(fontsize=7, frameon=False)
-    if len(logs) > 1:
-        shading = f"mean of {len(logs)} runs, shaded: lowest to highest"
-        _text(figure, 270 * columns - 8, 200 * lines - 4, shading, 6, ha="right", va="bottom", color=GREY)
+    _text(figure, 270 * columns - 8, 200 * lines - 4, "; ".join(notes), 6, ha="right", va="bottom",
+          color=GREY)
     figure.tight_layout(pad=0.9)
     with _replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=DPI)

@@ -319,7 +319,8 @@ def draw_curves(path, logs):
     """Learning curves of one or several runs of a script (paths of logs.csv) in one PNG."""
     known = [name for name, values in render.read_csv(logs[0]).items() if np.isfinite(values).any()]
     groups = [tuple(name for name in names if name in known) for names in CURVES]
-    render.curves(path, logs, [names for names in groups if names])
+    peak = "val_judge" if "val_judge" in known else None
+    render.curves(path, logs, [names for names in groups if names], peak=peak)
 
 
 def export(folder, prompts, frames, limit, skeleton, samplers):

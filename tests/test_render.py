@@ -192,6 +192,20 @@ def test_curves_of_seeds_are_matched_by_iteration(tmp_path, drawn):
     assert Image.open(tmp_path / "c.png").size == (540, 200)
 
 
+def test_the_peak_of_a_curve_is_marked_in_all(tmp_path, drawn):
+    """Of the mean over runs, where there is a value."""
+    logs = [{"iteration": np.arange(4), "reward": np.arange(4.0), "judge": np.array(judge)}
+            for judge in ([np.nan, 3, 1, np.nan], [np.nan, 0, 2.5, np.nan])]
+    render.curves(tmp_path / "c.png", logs, [("reward",), ("judge",)], peak="judge")
+    for axes in drawn[0].axes:
+        assert axes.lines[-1].get_xdata() == [2, 2] and axes.lines[-1].get_linestyle() == ":"
+    assert drawn[0].texts[-1].get_text().endswith("lowest to highest; dotted: judge is highest")
+    render.curves(tmp_path / "c.png", logs[0], [("reward",)], peak="judge")
+    assert drawn[1].axes[0].lines[-1].get_xdata() == [1, 1]
+    with pytest.raises(InputError, match="'kl'"):
+        render.curves(tmp_path / "c.png", logs, [("reward",)], peak="kl")
+
+
 def test_curve_with_an_interval(tmp_path, drawn):
     nan = np.nan
     log = {"iteration": np.arange(3), "judge": np.array([0, nan, 1]), "half": np.array([0.5, nan, 0.25])}
