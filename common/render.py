@@ -117,6 +117,13 @@ def _floor(path):
     return np.array([[x0, 0, z0], [x1, 0, z0], [x1, 0, z1], [x0, 0, z1]]), np.concatenate(lines)
 
 
+def chain_colours(skeleton):
+    """A colour for each of the skeleton's chains: red right, blue left, black the spine."""
+    index = skeleton.index
+    right, left = {index["r_hip"], index["r_shoulder"]}, {index["l_hip"], index["l_shoulder"]}
+    return [RED if right & {*chain} else BLUE if left & {*chain} else BLACK for chain in skeleton.chains]
+
+
 class _Stage:
     """One clip in one axes. Artists are made once; show(frame) moves and returns them, from back to front."""
 
@@ -137,8 +144,7 @@ class _Stage:
         self.dots = [project(np.where(chosen[..., None], toes, np.nan) - centre[:, None])
                      for chosen in (on_floor & ~moving, on_floor & moving)]
 
-        right, left = {index["r_hip"], index["r_shoulder"]}, {index["l_hip"], index["l_shoulder"]}
-        colours = [RED if right & {*chain} else BLUE if left & {*chain} else BLACK for chain in self.chains]
+        colours = chain_colours(skeleton)
         self.spine = colours.index(BLACK)
 
         def line(**style):

@@ -1,0 +1,114 @@
+"""A blind comparison by people: one HTML page with pairs of motions, and what its votes say.
+
+The page (common/ab_page.html) needs no network and no library. Pairs come in random order and sides; each is
+asked about twice, for realism and for the text, as in the user study of "No MoCap Needed". Votes are exported
+as CSV:
+
+  python -m common.ab_page votes.csv [more.csv ...]     # win rates, one file a person
+"""
+import argparse
+import base64
+import csv
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import render, runs
+from common.runs import InputError
+
+QUESTIONS = ("realism", "text")
+SCORES = {"tuned": 1.0, "equal": 0.5, "base": 0.0}
+
+
+def write(path, captions, base, tuned, skeleton, seed):
+    """Write the page: base and tuned are lists of joints (t j 3) in metres, one of each for every caption."""
+    g = runs.generator(seed, 0, "ab page")
+    order = torch.randperm(len(captions), generator=g).tolist()
+    swapped = (torch.randperm(len(captions), generator=g) % 2 == 0).tolist()  # half of them
+
+    def packed(joints):
+        motion = np.asarray(joints) - np.asarray(joints)[:1, :1] * [1, 0, 1]  # both start at the same place
+        return base64.b64encode(np.round(1000 * motion).clip(-32768, 32767).astype("<i2").tobytes()).decode()
+    pairs = []
+    for k, swap in zip(order, swapped):
+        sides = {"left": packed(base[k]), "right": packed(tuned[k])}
+        if swap:
+            sides = {"left": sides["right"], "right": sides["left"]}
+        pairs.append({"id": k, "caption": captions[k], **sides, "tuned": "left" if swap else "right"})
+    study = {"id": runs.fingerprint(pairs)[:16], "fps": skeleton.fps, "joints": skeleton.joints,
+             "chains": skeleton.chains, "colours": render.chain_colours(skeleton), "pairs": pairs,
+             "neck": skeleton.index["neck"], "head": skeleton.index["head"]}
+    text = json.dumps(study).replace("</", "<\\/")  # a caption must not end the script
+    page = (Path(__file__).parent / "ab_page.html").read_text(encoding="utf-8").replace("/*STUDY*/null", text)
+    runs.atomic_write(path, lambda temporary: Path(temporary).write_text(page, encoding="utf-8"))
+
+
+def wilson(share, n):
+    """95 % interval of a share out of n by Wilson (1927); it stays inside 0 and 1 and is never of width 0."""
+    z = 1.96
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return middle - half, middle + half
+
+
+def read_votes(path):
+    """CSV of the page -> [(study, pair, question, preferred)]; InputError with the line that is wrong."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error
+    votes = []
+    for number, row in enumerate(rows, start=2):
+        vote = tuple(row.get(name) for name in ("study", "pair", "question", "preferred"))
+        if None in vote or vote[2] not in QUESTIONS or vote[3] not in SCORES:
+            raise InputError(f"{path}, line {number}: no vote of the page; export it again")
+        votes.append(vote)
+    if not votes:
+        raise InputError(f"{path}: holds no vote")
+    return votes
+
+
+def win_rates(paths):
+    """Votes of several people (a file each) -> {question: {"people", "votes", "pairs", "tuned", "equal",
+    "base", "rate", "low", "high"}}.
+
+    rate: how often tuned is preferred, a tie counting half; the interval takes the pairs as the sample, since
+    votes on one pair are not independent. InputError for files of different pages.
+    """
+    files = {path: read_votes(path) for path in paths}
+    studies = {vote[0] for votes in files.values() for vote in votes}
+    if len(studies) > 1:
+        raise InputError(f"{', '.join(map(str, paths))}: votes on different pages; give those of one")
+    found = {}
+    for question in QUESTIONS:
+        scores, counts, people = {}, dict.fromkeys(SCORES, 0), 0
+        for votes in files.values():
+            latest = {pair: preferred for _, pair, asked, preferred in votes if asked == question}
+            people += bool(latest)
+            for pair, preferred in latest.items():
+                scores.setdefault(pair, []).append(SCORES[preferred])
+                counts[preferred] += 1
+        if scores:
+            rate = float(np.mean([np.mean(values) for values in scores.values()]))
+            low, high = wilson(rate, len(scores))
+            found[question] = {"people": people, "votes": sum(counts.values()), "pairs": len(scores),
+                               **counts, "rate": rate, "low": low, "high": high}
+    return found
+
+
+def main(argv=None):
+    """Print the win rates of the files named on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("votes", nargs="+", help="CSV files that the page exported, one a person")
+    for question, row in win_rates(parser.parse_args(argv).votes).items():
+        print(f"{question:8s} tuned preferred in {row['rate']:.1%} (95 % interval {row['low']:.1%} to "
+              f"{row['high']:.1%}): {row['tuned']} for tuned, {row['equal']} equal, {row['base']} for the "
+              f"base; {row['votes']} votes of {row['people']} on {row['pairs']} pairs")
+
+
+if __name__ == "__main__":
+    runs.run_main(main)
