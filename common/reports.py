@@ -505,9 +505,10 @@ def one_row_each(paths, table):
     lines = [headings, ["---"] * len(headings), ["base", *known, *["-"] * (len(headings) - 1 - len(known))]]
     for flags, group in rows.items():
         tuned, gain = ([result[table][row] for result in group] for row in ("tuned", "gain"))
-        lines.append([f"`{flags}`", *(cell([row[name] for row in tuned], len(group)).partition(" +-")[0]
-                                      for name in columns),
-                      *(cell([row[name] for row in gain], len(group), "+") for name in gained)])
+        found = [[row[name] for row in tuned if name in row] for name in columns]
+        gains = [[row[name] for row in gain if name in row] for name in gained]
+        lines.append([f"`{flags}`", *(cell(known, len(group)).partition(" +-")[0] for known in found),
+                      *(cell(known, len(group), "+") for known in gains)])
         if "fronts" in group[0]:
             lines[-1].append(cell([r["fronts"]["tuned"]["less start"] for r in group], len(group), "+"))
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

@@ -389,6 +389,19 @@ def test_seeds_share_a_row(tmp_path):
                    "+0.200 (0.141) |")
 
 
+def test_a_row_each_has_a_dash_for_what_a_run_does_not_know(tmp_path):
+    for name, flags, more in (("a", "--method refl", {"preference": [0.5, 0.1]}), ("b", "--dataset kit", {})):
+        (tmp_path / name).mkdir()
+        table = {"base": {"fid": [0.3, 0.0]}, "tuned": {"fid": [0.1, 0.0]}}
+        table["gain"] = {"judge": [0.2, 0.1], **more}
+        runs.save_json(tmp_path / name / "results.json", {"command": f"python x.py {flags}",
+                                                          "data": {"target": "kit"}, "target_test": table})
+    rows = reports.one_row_each([tmp_path / "a", tmp_path / "b"], "target_test").splitlines()
+    assert rows[0] == "| flags | fid | judge, gain | preference, gain |"
+    assert rows[3:] == ["| `--method refl` | 0.100 | +0.200 +-0.100 | +0.500 +-0.100 |",
+                        "| `--dataset kit` | 0.100 | +0.200 +-0.100 | - |"]
+
+
 @pytest.fixture
 def three_runs(tmp_path):
     """Two seeds of one method and a run of another, with a look at val in every second row."""
