@@ -97,7 +97,7 @@ class Args:
     # generator and sampling
     generator: str = arg("diffusion", "what the base learns: DDIM reverses it, or Euler steps do",
                          choices=("diffusion", "flow"))
-    prediction: str = arg("sample", "what a diffusion base answers: the motion, the noise (MLD), or v",
+    prediction: str = arg("sample", "a diffusion answers with the motion, v, or the noise (MLD; poor here)",
                           choices=("sample", "epsilon", "v", "velocity"))
     representation: str = arg("features", "what is generated (MotionRFT: all three, each with its own base)",
                               choices=representations.REPRESENTATIONS)
