@@ -259,9 +259,6 @@ class MotionDiffusion(nn.Module):
 # ---- 4. The base model: supervised pretraining on the source, cached ---------------------------------------
 
 
-SHAPE_ARGS = ("width", "layers", "heads", "text_layers", "patch", "patch_dims")  # of the network
-
-
 def build_base(args, source, device):
     """The pretrained denoiser, from the source's train split alone -> model, notes. It predicts x_start (MDM
     eq. 2); the training loop is in common/denoising.py. Cached; a new network, a new base."""
@@ -269,7 +266,8 @@ def build_base(args, source, device):
     vocabulary = datasets.Vocabulary.from_captions([c for clip in clips for c in clip.captions])
     model = MotionDiffusion(args, vocabulary, skeleton.feature_dim)
     code = [inspect.getsource(part) for part in (sinusoid, Attention, Layer, MotionDiffusion)]
-    shaping = {name: getattr(args, name) for name in SHAPE_ARGS}
+    shaping = {name: getattr(args, name)
+               for name in ("width", "layers", "heads", "text_layers", "patch", "patch_dims")}
     return model, denoising.fit(
         model, clips, features.block_weights(skeleton, features.PATCH_WEIGHTS), device,
         shaped_by=[source.fingerprint, code, shaping], cache_dir=args.cache_dir, cache=args.cache,
@@ -681,8 +679,7 @@ def main(argv):
         base, tuned = policy_sampler(args, policy, adapted=False), policy_sampler(args, policy)
         tables = reports.final_tables(source, target, scorers, base, tuned, args.eval_repeats, args.best_of)
     with watch.stage("pictures"):
-        before_after = {"before": base, "after": tuned}
-        reports.draw(folder, target.splits["test"], scorers, before_after, curves=not adapter)
+        reports.draw(folder, target.splits["test"], scorers, {"before": base, "after": tuned}, not adapter)
     counts = {name: 0 if adapter else args.iterations * cost for name, cost in costs(args).items()}
     runs.finish(folder, watch, {**about, **tables, "counts": counts})
 

@@ -34,10 +34,9 @@ def write(path, captions, base, tuned, skeleton, seed):
         return base64.b64encode(np.round(1000 * motion).clip(-32768, 32767).astype("<i2").tobytes()).decode()
     pairs = []
     for k, swap in zip(order, swapped):
-        sides = {"left": packed(base[k]), "right": packed(tuned[k])}
-        if swap:
-            sides = {"left": sides["right"], "right": sides["left"]}
-        pairs.append({"id": k, "caption": captions[k], **sides, "tuned": "left" if swap else "right"})
+        left, right = (tuned[k], base[k]) if swap else (base[k], tuned[k])
+        pairs.append({"id": k, "caption": captions[k], "left": packed(left), "right": packed(right),
+                      "tuned": "left" if swap else "right"})
     study = {"id": runs.fingerprint(pairs)[:16], "fps": skeleton.fps, "joints": skeleton.joints,
              "chains": skeleton.chains, "colours": render.chain_colours(skeleton), "pairs": pairs,
              "neck": skeleton.index["neck"], "head": skeleton.index["head"]}

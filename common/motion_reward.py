@@ -600,8 +600,8 @@ def damage_pairs(model, motions, count, names, grades, seed, purpose):
     def read(joints):
         joints = joints * skeleton.units_per_metre                                                 # t j 3
         known = torch.from_numpy(features_of_joints(joints.numpy(), skeleton))
-        motions = {name: from_features(known, name, skeleton) for name in REPRESENTATIONS}
-        motions["joints"] = rearrange(joints, "t j c -> t (j c)")
+        motions = {"features": known, "joints": rearrange(joints, "t j c -> t (j c)"),
+                   "rotations": from_features(known, "rotations", skeleton)}
         lengths = torch.tensor([len(joints)], device=device)
         return {name: model.tokenise(motion[None].to(device), lengths, name)[0][0]
                 for name, motion in motions.items()}
@@ -783,10 +783,10 @@ def fit_motion_reward(domains, generated, *, representation="features", iteratio
         key += [saw, [] if lazy else list(generated), head_iterations, pairs]
         stored = runs.cached(cache_dir, key, heads, "motion_reward_heads", use_cache)
         model, notes = MotionReward.load(stored["model"]).to(device), notes | stored["notes"]
-        print("  accuracy on held-out motions" + "".join(
-            f"{'; ' if k else ': '}{name}: preference {np.mean([shares[d] for d in KNOWN]):.2f} (new damage "
+        print("  accuracy on held-out motions: " + "; ".join(
+            f"{name}: preference {np.mean([shares[d] for d in KNOWN]):.2f} (new damage "
             f"{shares[perception.HELD_OUT]:.2f}), authenticity {notes['authenticity'][name]:.2f}"
-            for k, (name, shares) in enumerate(notes["preference"].items())))
+            for name, shares in notes["preference"].items()))
         print("  preference by damage: " + ", ".join(
             f"{d} {np.mean([shares[d] for shares in notes['preference'].values()]):.2f}" for d in KNOWN))
     return freeze(model), notes

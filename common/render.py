@@ -356,8 +356,9 @@ def curves(path, runs, groups, x="iteration", bands=None, peak=None):
 
     notes = [f"mean of {len(logs)} runs, shaded: lowest to highest"] * (len(logs) > 1)
     if peak:
-        means = np.array([np.nanmean(column) if np.isfinite(column).any() else np.nan
-                          for column in table(peak).T])
+        values = table(peak)
+        there = np.isfinite(values).any(0)
+        turn = steps[there][np.nanmean(values[:, there], 0).argmax()]
         notes.append(f"dotted: {peak.replace('_', ' ')} is highest")
     lines = -(-len(groups) // 4)
     columns = -(-len(groups) // lines)
@@ -374,7 +375,7 @@ def curves(path, runs, groups, x="iteration", bands=None, peak=None):
             axes.fill_between(steps[there], np.nanmin(values, 0) - half, np.nanmax(values, 0) + half,
                               color=colour, alpha=0.2, linewidth=0)
         if peak:
-            axes.axvline(steps[np.nanargmax(means)], color=GREY, linewidth=1, linestyle=":")
+            axes.axvline(turn, color=GREY, linewidth=1, linestyle=":")
         axes.set_title(", ".join(names).replace("_", " "), fontsize=9, loc="left", weight="bold")
         axes.set_xlabel(x, fontsize=7, color=GREY)
         _plain(axes)

@@ -448,6 +448,11 @@ def looks(paths, *needed):
     return found
 
 
+def markdown(headings, rows):
+    """A table of cells, all texts."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (headings, ["---"] * len(headings), *rows))
+
+
 def at_equal(paths, axis):
     """Markdown that compares runs at equal cost: of each the last look at val before `axis`, one of AXES,
     exceeds what the shortest run came to. Runs that differ in their seed alone share a row: mean (standard
@@ -461,29 +466,28 @@ def at_equal(paths, axis):
         last = np.flatnonzero(log[axis] <= limit)[-1]
         rows.setdefault(flags, []).append([float(log[name][last]) if name in log else math.nan
                                            for name in columns])
-    lines = [["flags", *columns], ["---"] * (len(columns) + 1)]
+    lines = []
     for flags, group in rows.items():
         cells = [cell([[value, 0.0] for value in values], 2) if np.isfinite(values).all() else "-"
                  for values in zip(*group)]
         lines.append([f"`{flags}`", f"{np.mean([values[0] for values in group]):.0f}", *cells[1:]])
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return markdown(["flags", *columns], lines)
 
 
 def until(paths, name, level):
     """Markdown of what runs cost up to the first look at val where `name` is at least level: mean over runs
     that differ in their seed alone (lowest to highest), and in how many of them it came so far."""
-    rows = {}
-    for flags, log in looks(paths, name):
+    rows, lines = {}, []
+    for flags, log in looks(paths, name, *AXES):
         there = np.flatnonzero(log[name] >= level)
         cost = [float(log[axis][there[0]]) for axis in AXES] if len(there) else None
         rows.setdefault(flags, []).append(cost)
-    lines = [["flags", *AXES, f"{name} >= {level:g} in"], ["---"] * (len(AXES) + 2)]
     for flags, group in rows.items():
         reached = [costs for costs in group if costs]
         cells = [f"{np.mean(values):.0f} ({min(values):.0f} to {max(values):.0f})"
                  for values in zip(*reached)]
         lines.append([f"`{flags}`", *(cells or ["-"] * len(AXES)), f"{len(reached)} of {len(group)}"])
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return markdown(["flags", *AXES, f"{name} >= {level:g} in"], lines)
 
 
 def one_row_each(paths, table):
@@ -502,7 +506,7 @@ def one_row_each(paths, table):
     headings = ["flags", *columns, *(f"{name}, gain" for name in gained)]
     headings += ["hypervolume, gain"] * ("fronts" in results[0])
     known = [f"{base[name][0]:.3f}" for name in columns]
-    lines = [headings, ["---"] * len(headings), ["base", *known, *["-"] * (len(headings) - 1 - len(known))]]
+    lines = [["base", *known, *["-"] * (len(headings) - 1 - len(known))]]
     for flags, group in rows.items():
         tuned, gain = ([result[table][row] for result in group] for row in ("tuned", "gain"))
         found = [[row[name] for row in tuned if name in row] for name in columns]
@@ -511,7 +515,7 @@ def one_row_each(paths, table):
                       *(cell(known, len(group), "+") for known in gains)])
         if "fronts" in group[0]:
             lines[-1].append(cell([r["fronts"]["tuned"]["less start"] for r in group], len(group), "+"))
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return markdown(headings, lines)
 
 
 def main(argv=None):
@@ -529,9 +533,12 @@ def main(argv=None):
         if not re.fullmatch(r"-?\d*\.?\d+", level):
             raise runs.InputError(f"--until {args.until}: COLUMN=LEVEL, such as val_reward=0.85")
         print(until(args.runs, name, float(level)))
+    elif args.each:
+        print(one_row_each(args.runs, args.each))
+    elif args.at:
+        print(at_equal(args.runs, args.at))
     else:
-        print(one_row_each(args.runs, args.each) if args.each else at_equal(args.runs, args.at) if args.at
-              else summary(args.runs))
+        print(summary(args.runs))
     if args.curves:
         draw_curves(args.curves, [Path(run) / "logs.csv" for run in args.runs])
 

@@ -126,6 +126,20 @@ out.textContent = JSON.stringify({first, then: ink().join(), kept: localStorage.
     assert found["left"][0] == 0.05 and found["joints"] == 22
 
 
+@needs_browser
+def test_motions_go_on_after_the_last_vote(page):
+    said = in_browser(page, PRESS + """
+for (let k = 0; k < 9; k += 1) press("ArrowDown");
+let ticks = 0;
+const ask = window.requestAnimationFrame;
+window.requestAnimationFrame = () => { ticks += 1; };
+tick(0);
+out.textContent = ticks + " " + document.getElementById("progress").textContent;
+window.requestAnimationFrame = ask;
+""")
+    assert said == "1 That was all. Please export your answers."
+
+
 def write_votes(path, *votes, study="s"):
     lines = ["study,pair,caption,question,preferred"] + [
         f'"{study}",{pair},"a, b",{question},{preferred}' for pair, question, preferred in votes]

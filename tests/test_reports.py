@@ -447,6 +447,9 @@ def test_cost_of_a_level(three_runs, capsys):
             reports.main([str(three_runs[0]), "--until", wrong])
     with pytest.raises(runs.InputError, match="a: its log has no column val_oracle"):
         reports.main([str(three_runs[0]), "--until", "val_oracle=1"])
+    (three_runs[0] / "logs.csv").write_text("iteration,val_judge\n0,9\n")
+    with pytest.raises(runs.InputError, match="a: its log has no column samples"):
+        reports.until(three_runs[:1], "val_judge", 1.0)
 
 
 def test_a_diagonal_of_equals_wins_nothing(tmp_path):
