@@ -62,7 +62,8 @@ def to_joints(motion, lengths, skeleton):
 
 @torch.no_grad()
 def measure(motion, lengths, captions, attributes, scorers, clips=None, seed=0):
-    """All metrics of motions (b t d), raw -> (per motion {name: (b)}, of the whole set {name: float}).
+    """All metrics of motions (b t d), raw -> (per motion {name: (b)}, of the whole set {name: float}, the
+    oracle's verdicts of each motion).
 
     clips: the real clips that FID compares with; without them the benchmark metrics are left out. seed: of
     the pools of R-precision and the pairs of diversity.
@@ -73,19 +74,28 @@ def measure(motion, lengths, captions, attributes, scorers, clips=None, seed=0):
         seen, asked = evaluators.embed(scorer, *moved, captions)
         each[name] = (seen * asked).sum(-1).double().cpu().numpy()
     joints = to_joints(motion, lengths, scorers.skeleton)
-    verdicts = [list(oracle.oracle(j, scorers.skeleton, a).values()) if a else []
-                for j, a in zip(joints, attributes)]
-    each["oracle"] = np.array([np.mean(v) if v else math.nan for v in verdicts])  # NaN: nothing to check
-    each["oracle_all"] = np.array([float(all(v)) if v else math.nan for v in verdicts])
+    verdicts = [oracle.oracle(j, scorers.skeleton, a) if a else {} for j, a in zip(joints, attributes)]
+    held = [list(v.values()) for v in verdicts]
+    each["oracle"] = np.array([np.mean(v) if v else math.nan for v in held])  # NaN: nothing to check
+    each["oracle_all"] = np.array([float(all(v)) if v else math.nan for v in held])
     physics = [features.physical_metrics(j, scorers.skeleton) for j in joints]
     each |= {name: np.array([p[name] for p in physics]) for name in physics[0]}
     if clips is None:
-        return each, {}
+        return each, {}, verdicts
     real = datasets.collate(clips)
     whole = evaluators.benchmark(
         scorers.judge, (*moved, captions), (real.motion.to(device), real.lengths.to(device)),
         generator=runs.generator(seed, 0, "benchmark"), pairs=min(300, len(clips) // 2))
-    return each, {name: value for name, value in whole.items() if name not in each}
+    return each, {name: value for name, value in whole.items() if name not in each}, verdicts
+
+
+def tally(checks, verdicts, attributes):
+    """Add the oracle's verdicts {"then.turn": bool} of motions that were asked for `attributes` to checks
+    {"turn left": list of bool}."""
+    for asked, verdict in zip(attributes, verdicts):
+        for key, held in verdict.items():
+            part, _, name = key.rpartition(".")
+            checks.setdefault(f"{name} {(asked[part] if part else asked)[name]}", []).append(held)
 
 
 def mean(values):
@@ -99,24 +109,29 @@ def evaluate(clips, scorers, sampler=None, *, purpose="", repeats=1, benchmark=T
 
     sampler None measures the clips themselves, the ground truth. Clips without frames are captions that have
     no motion, and without the metrics that need one. "_prompts" keeps each prompt's mean over the repeats for
-    paired_gain. length_error is in frames, of a sampler that chooses its own lengths.
+    paired_gain; "checks" tells of each thing the oracle was asked for, such as "gait walk", the share of the
+    motions that do it and in how many it was asked. length_error is in frames, of a sampler that chooses its
+    own lengths.
     """
-    results, real = [], all(len(clip.features) for clip in clips)
+    results, checks, real = [], {}, all(len(clip.features) for clip in clips)
     for repeat in range(repeats):
         captions, attributes, asked = questions(clips, repeat)
         motion, lengths = sampler(captions, asked, purpose, repeat) if sampler else (
             datasets.collate(clips).motion, asked)
-        results.append(measure(motion, lengths, captions, attributes, scorers,
-                               clips if benchmark and real else None, repeat))
+        each, whole, verdicts = measure(motion, lengths, captions, attributes, scorers,
+                                        clips if benchmark and real else None, repeat)
+        tally(checks, verdicts, attributes)
         if real and scorers.columns:
-            results[-1][0].update(scorers.columns(motion, lengths, captions, clips))
+            each |= scorers.columns(motion, lengths, captions, clips)
         if real and lengths is not asked:
-            results[-1][0]["length_error"] = (lengths - asked).abs().double().numpy()
+            each["length_error"] = (lengths - asked).abs().double().numpy()
+        results.append((each, whole))
     flat = [{name: mean(values) for name, values in each.items()} | whole for each, whole in results]
     row = {name: [float(y) for y in evaluators.mean_interval([f[name] for f in flat])] for name in flat[0]}
     repeats_of = {name: np.stack([each[name] for each, _ in results], 1)  # clips, repeats
                   for name in PAIRED if name in results[0][0]}
     row["_prompts"] = {name: np.array([mean(v) for v in table]) for name, table in repeats_of.items()}
+    row["checks"] = {name: [float(np.mean(held)), len(held)] for name, held in sorted(checks.items())}
     return row
 
 
@@ -302,7 +317,7 @@ def draw(folder, clips, scorers, samplers, curves, count=4):
         motions["data"] = datasets.collate(clips).motion, lengths
     panels = [[] for _ in clips]
     for title, (motion, made) in motions.items():
-        scores, _ = measure(motion, made, captions, attributes, scorers)
+        scores, _, _ = measure(motion, made, captions, attributes, scorers)
         for k, joints in enumerate(to_joints(motion, made, scorers.skeleton)):
             ticks = oracle.oracle(joints, scorers.skeleton, attributes[k]) if attributes[k] else {}
             note = render.clip_note(scores["reward"][k], ticks, scores["foot_skate"][k])
@@ -518,11 +533,28 @@ def one_row_each(paths, table):
     return markdown(headings, lines)
 
 
+def by_check(paths, table):
+    """Markdown of what the oracle was asked for in a table of runs of the same data, the most frequent first:
+    in how many motions of a run, and the share of them that does it, mean over the runs."""
+    tables, lines = [], []
+    for path, result in zip(paths, read_results(paths)):
+        tables.append({name: row["checks"] for name, row in result.get(table, {}).items() if "checks" in row})
+        if not tables[-1]:
+            raise runs.InputError(f"--checks {table}: {path} has no checks in such a table")
+    rows = [name for name in tables[0] if all(name in run for run in tables)]
+    counts = {check: count for check, (_, count) in tables[0][rows[0]].items()}
+    for check in sorted(counts, key=counts.get, reverse=True):
+        shares = (np.mean([run[name][check][0] for run in tables]) for name in rows)
+        lines.append([check, str(counts[check]), *(f"{share:.2f}" for share in shares)])
+    return markdown(["asked for", "motions", *rows], lines)
+
+
 def main(argv=None):
     """Print the summary of the run folders named on the command line; draw their curves."""
     parser = argparse.ArgumentParser(description="One table from several finished runs (seeds).")
     parser.add_argument("runs", nargs="+", help="run folders with a results.json")
     parser.add_argument("--each", metavar="TABLE", help="instead one row a run, for runs of different flags")
+    parser.add_argument("--checks", metavar="TABLE", help="instead the share that does each thing asked for")
     parser.add_argument("--at", choices=AXES, help="instead looks at val at equal cost")
     parser.add_argument("--until", metavar="COLUMN=LEVEL",
                         help="instead the cost up to a look at val, such as val_reward=0.85")
@@ -535,6 +567,8 @@ def main(argv=None):
         print(until(args.runs, name, float(level)))
     elif args.each:
         print(one_row_each(args.runs, args.each))
+    elif args.checks:
+        print(by_check(args.runs, args.checks))
     elif args.at:
         print(at_equal(args.runs, args.at))
     else:

@@ -78,7 +78,8 @@ def test_rows_average_motions_then_repeats_and_keep_the_prompts(clips, scorers, 
     per_motion = ([1.0, math.nan, 3.0], [5.0, 6.0, math.nan])
 
     def measured(motion, lengths, captions, attributes, scorers, real, seed):
-        return {name: np.array(per_motion[seed]) for name in reports.PAIRED}, {"fid": (4.0, 8.0)[seed]}
+        each = {name: np.array(per_motion[seed]) for name in reports.PAIRED}
+        return each, {"fid": (4.0, 8.0)[seed]}, []
 
     monkeypatch.setattr(reports, "measure", measured)
     row = reports.evaluate(clips[:3], scorers, Sampler("policy"), repeats=2)
@@ -91,7 +92,7 @@ def test_rows_average_motions_then_repeats_and_keep_the_prompts(clips, scorers, 
 def test_measure_is_the_cosine_of_each_motion_with_its_caption(clips, scorers):
     batch = collate(clips)
     dirty = batch.motion + 100.0 * ~batch.mask[..., None]
-    each, whole = reports.measure(dirty, batch.lengths, batch.captions, [{}] * 6, scorers)
+    each, whole, _ = reports.measure(dirty, batch.lengths, batch.captions, [{}] * 6, scorers)
     assert whole == {}
     for name, scorer in (("reward", scorers.reward_model), ("judge", scorers.judge)):
         expected = scorer.similarity(batch.motion, batch.lengths, batch.captions)
@@ -109,9 +110,18 @@ def test_oracle_columns(clips, scorers, monkeypatch):
     monkeypatch.setattr(reports.oracle, "oracle", lambda joints, skeleton, asked: answers[asked["answer"]])
     batch = collate(clips[:4])
     attributes = [{"answer": "both"}, {"answer": "one"}, {}, {"answer": "none"}]
-    each, _ = reports.measure(batch.motion, batch.lengths, batch.captions, attributes, scorers)
+    each, _, verdicts = reports.measure(batch.motion, batch.lengths, batch.captions, attributes, scorers)
     np.testing.assert_array_equal(each["oracle"], [1.0, 0.5, math.nan, 0.0])
     np.testing.assert_array_equal(each["oracle_all"], [1.0, 0.0, math.nan, 0.0])
+    assert verdicts == [answers["both"], answers["one"], {}, answers["none"]]
+
+
+def test_verdicts_are_counted_by_what_was_asked():
+    checks = {"gait run": [True]}
+    verdicts = [{"gait": True, "turn": False}, {}, {"first.gait": False, "then.turn": True}]
+    sequence = {"first": {"gait": "run"}, "then": {"turn": "left"}}
+    reports.tally(checks, verdicts, [{"gait": "walk", "turn": "left"}, {}, sequence])
+    assert checks == {"gait run": [True, False], "gait walk": [True], "turn left": [False, True]}
 
 
 # ---- Samplers ----------------------------------------------------------------------------------------------
@@ -129,6 +139,8 @@ def test_evaluate_asks_caption_r_of_every_clip_in_its_own_length(clips, scorers)
     assert row["reward"][0] == pytest.approx(float(rewards.mean()), abs=1e-6)
     half_width = 1.96 * float(rewards.mean(0).std(correction=0)) / math.sqrt(3)
     assert row["reward"][1] == pytest.approx(half_width, abs=1e-6)
+    asked = [clip.attributes[r % 2] for r in range(3) for clip in clips]
+    assert sum(count for _, count in row["checks"].values()) == sum(len(a) for a in asked)
     short = reports.evaluate(clips, scorers, Sampler("policy"), purpose="look", benchmark=False)
     assert "fid" in row and "fid" not in short and short["reward"][1] == 0.0
 
@@ -355,6 +367,21 @@ def test_summary_of_several_rewards(tmp_path):
     assert "| text | 0.550* | 0.100 | 0.300 |" in lines and "| quality | 0.400 | 0.600* | 0.300 |" in lines
     assert "| runs in which the diagonal is above the rest | 1 | 2 | 2 |" in lines
     assert "| tuned | 0.600 +-0.100 | +0.100 +-0.050 |" in reports.summary(folders[:1]).splitlines()
+
+
+def test_table_by_check(tmp_path, capsys):
+    for name, walk in (("a", 0.5), ("b", 0.25)):
+        (tmp_path / name).mkdir()
+        rows = {who: {"fid": [0.1, 0.0], "checks": {"bow True": [share, 4], "gait walk": [walk, 6]}}
+                for who, share in (("base", 0.0), ("tuned", 1.0))}
+        runs.save_json(tmp_path / name / "results.json",
+                       {"data": {"target": "kit"}, "target_test": rows | {"gain": {"reward": [0.1, 0.0]}}})
+    reports.main([str(tmp_path / "a"), str(tmp_path / "b"), "--checks", "target_test"])
+    assert capsys.readouterr().out.splitlines() == [
+        "| asked for | motions | base | tuned |", "| --- | --- | --- | --- |",
+        "| gait walk | 6 | 0.38 | 0.38 |", "| bow True | 4 | 0.00 | 1.00 |"]
+    with pytest.raises(runs.InputError, match="--checks other: .*a has no checks in such a table"):
+        reports.main([str(tmp_path / "a"), "--checks", "other"])
 
 
 def test_one_row_each(tmp_path):
