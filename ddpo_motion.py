@@ -34,7 +34,8 @@ Read in this order: section 6 (the maths), 7 (the loop), 3 (the network), then t
 import contextlib
 import inspect
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -42,8 +43,8 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 
-from common import (datasets, denoising, evaluators, features, lora, motion_reward, patches, reports, runs,
-                    samplers)
+from common import (datasets, denoising, evaluators, features, latent, lora, motion_reward, patches, reports,
+                    runs, samplers)
 from common.runs import InputError, NonFiniteError, arg, generator
 from common.tracker import PromptTracker
 
@@ -94,6 +95,14 @@ class Args:
     word_swap: float = arg(0.03, "share of words made any other: rare words must leave it unsure, not wrong")
     schedule: str = arg("linear", "noise schedule", choices=("linear", "scaled_linear", "cosine"))
     # [/sync:diffusion_flags]
+    # space
+    space: str = arg("joint", "what is diffused: patches of the motion, or the latents of a VAE (MLD)",
+                     choices=("joint", "latent"))
+    prediction: str = arg("sample", "what the base answers: the motion, or the noise (MLD)",
+                          choices=("sample", "epsilon"))
+    latents: int = arg(8, "latent tokens of a motion (MLD: 1)")
+    latent_dims: int = arg(32, "numbers in each (MLD: 256)")
+    vae_iterations: int = arg(3000, "updates of the VAE")
     # sampling
     spacing: str = arg("linspace", "node spacing", choices=("linspace", "trailing", "karras"))
     steps: int = arg(5, "denoising steps N (paper: unknown; StableMoFusion: 10)")
@@ -124,16 +133,18 @@ class Args:
     max_grad_norm: float = arg(1.0, "gradient norm clip")
     lora_rank: int = arg(8, "rank of the adapters (paper: unknown)")
     lora_alpha: float = arg(8.0, "their scale is alpha / rank")
-    lora_targets: str = arg(r"\.(q|k|v|out|up|down)$", "regular expression of the linear layers to adapt")
+    lora_targets: str = arg(r"^(?!codec).*\.(q|k|v|out|up|down)$", "regular expression of the layers to adapt")
     # evaluation
     eval_every: int = arg(25, "iterations between looks at the validation prompts")
     eval_repeats: int = arg(3, "repeats of the final evaluation, for the 95 % interval (benchmark: 20)")
     best_of: int = arg(8, "reference row: the best of this many base samples by reward")
 
 
-TINY = dict(source_clips=160, target_clips=120, width=32, layers=2, base_iterations=60, base_batch=32,
+TINY = dict(source_clips=160, target_clips=120, width=32, layers=3, base_iterations=60, base_batch=32,
             patch_dims=48, reward_iterations=40, iterations=3, prompts_per_iteration=4, samples_per_prompt=4,
-            kept_samples=8, eval_every=2, eval_repeats=2, best_of=2)
+            kept_samples=8, eval_every=2, eval_repeats=2, best_of=2, vae_iterations=40)
+LATENT = dict(prediction="epsilon", schedule="scaled_linear", layers=5)
+PRESETS = {"space": {"latent": LATENT}}
 
 
 def check_args(args):
@@ -151,6 +162,7 @@ def check_args(args):
             (args.patch_dims > args.patch * features.T2M.feature_dim, "--patch-dims: more than a patch has"),
             (args.schedule == "cosine" and args.spacing == "karras",
              "--spacing karras: useless with --schedule cosine (t = 99x at nearly all nodes)"),
+            (args.space == "latent" and args.layers % 2 == 0, "--layers: odd with --space latent, for the skips"),
             (4 % args.patch, "--patch: 1, 2 or 4 frames, because lengths are multiples of 4")):
         if wrong:
             raise InputError(message)
@@ -256,22 +268,55 @@ class MotionDiffusion(nn.Module):
 # [/sync:denoiser]
 
 
+class LatentDiffusion(MotionDiffusion):
+    """The same denoiser over the latents of a VAE, its layers joined by skips like a U-Net's (MLD). The VAE
+    is its codec, and frozen."""
+
+    def __init__(self, args, vocabulary, feature_dim):
+        super().__init__(replace(args, patch_dims=args.latent_dims), vocabulary, feature_dim)
+        self.codec = latent.MotionVAE(feature_dim, patch=args.patch, patch_dims=args.patch_dims,
+                                      tokens=args.latents, dims=args.latent_dims).requires_grad_(False)
+        self.skips = nn.ModuleList(nn.Linear(2 * args.width, args.width) for _ in range(args.layers // 2))
+
+    def forward(self, x_t, timesteps, mask, text, text_mask):
+        """x_t (b k c), timesteps (b), mask (b k), text (b w d), text_mask (b w) -> answer (b k c)"""
+        positions, kept = torch.arange(x_t.shape[1], device=x_t.device), []
+        x = self.project_in(x_t) + sinusoid(positions, self.width)  # b k d
+        x = x + self.time(sinusoid(timesteps, self.width))[:, None]
+        for number, layer in enumerate(self.layers):
+            if number > len(self.layers) // 2:
+                x = self.skips[number - len(self.layers) // 2 - 1](torch.cat([x, kept.pop()], -1))
+            x = layer(x, mask, text, text_mask)
+            if number < len(self.layers) // 2:
+                kept.append(x)
+        return self.project_out(self.norm(x))
+
+
 # ---- 4. The base model: supervised pretraining on the source, cached ---------------------------------------
 
 
+SPACES = {"joint": MotionDiffusion, "latent": LatentDiffusion}
+
+
 def build_base(args, source, device):
-    """The pretrained denoiser, from the source's train split alone -> model, notes. It predicts x_start (MDM
-    eq. 2); the training loop is in common/denoising.py. Cached; a new network, a new base."""
+    """The pretrained denoiser, from the source's train split alone -> model, notes. The training loops are in
+    common/denoising.py and common/latent.py. Cached; a new network, a new base."""
     clips, skeleton = source.splits["train"], source.skeleton
     vocabulary = datasets.Vocabulary.from_captions([c for clip in clips for c in clip.captions])
-    model = MotionDiffusion(args, vocabulary, skeleton.feature_dim)
+    model = SPACES[args.space](args, vocabulary, skeleton.feature_dim)
     code = [inspect.getsource(part) for part in (sinusoid, Attention, Layer, MotionDiffusion)]
     shaping = {name: getattr(args, name)
                for name in ("width", "layers", "heads", "text_layers", "patch", "patch_dims")}
-    return model, denoising.fit(
-        model, clips, features.block_weights(skeleton, features.PATCH_WEIGHTS), device,
-        shaped_by=[source.fingerprint, code, shaping], cache_dir=args.cache_dir, cache=args.cache,
-        prediction="sample", **runs.arguments_of(denoising.train, args))
+    weights, fit_codec = features.block_weights(skeleton, features.PATCH_WEIGHTS), None
+    cache = dict(cache_dir=args.cache_dir, cache=args.cache)
+    if args.space == "latent":
+        code += [inspect.getsource(part) for part in (latent, LatentDiffusion)]
+        shaping |= {name: getattr(args, name) for name in ("latents", "latent_dims", "vae_iterations")}
+        fit_codec = partial(latent.fit_vae, model.codec, clips, weights, device, shaped_by=source.fingerprint,
+                            seed=args.base_seed, iterations=args.vae_iterations, **cache)
+    return model, denoising.fit(model, clips, weights, device, fit_codec=fit_codec, **cache,
+                                shaped_by=[source.fingerprint, code, shaping],
+                                **runs.arguments_of(denoising.train, args))
 
 
 # ---- 5. Rewards --------------------------------------------------------------------------------------------
@@ -299,33 +344,48 @@ def build_reward(args, source, target, device):
 
 
 class Transition(NamedTuple):
-    """Coefficients of the N Gaussian steps, each (N,): mean = x_coef x + m_coef (m + k (m - m_last))."""
+    """Coefficients of the N Gaussian steps, each (N,): the network's answer e means the motion m = p x + q e,
+    and mean = x_coef x + m_coef (m + k (m - m_last))."""
+    p: torch.Tensor
+    q: torch.Tensor
     x_coef: torch.Tensor
     m_coef: torch.Tensor
     k: torch.Tensor
     std: torch.Tensor
 
 
-def transitions(grid, order):
+def transitions(grid, order, prediction="sample"):
     """SDE-DPM-Solver++ of order 1 or 2 (DPM-Solver++, Lu et al. 2022) between the nodes of the grid; float64,
-    because 1 - exp(-2h) cancels. Order 1 is the same as DDPM, and as DDIM with eta = 1."""
+    because 1 - exp(-2h) cancels. Order 1 is the same as DDPM, and as DDIM with eta = 1. prediction: what the
+    network answers, the motion (MDM) or the noise (MLD)."""
     alpha, sigma, lam = grid.alpha.double(), grid.sigma.double(), grid.lam.double()
     h = lam[1:] - lam[:-1]                              # +inf at the last step, which ends without noise
     x_coef = sigma[1:] / sigma[:-1] * torch.exp(-h)     # SDE-DPM-Solver++1: (sigma_j / sigma_i) e^-h x_i
     m_coef = alpha[1:] * -torch.expm1(-2 * h)           # + alpha_j (1 - e^-2h) m_i
     std = sigma[1:] * torch.sqrt(-torch.expm1(-2 * h))  # + sigma_j sqrt(1 - e^-2h) z
-    k = torch.zeros_like(h)
+    p, q, k = torch.zeros_like(h), torch.ones_like(h), torch.zeros_like(h)
+    if prediction == "epsilon":                         # x = alpha m + sigma e
+        p, q = 1 / alpha[:-1], -sigma[:-1] / alpha[:-1]
     if order == 2:                                      # SDE-DPM-Solver++2M: D = m_i + k (m_i - m_{i-1})
         k[1:] = h[1:] / (2 * h[:-1])
         k[~torch.isfinite(h)] = 0.0
-    return Transition(*(y.float() for y in (x_coef, m_coef, k, std)))
+    return Transition(*(y.float() for y in (p, q, x_coef, m_coef, k, std)))
+
+
+def coefficients(columns, i, x_t):
+    """Those of step i, an int, or of a slice of steps where x_t is (b s n c)."""
+    return (y[i].to(x_t.device)[(...,) + (None, None) * (x_t.ndim == 4)] for y in columns)
+
+
+def guess(transition, i, x_t, answer):
+    """The finished motion m_i that the network's answer means."""
+    p, q = coefficients(transition[:2], i, x_t)
+    return p * x_t + q * answer
 
 
 def step_mean(transition, i, x_t, m, m_last):
     """Mean of p(x_{i+1} | x_i). i: an int, or a slice of steps when x_t, m, m_last are (b s n c)."""
-    x_coef, m_coef, k = (y[i].to(x_t.device) for y in transition[:3])
-    if x_coef.ndim:
-        x_coef, m_coef, k = (y[:, None, None] for y in (x_coef, m_coef, k))
+    x_coef, m_coef, k = coefficients(transition[2:5], i, x_t)
     return x_coef * x_t + m_coef * (m + k * (m - m_last))
 
 
@@ -367,12 +427,13 @@ def clipped_loss(ratio, advantages, clip_range):
     return torch.maximum(unclipped, clipped)
 
 
-def snr_step_weights(grid, trained):
+def snr_step_weights(grid, trained, prediction="sample"):
     """1 / sqrt(SNR_{i+1} - SNR_i), mean 1, for the first `trained` steps. Not in the paper: a shift d of the
-    prediction costs KL = (SNR_{i+1} - SNR_i) |d|^2 / 2, so without weights the late steps dominate."""
+    prediction costs KL = (SNR_{i+1} - SNR_i) |d|^2 / 2, so without weights the late steps dominate. Of
+    predicted noise it is (SNR_{i+1} / SNR_i - 1) |d|^2 / 2."""
     snr = torch.exp(2 * grid.lam.double())[: trained + 1]
-    weights = (snr[1:] - snr[:-1]).rsqrt()
-    return (weights / weights.mean()).float()
+    gain = snr[1:] - snr[:-1] if prediction == "sample" else snr[1:] / snr[:-1] - 1
+    return (gain.rsqrt() / gain.rsqrt().mean()).float()
 
 
 # [sync:predict]
@@ -398,7 +459,8 @@ def rollout(model, grid, transition, captions, mask, noise, guidance_scale):
     x, m_last = noise[:, 0] * mask[..., None], None
     states = [x]
     for i, timestep in enumerate(grid.timesteps.tolist()):
-        m = predict(model, x, x.new_full((len(x),), timestep), mask, text, text_mask, guidance_scale)
+        answer = predict(model, x, x.new_full((len(x),), timestep), mask, text, text_mask, guidance_scale)
+        m = guess(transition, i, x, answer)
         mean = step_mean(transition, i, x, m, m if m_last is None else m_last)
         x = (mean + transition.std[i].item() * noise[:, i + 1]) * mask[..., None]  # padding stays zero
         states.append(x)
@@ -415,8 +477,8 @@ def step_logps(model, grid, transition, states, captions, mask, trained, guidanc
     x_t, x_prev = states[:, :trained], states[:, 1 : trained + 1]  # b s n c
     per_step = [repeat(y, "b ... -> (b s) ...", s=trained) for y in (mask, text, text_mask)]
     timesteps = grid.timesteps[:trained].to(states.device).repeat(b).to(states.dtype)
-    m = predict(model, rearrange(x_t, "b s n c -> (b s) n c"), timesteps, *per_step, guidance_scale)
-    m = rearrange(m, "(b s) n c -> b s n c", b=b)
+    answer = predict(model, rearrange(x_t, "b s n c -> (b s) n c"), timesteps, *per_step, guidance_scale)
+    m = guess(transition, slice(0, trained), x_t, rearrange(answer, "(b s) n c -> b s n c", b=b))
     m_last = torch.cat([m[:, :1], m[:, :-1]], 1)
     mean = step_mean(transition, slice(0, trained), x_t, m, m_last)
     std = transition.std[:trained, None, None].to(states.device)
@@ -436,19 +498,20 @@ class Policy(NamedTuple):
     device: torch.device
 
 
-def make_policy(args, model, tokens, device):
-    """Adapters into the frozen base, and the sampling grid."""
+def make_policy(args, model, longest, device):
+    """Adapters into the frozen base, and the sampling grid, for motions of up to `longest` frames."""
     model.requires_grad_(False)
     lora.inject(model, args.lora_targets, args.lora_rank, args.lora_alpha, generator(args.seed, 0, "lora"))
     grid = samplers.make_grid(args.schedule, args.steps, args.spacing)
-    return Policy(model.to(device).eval(), grid, transitions(grid, args.order), tokens, device)
+    table = transitions(grid, args.order, args.prediction)
+    return Policy(model.to(device).eval(), grid, table, model.codec.count(longest), device)
 
 
 def load_policy(args, adapter, device):
     """The policy of a finished run: adapter.pt holds the adapters and the base they belong to."""
-    model = MotionDiffusion(args, datasets.Vocabulary(adapter["words"]), features.T2M.feature_dim)
+    model = SPACES[args.space](args, datasets.Vocabulary(adapter["words"]), features.T2M.feature_dim)
     model.load_state_dict(adapter["base"])
-    policy = make_policy(args, model, adapter["tokens"], device)
+    policy = make_policy(args, model, adapter["longest"], device)
     lora.load_lora(policy.model, adapter["lora"])
     return policy
 
@@ -456,7 +519,7 @@ def load_policy(args, adapter, device):
 def sample(args, policy, captions, lengths, iteration, purpose, indices):
     """Roll out one trajectory per caption, lengths (b) in frames -> states (b N+1 n c), mask (b n). Each
     sample has a noise stream of its own, so it does not depend on its batch, device or process."""
-    mask = torch.arange(policy.tokens)[None] < (lengths // policy.model.codec.patch)[:, None]
+    mask = policy.model.codec.mask(lengths, policy.tokens)
     shape = (args.steps + 1, policy.tokens, policy.model.dims)
     streams = (generator(args.seed, iteration, purpose, k) for k in indices)
     noise = torch.stack([torch.randn(shape, generator=stream) for stream in streams]).to(policy.device)
@@ -482,7 +545,8 @@ def collect(args, policy, prompts, table, iteration, rank, processes):
 
 def score(args, policy, reward_model, batch, wrong, iteration):
     """Stage 2, score -> rewards (b) of this process's motions, on the CPU."""
-    motion, captions = policy.model.codec.decode(batch["states"][:, -1]), batch["captions"]
+    motion = policy.model.codec.decode(batch["states"][:, -1], batch["lengths"])
+    captions = batch["captions"]
     if args.reward == "random":
         rewards = torch.stack([torch.randn((), generator=generator(args.seed, iteration, "random_reward", k))
                                for k in batch["index"]])
@@ -507,7 +571,7 @@ def update(args, policy, batch, advantages, optimizer, iteration, stop):
     advantages (p*g): those of all processes; this one's rows are the samples batch["index"]."""
     trained = args.steps - args.skip_last
     clip_range = args.clip_range or 1e-4 * math.sqrt(16384 / (policy.tokens * policy.model.dims))
-    weights = snr_step_weights(policy.grid, trained) if args.snr_weights else torch.ones(trained)
+    weights = snr_step_weights(policy.grid, trained, args.prediction) if args.snr_weights else torch.ones(trained)
     weights, parameters = weights.to(policy.device), list(lora.lora_parameters(policy.model))
     kept, advantages = strongest(advantages, args.kept_samples), advantages[batch["index"]].to(policy.device)
     plan = []  # (size over all processes, rows here) of each minibatch; rows in chunks of --micro-batch
@@ -629,8 +693,9 @@ def policy_sampler(args, policy, adapted=True):
             for rows in torch.arange(len(captions)).split(128):
                 asked = [captions[k] for k in rows]
                 states, _ = sample(args, policy, asked, lengths[rows], repeat, purpose, rows.tolist())
-                parts.append(policy.model.codec.decode(states[:, -1]).cpu())
-        return torch.cat(parts), lengths
+                parts.append(policy.model.codec.decode(states[:, -1], lengths[rows]).cpu())
+        longest = int(lengths.max())
+        return torch.cat([F.pad(part, (0, 0, 0, longest - part.shape[1])) for part in parts]), lengths
     return sampler
 
 
@@ -639,13 +704,14 @@ def write_prompts(args, adapter, folder, device):
     policy = load_policy(args, adapter, device)
     chosen = {"before": policy_sampler(args, policy, False)} if args.compare else {}
     chosen["after"] = policy_sampler(args, policy)
-    frames, limit = args.length or adapter["frames"], adapter["tokens"] * args.patch
-    reports.export(folder, args.prompt, frames, limit, features.T2M, chosen)
+    reports.export(folder, args.prompt, args.length or adapter["frames"], adapter["longest"], features.T2M,
+                   chosen)
 
 
 def main(argv):
     """Prepare; then train, evaluate and draw, or do one of the two things a finished adapter is for."""
-    start = runs.prepare(Args, TINY, argv, __doc__, method="ddpo", product="ddpo-adapter", check=check_args)
+    start = runs.prepare(Args, TINY, argv, __doc__, method="ddpo", product="ddpo-adapter", check=check_args,
+                         presets=PRESETS)
     args, adapter, device, rank, watch = start.args, start.stored, start.device, start.rank, start.watch
     if args.prompt:
         write_prompts(args, adapter, start.open_folder(), device)
@@ -664,10 +730,10 @@ def main(argv):
             policy = load_policy(args, adapter, device)
         else:
             model, notes["base"] = build_base(args, source, device)
-            tokens = math.ceil(max(source.longest, target.longest) / args.patch)
             kept = {"base": {k: v.cpu().clone() for k, v in model.state_dict().items()},
-                    "words": model.vocabulary.words, "tokens": tokens, "frames": source.usual_length}
-            policy = make_policy(args, model, tokens, device)
+                    "words": model.vocabulary.words, "frames": source.usual_length,
+                    "longest": max(source.longest, target.longest)}
+            policy = make_policy(args, model, kept["longest"], device)
     about = start.about(folder, notes, source, target)
     if not adapter:
         train(start, policy, scorers, source, target, folder)

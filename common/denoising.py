@@ -37,8 +37,10 @@ def train(model, clips, device, *, schedule, prediction, base_seed, base_iterati
           text_drop, word_drop, word_swap):
     """Learn to answer what `corrupt` asks at a random timestep, some captions dropped for guidance -> losses.
     The keywords are the scripts' flags."""
-    encoded = [model.codec.encode(torch.from_numpy(c.features)[None].to(device))[0] for c in clips]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=base_lr, weight_decay=1e-2)
+    with torch.no_grad():
+        encoded = [model.codec.encode(torch.from_numpy(c.features)[None].to(device))[0] for c in clips]
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=base_lr, weight_decay=1e-2)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, base_lr, base_iterations,
                                                     pct_start=max(0.05, 2 / max(base_iterations, 3)))
     losses, bar = [], tqdm(range(base_iterations), desc="base", mininterval=1.0)
@@ -62,7 +64,7 @@ def train(model, clips, device, *, schedule, prediction, base_seed, base_iterati
             raise NonFiniteError(f"base: loss is {loss.item()} at iteration {iteration}; lower --base-lr")
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         scheduler.step()
         losses.append(loss.item())
@@ -70,22 +72,28 @@ def train(model, clips, device, *, schedule, prediction, base_seed, base_iterati
     return losses
 
 
-def fit(model, clips, weights, device, *, shaped_by, base_seed, cache_dir, cache, **training):
+def fit(model, clips, weights, device, *, shaped_by, base_seed, cache_dir, cache, fit_codec=None, **training):
     """Give the model its weights: trained on the clips, or cached -> notes.
 
-    weights (d): how much each number of a frame counts in the patches (None: alike). shaped_by: plain data
-    that name the clips and the network; part of the cache's key. training: the other keywords of `train`.
+    weights (d): how much each number of a frame counts in the patches (None: alike). fit_codec() -> notes:
+    makes another codec than patches ready. shaped_by: plain data that name the clips, the network and such a
+    codec; part of the cache's key. training: the other keywords of `train`.
     """
     runs.initialise(model, generator(base_seed, 0, "initialise"))
 
+    def fit_patches():
+        statistics = datasets.Statistics.from_clips(clips, role="generator")
+        return {"variance_kept": model.codec.fit(clips, statistics, weights)}
+
     def build():
-        kept = model.codec.fit(clips, datasets.Statistics.from_clips(clips, role="generator"), weights)
+        notes = (fit_codec or fit_patches)()
         losses = train(model.to(device), clips, device, base_seed=base_seed, **training)
-        return {"model": model.state_dict(), "variance_kept": kept, "loss": float(np.mean(losses[-100:]))}
+        return {"model": model.state_dict(), "loss": float(np.mean(losses[-100:])), **notes}
 
     code = [inspect.getsource(part) for part in (sys.modules[__name__], patches)]
     key = [shaped_by, code, features.PATCH_WEIGHTS, base_seed, training]
     stored = runs.cached(cache_dir, key, build, "base", cache)
     model.load_state_dict(stored.pop("model"))
-    print(f"  base: loss {stored['loss']:.4f}; patches keep {stored['variance_kept']:.1%} of the variance")
+    print(f"  base: loss {stored['loss']:.4f}" + (
+        f"; patches keep {stored['variance_kept']:.1%} of the variance" if "variance_kept" in stored else ""))
     return stored

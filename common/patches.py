@@ -25,13 +25,21 @@ class PatchCodec(nn.Module):
         self.register_buffer("basis", torch.zeros(patch * feature_dim, dims))  # orthonormal columns
         self.register_buffer("scale", torch.ones(dims))
 
+    def count(self, frames):
+        """Tokens of a motion of so many frames."""
+        return -(-frames // self.patch)
+
+    def mask(self, lengths, tokens):
+        """Lengths (b) in frames -> mask (b n), n = tokens, of those that are real."""
+        return torch.arange(tokens, device=lengths.device) < (lengths // self.patch)[:, None]
+
     def encode(self, motion):
         """motion (b t d), raw -> x (b n c)"""
         patches = rearrange((motion - self.mean) / self.std, "b (n f) d -> b n (f d)", f=self.patch)
         return (patches - self.center) @ self.basis / self.scale
 
-    def decode(self, x):
-        """x (b n c) -> motion (b t d), raw"""
+    def decode(self, x, lengths=None):
+        """x (b n c) -> motion (b t d), raw; lengths: for codecs that need them"""
         patches = (x * self.scale) @ self.basis.T + self.center
         return rearrange(patches, "b n (f d) -> b (n f) d", f=self.patch) * self.std + self.mean
 

@@ -422,10 +422,11 @@ def arg(default, text, **extra):
     return dataclasses.field(**kind, metadata={"help": text, **extra})
 
 
-def parse_args(cls, tiny, argv, description):
+def parse_args(cls, tiny, argv, description, presets=None):
     """Command line -> an instance of the dataclass `cls`: every field is a flag.
 
-    --tiny sets what was not given to the values of the dict `tiny`. Numbers must be finite and at least
+    --tiny sets what was not given to the values of the dict `tiny`, and so do presets: {flag: {value: what it
+    sets}}. Numbers must be finite and at least
     `lowest` of their field's arg(): by default 0, and 1 for counts, the whole numbers whose default is not 0
     (InputError).
     """
@@ -442,7 +443,9 @@ def parse_args(cls, tiny, argv, description):
         flag = "--" + entry.name.replace("_", "-")
         parser.add_argument(flag, dest=entry.name, default=argparse.SUPPRESS, **extra)
     given = vars(parser.parse_args(argv))
-    args = cls(**{**(tiny if given.get("tiny") else {}), **given})
+    chosen = [table.get(given.get(flag), {}) for flag, table in (presets or {}).items()]
+    chosen.append(tiny if given.get("tiny") else {})
+    args = cls(**{name: value for changes in (*chosen, given) for name, value in changes.items()})
     for entry in dataclasses.fields(cls):
         value = getattr(args, entry.name)
         lowest = entry.metadata.get("lowest", 1 if entry.type is int and entry.default else 0)
@@ -553,13 +556,13 @@ class Start(NamedTuple):
         return about
 
 
-def prepare(cls, tiny, argv, description, *, method, product, check):
+def prepare(cls, tiny, argv, description, *, method, product, check, presets=None):
     """The command line of a script, checked, and what it decides -> Start.
 
     method: prefix of run folders; product: kind of the file that --load reads; check(args) raises InputError.
     With --load, data, networks and scorers are those of the run that made the file.
     """
-    watch, args = Stopwatch(), parse_args(cls, tiny, argv, description)
+    watch, args = Stopwatch(), parse_args(cls, tiny, argv, description, presets)
     modes = bool(args.prompt) or args.eval_only
     if modes != bool(args.load):
         fix = f"name the {product.partition('-')[2]}.pt of a finished run" if modes else "add one of them"

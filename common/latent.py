@@ -1,0 +1,181 @@
+"""A motion as a few latent tokens: the VAE of MLD (Chen et al. 2023, arXiv 2212.04048), and its transformer.
+
+    patches of a motion (b n p)  --encoder-->  mean, log variance (b k c)  --decoder-->  patches
+
+A diffusion over the latents is smaller than one over the motion, has no padding, and cannot make what the
+decoder has never seen: its reconstruction of real motion is the ceiling of everything sampled there.
+Not in the paper: it reads patches of four frames in principal components (common/patches.py) instead of
+frames, has several small latents instead of one of 256 numbers, sinusoidal positions and no dropout.
+Letters: b batch, t frames, d features, n patches, p components of a patch, k latent tokens, c their width.
+"""
+import inspect
+import sys
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import repeat
+from torch import nn
+from tqdm import tqdm
+
+from common import datasets, evaluators, patches, runs
+from common.evaluators import TransformerLayer, gaussian_kl, length_mask, sinusoid
+from common.runs import InputError, NonFiniteError, generator
+
+
+class SkipTransformer(nn.Module):
+    """Transformer layers with skips like a U-Net's: each layer of the second half also reads what its mirror
+    image in the first half wrote, the last layer the first [MLD, section 3.1]."""
+
+    def __init__(self, width, heads, ff, layers, cross=False):
+        super().__init__()
+        if layers % 2 == 0:
+            raise InputError(f"{layers} layers: skips need an odd number")
+        self.layers = nn.ModuleList(TransformerLayer(width, heads, ff, cross) for _ in range(layers))
+        self.skips = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(layers // 2))
+
+    def forward(self, x, mask, memory=None):
+        """x (b n w), mask (b n), memory (b m w) for decoder layers -> (b n w)"""
+        kept, half = [], len(self.layers) // 2
+        for number, layer in enumerate(self.layers):
+            if number > half:
+                x = self.skips[number - half - 1](torch.cat([x, kept.pop()], -1))
+            x = layer(x, mask, memory)
+            if number < half:
+                kept.append(x)
+        return x
+
+
+class MotionVAE(nn.Module):
+    """Raw motion (b t d) <-> latents (b k c), each number with mean 0 and variance 1 over the training clips.
+
+    Takes the place of a PatchCodec in a denoiser; `fit_vae` makes it.
+    """
+
+    def __init__(self, feature_dim, *, patch=4, patch_dims=64, width=64, heads=4, ff=128, layers=3, tokens=8,
+                 dims=32):
+        super().__init__()
+        self.patch, self.tokens, self.dims = patch, tokens, dims
+        self.patches = patches.PatchCodec(patch, feature_dim, patch_dims)
+        self.queries = nn.Parameter(torch.zeros(2 * tokens, width))  # of means and log variances [MLD]
+        self.project_in = nn.Linear(patch_dims, width)
+        self.encoder = SkipTransformer(width, heads, ff, layers)
+        self.latent = nn.Linear(width, dims)
+        self.memory = nn.Linear(dims, width)
+        self.decoder = SkipTransformer(width, heads, ff, layers, cross=True)
+        self.project_out = nn.Linear(width, patch_dims)
+        self.register_buffer("mean", torch.zeros(tokens, dims))
+        self.register_buffer("std", torch.ones(tokens, dims))
+
+    def posterior(self, x, mask):
+        """Patches (b n p), mask (b n) -> mean and log variance (b k c) of the latents."""
+        x = torch.cat([repeat(self.queries, "k w -> b k w", b=len(x)), self.project_in(x)], 1)
+        x = x + sinusoid(x.shape[1], x.shape[2], x.device)
+        x = self.encoder(x, F.pad(mask, (2 * self.tokens, 0), value=True))
+        return self.latent(x[:, :2 * self.tokens]).chunk(2, 1)
+
+    def reconstruct(self, z, mask):
+        """Latents as `posterior` gives them (b k c), mask (b n) -> patches (b n p), zero on padding. The
+        queries are positions alone [MLD]."""
+        queries = sinusoid(mask.shape[1], self.memory.out_features, z.device)
+        queries = repeat(queries, "n w -> b n w", b=len(z))
+        return self.project_out(self.decoder(queries, mask, self.memory(z))) * mask[..., None]
+
+    # -- what a denoiser needs of its codec --
+
+    def count(self, frames):
+        """Tokens of a motion: k, however long it is."""
+        return self.tokens
+
+    def mask(self, lengths, longest):
+        """Lengths (b) in frames -> mask (b k), all True: latents have no padding."""
+        return torch.ones(len(lengths), self.tokens, dtype=torch.bool)
+
+    def encode(self, motion, lengths=None):
+        """Raw motion (b t d), lengths (b) in frames, by default all t -> standardised mean latents (b k c)"""
+        n = motion.shape[1] // self.patch
+        lengths = torch.full((len(motion),), motion.shape[1]) if lengths is None else lengths
+        mask = length_mask(lengths.to(motion.device) // self.patch, n)
+        x = self.patches.encode(motion[:, :n * self.patch]) * mask[..., None]
+        return (self.posterior(x, mask)[0] - self.mean) / self.std
+
+    def decode(self, z, lengths):
+        """Standardised latents (b k c), lengths (b) in frames -> raw motion (b t d); differentiable"""
+        lengths = lengths.to(z.device) // self.patch
+        mask = length_mask(lengths, lengths.max())
+        return self.patches.decode(self.reconstruct(z * self.std + self.mean, mask))
+
+
+def train_vae(vae, clips, device, *, iterations, batch, lr, kl_weight, seed):
+    """Learn to give the clips' patches back from sampled latents -> losses: smooth L1 + kl_weight KL [MLD].
+
+    Afterwards the latents of the clips are standardised.
+    """
+    parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
+    encoded = [vae.patches.encode(torch.from_numpy(clip.features)[None].to(device))[0] for clip in clips]
+    optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-2)
+    rates = evaluators.rise_and_cosine(optimiser, iterations)
+    losses, bar = [], tqdm(range(iterations), desc="VAE", mininterval=1.0)
+
+    def padded(rows):
+        counts = torch.tensor([len(row) for row in rows], device=device)
+        x = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return x, length_mask(counts, x.shape[1])
+    for iteration in bar:
+        g = generator(seed, iteration, "vae")
+        x, mask = padded([encoded[k] for k in torch.randint(len(encoded), (batch,), generator=g).tolist()])
+        mu, logvar = vae.posterior(x, mask)
+        z = mu + (logvar / 2).exp() * torch.randn(mu.shape, generator=g).to(device)
+        error = F.smooth_l1_loss(vae.reconstruct(z, mask), x, reduction="none") * mask[..., None]
+        loss = error.sum() / (mask.sum() * x.shape[-1])
+        loss = loss + kl_weight * gaussian_kl(mu, logvar, torch.zeros_like(mu), torch.zeros_like(mu))
+        if not torch.isfinite(loss):
+            raise NonFiniteError(f"VAE: loss is {loss.item()} at iteration {iteration}")
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        rates.step()
+        losses.append(loss.item())
+        bar.set_postfix(loss=f"{np.mean(losses[-100:]):.4f}", refresh=False)
+    with torch.no_grad():
+        means = torch.cat([vae.posterior(*padded(encoded[k:k + 256]))[0]
+                           for k in range(0, len(encoded), 256)])
+    vae.mean.copy_(means.mean(0))
+    vae.std.copy_(means.std(0).clamp(min=1e-6))
+    return losses
+
+
+def fit_vae(vae, clips, weights, device, *, shaped_by, seed, cache_dir, cache, iterations, batch=64, lr=2e-3,
+            kl_weight=1e-4):
+    """Give the VAE its weights: trained on the clips, or cached -> notes. It is frozen afterwards.
+
+    weights (d): how much each number of a frame counts in the patches. shaped_by: plain data that name the
+    clips; part of the cache's key.
+    """
+    runs.initialise(vae.requires_grad_(True), generator(seed, 0, "initialise VAE"))
+
+    def build():
+        statistics = datasets.Statistics.from_clips(clips, role="generator")
+        kept = vae.patches.fit(clips, statistics, weights)
+        losses = train_vae(vae.to(device), clips, device, iterations=iterations, batch=batch, lr=lr,
+                           kl_weight=kl_weight, seed=seed)
+        return {"vae": vae.state_dict(), "variance_kept": kept, "loss": float(np.mean(losses[-100:]))}
+
+    code = [inspect.getsource(part) for part in (sys.modules[__name__], patches, TransformerLayer)]
+    shape = {name: list(value.shape) for name, value in vae.state_dict().items()}
+    key = [shaped_by, shape, vae.patch, weights.tolist(), iterations, batch, lr, kl_weight, seed, code]
+    stored = runs.cached(cache_dir, key, build, "vae", cache)
+    vae.load_state_dict(stored.pop("vae"))
+    evaluators.freeze(vae.to(device))
+    print(f"  VAE: {vae.tokens} latents of {vae.dims}; loss {stored['loss']:.4f}")
+    return {"vae": stored}
+
+
+def reconstruction(vae, clips, device):
+    """A sampler (common/reports.py) that gives the clips themselves, through the VAE: the ceiling."""
+    @torch.no_grad()
+    def sampler(captions, lengths, purpose, repeat):
+        motion = datasets.collate(clips).motion.to(device)
+        return vae.decode(vae.encode(motion, lengths), lengths).cpu(), lengths
+    return sampler
