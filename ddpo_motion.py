@@ -95,6 +95,7 @@ class Args:
     word_swap: float = arg(0.03, "share of words made any other: rare words must leave it unsure, not wrong")
     schedule: str = arg("linear", "noise schedule", choices=("linear", "scaled_linear", "cosine"))
     # [/sync:diffusion_flags]
+    leave_out: str = arg("", "an action (kick): the source is --dataset without it, the target what is left")
     # space
     space: str = arg("joint", "what is diffused: patches of the motion, or the latents of a VAE (MLD)",
                      choices=("joint", "latent"))
@@ -329,13 +330,15 @@ def retrieval_reward(scorer, motion, lengths, captions):
 
 
 def build_reward(args, source, target, device):
-    """The reward model and the judge, which share no clip -> both, notes."""
+    """The reward model and the judge, which share no clip -> both, notes. An action that is left out, the
+    judge has not seen either."""
     seen = [source] if args.reward_data == "source" else [source, target]
+    judged = [source] if args.leave_out else [source, target]
     options = dict(iterations=args.reward_iterations, seed=args.base_seed, cache_dir=args.cache_dir,
                    use_cache=args.cache, device=device)
     if args.reward != "motion-reward":
-        return evaluators.rewards_and_judge(seen, [source, target], saw=args.reward_data, **options)
-    judge, notes = evaluators.rewards_and_judge([], [source, target], saw="", losses=(), **options)
+        return evaluators.rewards_and_judge(seen, judged, target=target, saw=args.reward_data, **options)
+    judge, notes = evaluators.rewards_and_judge([], judged, target=target, saw="", losses=(), **options)
     model, notes["reward"] = motion_reward.fit_motion_reward(seen, [], head_iterations=0, saw=[], **options)
     return model, judge, notes
 
@@ -718,8 +721,8 @@ def main(argv):
         return
     with watch.stage("data"):
         source, target = datasets.load_pair(
-            args.source, args.dataset, clips=(args.source_clips, args.target_clips), data_root=args.data_root,
-            cache_dir=args.cache_dir, seed=args.base_seed, use_cache=args.cache)
+            args.source, args.dataset, left_out=args.leave_out, clips=(args.source_clips, args.target_clips),
+            data_root=args.data_root, cache_dir=args.cache_dir, seed=args.base_seed, use_cache=args.cache)
     folder = start.open_folder()
     print(f"{device}, {start.threads} CPU thread(s)\n  source: {source.label}\n  target: {target.label}")
     with watch.stage("reward model and judge"):

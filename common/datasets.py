@@ -90,9 +90,14 @@ def trimmed(features):
     return np.ascontiguousarray(features[:min(len(features), MAX_LENGTH) // UNIT * UNIT])
 
 
+def _family(clip):
+    """The recording of a clip: the same for its mirror image and for sub-segments."""
+    return clip.name.removeprefix("M").partition("@")[0]
+
+
 def half(clips, which):
     """Half 0 or 1 of a list of clips; mirror images and sub-segments are on the same side as their clip."""
-    family = [clip.name.removeprefix("M").partition("@")[0] for clip in clips]
+    family = [_family(clip) for clip in clips]
     rank = {name: i for i, name in enumerate(dict.fromkeys(family))}
     return [clip for clip, name in zip(clips, family) if rank[name] % 2 == which]
 
@@ -281,20 +286,18 @@ def _converted(dataset, skeleton, convert):
 # ---- 3. The embedded data set, and which data a name means -------------------------------------------------
 
 def load_dataset(name_or_path, *, data_root=DEFAULT_ROOT, cache_dir=".cache", space="t2m", seed=0, clips=None,
-                 gaps=("actions", "wording", "style"), leave_out=(), use_cache=True):
+                 gaps=("actions", "wording", "style"), use_cache=True):
     """Dataset by name ("kit", "humanml3d") or path, in one space; lengths multiples of 4, at most 196.
 
     A path is read or refused. A name means the folder KIT-ML / HumanML3D under data_root; where that does not
     exist, and data_root is the default, the embedded data of that name is built (or taken from cache_dir),
     said in one line. space: "t2m" (22 joints, 20 fps, 263-d) or "native" (kit: 21 joints, 12.5 fps, 251-d).
-    seed, clips (how many), gaps and leave_out shape the embedded data only. Raises InputError.
+    seed, clips (how many) and gaps shape the embedded data only. Raises InputError.
     """
     if space not in ("t2m", "native"):
         raise InputError(f"space must be t2m or native, not {space!r}")
     folder = Path(data_root) / FOLDERS[name_or_path] if name_or_path in FOLDERS else Path(name_or_path)
     if folder.exists() or name_or_path not in FOLDERS:
-        if leave_out:
-            raise InputError(f"{folder}: actions can be left out of the embedded data only")
         dataset = load_folder(folder)
         if space == "t2m":
             return to_t2m(dataset)
@@ -303,16 +306,58 @@ def load_dataset(name_or_path, *, data_root=DEFAULT_ROOT, cache_dir=".cache", sp
         raise InputError(f"{folder}: no such folder; correct --data-root or leave it out (embedded data)")
     print(f"*** {folder} not found: using the EMBEDDED procedural {name_or_path} data, not the real data ***")
     skeleton = KIT if (name_or_path, space) == ("kit", "native") else T2M
-    flags = {"seed": seed, "clips": clips, "gaps": list(gaps), "leave_out": list(leave_out)}
+    flags = {"seed": seed, "clips": clips, "gaps": list(gaps)}
     return _embedded(name_or_path, skeleton, flags, cache_dir, use_cache)
 
 
-def load_pair(source, target, *, clips, **options):
+# What captions call an action, as stems; an action that is not listed is its own stem.
+SYNONYMS = {"clap": "clap|applaud", "jump": "jump|leap|hop", "march": "march|high knee", "punch": "punch|box|jab",
+            "raise": r"rais|lift|(?:hold|put)\w* (?:\w+ )*up", "run": "run|ran|jog|sprint|dash",
+            "squat": "squat|crouch", "throw": "throw|threw|thrown|toss|hurl", "turn": "turn|spin|rotat",
+            "walk": "walk|stroll|step", "wave": "wav|greet"}
+
+
+def mentions(caption, action):
+    """Whether a caption speaks of an action ("kick"), in any form of it or of its synonyms."""
+    stems = SYNONYMS.get(action, re.escape(action.removesuffix("e")))
+    return bool(re.search(rf"\b(?:{stems})(?:[bgmnpt]?(?:e|ed|ing|er)?s?)?\b", caption.lower()))
+
+
+def leave_out(dataset, action):
+    """One data set as two: the clips without an action, and those of it -> (rest, left).
+
+    A clip of which any caption mentions the action leaves the rest, and so do its mirror image and all other
+    segments of its recording; of it only the captions that mention the action remain.
+    """
+    found = {split: [[mentions(c, action) for c in clip.captions] for clip in clips]
+             for split, clips in dataset.splits.items()}
+    gone = {_family(clip) for split, clips in dataset.splits.items()
+            for clip, which in zip(clips, found[split]) if any(which)}
+    rest = {split: [clip for clip in clips if _family(clip) not in gone]
+            for split, clips in dataset.splits.items()}
+    left = {split: [replace(clip, **{name: [entry for entry, match in zip(getattr(clip, name), which) if match]
+                                     for name in ("captions", "tokens", "attributes")})
+                    for clip, which in zip(clips, found[split]) if any(which)]
+            for split, clips in dataset.splits.items()}
+    for part in SPLITS:
+        if len(left[part]) < 2 or len(rest[part]) < 2:
+            raise InputError(f"--leave-out {action}: {len(left[part])} {part} clips of {dataset.label} mention it, "
+                             f"{len(rest[part])} do not; both must be 2 or more")
+    return tuple(_dataset(f"{dataset.label} {title} {action}", dataset.skeleton, splits, dataset.skipped,
+                          dataset.embedded) for title, splits in (("without", rest), ("with", left)))
+
+
+def load_pair(source, target, *, clips, left_out="", **options):
     """Two domains in one feature space -> (source, target).
 
-    An empty source is the other one of kit and humanml3d.
-    clips: how many of each, for embedded data. options: those of load_dataset.
+    An empty source is the other one of kit and humanml3d; with an action left_out it is the target without
+    that action, and the target only that. clips: how many of each, for embedded data. options: those of
+    load_dataset.
     """
+    if left_out:
+        if source:
+            raise InputError("--leave-out: divides --dataset in two; leave out --source")
+        return leave_out(load_dataset(target, clips=clips[1], **options), left_out)
     other = {"kit": "humanml3d", "humanml3d": "kit"}
     if not source and target not in other:
         raise InputError("--source: name the source (kit, humanml3d or a folder) beside a --dataset folder")

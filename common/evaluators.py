@@ -745,15 +745,17 @@ INFO_NCE = ("infonce", None)  # name and function of a loss for train_retrieval
 
 
 def rewards_and_judge(seen, domains, *, saw, iterations, seed, cache_dir, use_cache, device,
-                      losses=(INFO_NCE,)):
+                      losses=(INFO_NCE,), target=None):
     """Scorers to be optimised, and the judge that never is: other family, seed and half of the clips.
 
     seen: data sets that the reward models learn from (`saw` is their name for the notes); the judge learns
     from all `domains`, by InfoNCE. They share no clip. losses: a reward model for each, name and function for
     train_retrieval. Cached. -> the reward models, the judge, {"reward", "reward 2" ... and "judge": what it
-    saw, and how well it finds the motion of a caption among 32 of the last domain's val split}.
+    saw, and how well it finds the motion of a caption among 32 of the val split of `target`, by default the
+    last domain}.
     """
-    models, notes, validation = [], {}, domains[-1].splits["val"]
+    target = target or domains[-1]
+    models, notes, validation = [], {}, target.splits["val"]
     wanted = [(f"reward {n + 1}" if n else "reward", 0, "transformer", seen, saw, loss)
               for n, loss in enumerate(losses)] + [("judge", 1, "bigru", domains, "all", INFO_NCE)]
     for name, number, family, read, title, (loss_name, function) in wanted:
@@ -764,7 +766,7 @@ def rewards_and_judge(seen, domains, *, saw, iterations, seed, cache_dir, use_ca
             return {"model": model.export(), "retrieval": retrieval_score(model, validation)}
 
         code = [inspect.getsource(sys.modules[__name__]), inspect.getsource(patches)]
-        key = [[domain.fingerprint for domain in read], domains[-1].fingerprint, family, loss_name, number,
+        key = [[domain.fingerprint for domain in read], target.fingerprint, family, loss_name, number,
                seed, iterations, code]
         stored = cached(cache_dir, key, build, name.split()[0], use_cache)
         models.append(freeze(RetrievalModel.load(stored["model"]).to(device)))

@@ -524,20 +524,18 @@ def make_clip(domain, index, skeleton, *, seed=0, gaps=GAPS):
                          f"{domain}-{subject:02d}", split, tags, tuple(a for part in parts for a, _ in part))
 
 
-def build(domain, skeleton, *, seed=0, clips=None, gaps=GAPS, leave_out=()):
+def build(domain, skeleton, *, seed=0, clips=None, gaps=GAPS):
     """The embedded data of a domain: list of SyntheticClip.
 
     domain      "humanml3d" (source) or "kit" (target), in either skeleton: T2M at 20 fps or KIT at 12.5 fps
     clips       how many are drawn (default 2400 source, 2000 target)
     gaps        what stays different in the target: "actions" (their mix), "wording", "style" (slower, wider,
                 arms held out)
-    leave_out   actions that must not occur, in no split and no part of a sequence: their clips are dropped
     Raises ValueError for a name it does not know.
     """
-    unknown = ({domain} - set(DOMAINS)) | (set(gaps) - set(GAPS)) | (set(leave_out) - set(ACTIONS))
+    unknown = ({domain} - set(DOMAINS)) | (set(gaps) - set(GAPS))
     if unknown:
-        raise ValueError(f"unknown {', '.join(sorted(unknown))}; there are the domains {', '.join(DOMAINS)}, "
-                         f"the gaps {', '.join(GAPS)} and, for leave_out, the actions {', '.join(ACTIONS)}")
+        raise ValueError(f"unknown {', '.join(sorted(unknown))}; there are the domains {', '.join(DOMAINS)} "
+                         f"and the gaps {', '.join(GAPS)}")
     count = SIZES[DOMAINS[domain]] if clips is None else clips
-    made = (make_clip(domain, index, skeleton, seed=seed, gaps=gaps) for index in range(count))
-    return [clip for clip in made if not set(clip.actions) & set(leave_out)]
+    return [make_clip(domain, index, skeleton, seed=seed, gaps=gaps) for index in range(count)]

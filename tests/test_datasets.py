@@ -335,3 +335,69 @@ def test_half_keeps_relatives_together():
     clips = [clip(name) for name in ("000001", "000001@0-44", "M000001", "000002", "000003", "M000003")]
     assert [c.name for c in D.half(clips, 0)] == ["000001", "000001@0-44", "M000001", "000003", "M000003"]
     assert [c.name for c in D.half(clips, 1)] == ["000002"]
+
+
+# ---- leaving an action out ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("caption, action, found", [
+    ("a man kicks", "kick", True), ("KICKING twice.", "kick", True), ("a kickboxer", "kick", False),
+    ("he is waving", "wave", True), ("someone greets with a hand", "wave", True), ("a wavy way", "wave", False),
+    ("running", "run", True), ("he ran away", "run", True), ("a jogger", "run", True), ("grunt", "run", False),
+    ("bowing", "bow", True), ("plays bowling", "bow", False), ("two bows", "bow", True),
+    ("clapping", "clap", True), ("leaped", "jump", True), ("hops on one leg", "jump", True),
+    ("holds both hands up", "raise", True), ("holds both arms out", "raise", False),
+    ("walks with high knees", "march", True), ("axb", "a.b", False), ("dances", "dance", True)])
+def test_mentions(caption, action, found):
+    assert D.mentions(caption, action) is found
+
+
+def three_splits(*names_and_captions):
+    splits = {split: [clip(f"{k}{name}", captions=captions) for name, captions in names_and_captions]
+              for k, split in enumerate(D.SPLITS)}
+    for clips in splits.values():
+        for c in clips:
+            c.name = c.name if "M" not in c.name else "M" + c.name.replace("M", "")
+    return D.Dataset("toy", F.T2M, splits, {}, False, "x")
+
+
+def test_leave_out_takes_the_recording_and_keeps_the_captions_that_speak_of_it():
+    toy = three_splits(("a", ["he kicks", "he moves"]), ("Ma", ["a man moves", "moves"]), ("b", ["he walks"]),
+                       ("b@1", ["he runs"]), ("c@1", ["a kick"]), ("c@2", ["she waits"]), ("d", ["she sits"]))
+    rest, left = D.leave_out(toy, "kick")
+    for k, split in enumerate(D.SPLITS):
+        assert [c.name for c in rest.splits[split]] == [f"{k}b", f"{k}b@1", f"{k}d"]
+        assert [(c.name, c.captions) for c in left.splits[split]] == [(f"{k}a", ["he kicks"]),
+                                                                      (f"{k}c@1", ["a kick"])]
+        assert all(len(c.captions) == len(c.tokens) == len(c.attributes) for c in left.splits[split])
+    assert [c.captions for c in toy.splits["val"]][0] == ["he kicks", "he moves"], "the whole stays as it was"
+    assert (rest.label, left.label) == ("toy without kick", "toy with kick")
+    assert len({toy.fingerprint, rest.fingerprint, left.fingerprint}) == 3
+    with pytest.raises(InputError, match="--leave-out dance: 0 train clips of toy mention it, 7 do not"):
+        D.leave_out(toy, "dance")
+
+
+@pytest.mark.parametrize("domain", ("kit", "humanml3d"))
+def test_nothing_of_an_action_stays_behind(domain):
+    """Of the embedded data it is known what each clip shows: no synonym, mirror image or sequence leaks."""
+    splits, shows = {split: [] for split in D.SPLITS}, {}
+    for made in synthetic.build(domain, F.T2M, clips=2000):
+        shows[made.name] = {"run" if action == "jog_back" else action for action in made.actions}
+        splits[made.split].append(D.Clip(made.name, np.zeros((4, 263), np.float32), made.captions, made.tokens,
+                                         made.attributes))
+    whole = D.Dataset("whole", F.T2M, splits, {}, True, "x")
+    for action in ("kick", "wave", "punch", "run", "clap", "bow", "march", "raise"):
+        rest, left = D.leave_out(whole, action)
+        stay, go = ({c.name for clips in part.splits.values() for c in clips} for part in (rest, left))
+        assert not stay & go and stay | go <= set(shows)
+        assert all(action not in shows[name] for name in stay)
+        clear = {name for name in go if action in shows[name]}
+        assert len(clear) > 0.9 * len(go), "little else is taken"
+        assert all(D.mentions(c, action) for clips in left.splits.values() for x in clips for c in x.captions)
+
+
+def test_load_pair_divides_one_data_set(tmp_path):
+    rest, left = D.load_pair("", "kit", clips=(160, 800), left_out="punch", cache_dir=tmp_path)
+    assert rest.label == "embedded kit without punch" and left.label == "embedded kit with punch"
+    assert sum(len(clips) for part in (rest, left) for clips in part.splits.values()) <= 800
+    with pytest.raises(InputError, match="--leave-out: divides --dataset in two; leave out --source"):
+        D.load_pair("humanml3d", "kit", clips=(160, 800), left_out="punch", cache_dir=tmp_path)
