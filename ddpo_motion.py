@@ -31,8 +31,6 @@ Read in this order: section 6 (the maths), 7 (the loop), 3 (the network), then t
 
 # ---- 1. Imports --------------------------------------------------------------------------------------------
 
-import contextlib
-import inspect
 import math
 from dataclasses import dataclass, replace
 from functools import partial
@@ -45,7 +43,7 @@ from torch import nn
 
 from common import (datasets, denoising, evaluators, features, latent, lora, motion_reward, patches, reports,
                     runs, samplers)
-from common.runs import InputError, NonFiniteError, arg, generator
+from common.runs import InputError, arg, generator
 from common.tracker import PromptTracker
 
 # ---- 2. Arguments ------------------------------------------------------------------------------------------
@@ -73,6 +71,8 @@ class Args:
     prompt: list = arg(None, "write a motion for this caption (repeatable); needs --load", action="append")
     compare: bool = arg(False, "with --prompt: base and tuned side by side")
     # [/sync:run_flags]
+    preset: str = arg("", "paper: sizes and steps of the field's models, for a GPU", choices=("", "paper"))
+    bf16: bool = arg(False, "the denoiser computes in bfloat16; log-probabilities stay in float32")
     # [sync:diffusion_flags]
     length: int = arg(0, "with --prompt: frames at 20 fps; 0: the median of the source")
     # data
@@ -134,18 +134,23 @@ class Args:
     max_grad_norm: float = arg(1.0, "gradient norm clip")
     lora_rank: int = arg(8, "rank of the adapters (paper: unknown)")
     lora_alpha: float = arg(8.0, "their scale is alpha / rank")
-    lora_targets: str = arg(r"^(?!codec).*\.(q|k|v|out|up|down)$", "regular expression of the layers to adapt")
+    lora_targets: str = arg(r"^(text_)?layers.*\.(q|k|v|out|up|down)$", "regular expression of the layers")
     # evaluation
     eval_every: int = arg(25, "iterations between looks at the validation prompts")
     eval_repeats: int = arg(3, "repeats of the final evaluation, for the 95 % interval (benchmark: 20)")
     best_of: int = arg(8, "reference row: the best of this many base samples by reward")
+    references: bool = arg(False, "more of them: a base trained on target motion, and parts of the adapters")
+    ab_page: int = arg(0, "pairs of base and tuned for people to judge, in ab_page.html")
 
 
 TINY = dict(source_clips=160, target_clips=120, width=32, layers=3, base_iterations=60, base_batch=32,
             patch_dims=48, reward_iterations=40, iterations=3, prompts_per_iteration=4, samples_per_prompt=4,
             kept_samples=8, eval_every=2, eval_repeats=2, best_of=2, vae_iterations=40)
-LATENT = dict(prediction="epsilon", schedule="scaled_linear", layers=5)
-PRESETS = {"space": {"latent": LATENT}}
+PRESETS = {  # flag -> its value -> what else it sets
+    "space": {"latent": dict(prediction="epsilon", schedule="scaled_linear", layers=5)},
+    "preset": {"paper": dict(width=512, layers=8, patch=1, patch_dims=0, base_lr=1e-4, base_iterations=200000,
+                             steps=10, guidance_scale=2.5, prompts_per_iteration=32, kept_samples=0, lr=3e-4,
+                             kl_coef=0.0, micro_batch=64, bf16=True, eval_repeats=20)}}
 
 
 def check_args(args):
@@ -163,7 +168,7 @@ def check_args(args):
             (args.patch_dims > args.patch * features.T2M.feature_dim, "--patch-dims: more than a patch has"),
             (args.schedule == "cosine" and args.spacing == "karras",
              "--spacing karras: useless with --schedule cosine (t = 99x at nearly all nodes)"),
-            (args.space == "latent" and args.layers % 2 == 0, "--layers: odd with --space latent, for the skips"),
+            (args.space == "latent" and args.layers % 2 == 0, "--layers: odd with --space latent"),
             (4 % args.patch, "--patch: 1, 2 or 4 frames, because lengths are multiples of 4")):
         if wrong:
             raise InputError(message)
@@ -270,33 +275,19 @@ class MotionDiffusion(nn.Module):
 
 
 class LatentDiffusion(MotionDiffusion):
-    """The same denoiser over the latents of a VAE, its layers joined by skips like a U-Net's (MLD). The VAE
-    is its codec, and frozen."""
+    """The same over the latents of a VAE, its frozen codec, and with skips between its layers (MLD)."""
 
     def __init__(self, args, vocabulary, feature_dim):
         super().__init__(replace(args, patch_dims=args.latent_dims), vocabulary, feature_dim)
+        self.layers = nn.ModuleList([latent.Skips(self.layers, args.width)])
         self.codec = latent.MotionVAE(feature_dim, patch=args.patch, patch_dims=args.patch_dims,
                                       tokens=args.latents, dims=args.latent_dims).requires_grad_(False)
-        self.skips = nn.ModuleList(nn.Linear(2 * args.width, args.width) for _ in range(args.layers // 2))
-
-    def forward(self, x_t, timesteps, mask, text, text_mask):
-        """x_t (b k c), timesteps (b), mask (b k), text (b w d), text_mask (b w) -> answer (b k c)"""
-        positions, kept = torch.arange(x_t.shape[1], device=x_t.device), []
-        x = self.project_in(x_t) + sinusoid(positions, self.width)  # b k d
-        x = x + self.time(sinusoid(timesteps, self.width))[:, None]
-        for number, layer in enumerate(self.layers):
-            if number > len(self.layers) // 2:
-                x = self.skips[number - len(self.layers) // 2 - 1](torch.cat([x, kept.pop()], -1))
-            x = layer(x, mask, text, text_mask)
-            if number < len(self.layers) // 2:
-                kept.append(x)
-        return self.project_out(self.norm(x))
-
-
-# ---- 4. The base model: supervised pretraining on the source, cached ---------------------------------------
 
 
 SPACES = {"joint": MotionDiffusion, "latent": LatentDiffusion}
+
+
+# ---- 4. The base model: supervised pretraining on the source, cached ---------------------------------------
 
 
 def build_base(args, source, device):
@@ -305,19 +296,15 @@ def build_base(args, source, device):
     clips, skeleton = source.splits["train"], source.skeleton
     vocabulary = datasets.Vocabulary.from_captions([c for clip in clips for c in clip.captions])
     model = SPACES[args.space](args, vocabulary, skeleton.feature_dim)
-    code = [inspect.getsource(part) for part in (sinusoid, Attention, Layer, MotionDiffusion)]
-    shaping = {name: getattr(args, name)
-               for name in ("width", "layers", "heads", "text_layers", "patch", "patch_dims")}
     weights, fit_codec = features.block_weights(skeleton, features.PATCH_WEIGHTS), None
+    parts, shape = [sinusoid, Attention, Layer, MotionDiffusion], [source.fingerprint, args.patch, args.heads]
     cache = dict(cache_dir=args.cache_dir, cache=args.cache)
     if args.space == "latent":
-        code += [inspect.getsource(part) for part in (latent, LatentDiffusion)]
-        shaping |= {name: getattr(args, name) for name in ("latents", "latent_dims", "vae_iterations")}
+        parts, shape = parts + [latent, LatentDiffusion], shape + [args.vae_iterations]
         fit_codec = partial(latent.fit_vae, model.codec, clips, weights, device, shaped_by=source.fingerprint,
                             seed=args.base_seed, iterations=args.vae_iterations, **cache)
-    return model, denoising.fit(model, clips, weights, device, fit_codec=fit_codec, **cache,
-                                shaped_by=[source.fingerprint, code, shaping],
-                                **runs.arguments_of(denoising.train, args))
+    return model, denoising.fit(model, clips, weights, device, parts=parts, shaped_by=shape, **cache,
+                                fit_codec=fit_codec, **runs.arguments_of(denoising.train, args))
 
 
 # ---- 5. Rewards --------------------------------------------------------------------------------------------
@@ -330,8 +317,7 @@ def retrieval_reward(scorer, motion, lengths, captions):
 
 
 def build_reward(args, source, target, device):
-    """The reward model and the judge, which share no clip -> both, notes. An action that is left out, the
-    judge has not seen either."""
+    """The reward model and the judge, which share no clip; it has not seen what is left out -> both, notes"""
     seen = [source] if args.reward_data == "source" else [source, target]
     judged = [source] if args.leave_out else [source, target]
     options = dict(iterations=args.reward_iterations, seed=args.base_seed, cache_dir=args.cache_dir,
@@ -359,8 +345,7 @@ class Transition(NamedTuple):
 
 def transitions(grid, order, prediction="sample"):
     """SDE-DPM-Solver++ of order 1 or 2 (DPM-Solver++, Lu et al. 2022) between the nodes of the grid; float64,
-    because 1 - exp(-2h) cancels. Order 1 is the same as DDPM, and as DDIM with eta = 1. prediction: what the
-    network answers, the motion (MDM) or the noise (MLD)."""
+    as 1 - exp(-2h) cancels. Order 1 is DDPM, and DDIM with eta = 1. prediction: the network answers."""
     alpha, sigma, lam = grid.alpha.double(), grid.sigma.double(), grid.lam.double()
     h = lam[1:] - lam[:-1]                              # +inf at the last step, which ends without noise
     x_coef = sigma[1:] / sigma[:-1] * torch.exp(-h)     # SDE-DPM-Solver++1: (sigma_j / sigma_i) e^-h x_i
@@ -507,6 +492,8 @@ def make_policy(args, model, longest, device):
     lora.inject(model, args.lora_targets, args.lora_rank, args.lora_alpha, generator(args.seed, 0, "lora"))
     grid = samplers.make_grid(args.schedule, args.steps, args.spacing)
     table = transitions(grid, args.order, args.prediction)
+    if args.bf16:
+        model.forward = runs.in_bfloat16(model.forward)
     return Policy(model.to(device).eval(), grid, table, model.codec.count(longest), device)
 
 
@@ -548,17 +535,15 @@ def collect(args, policy, prompts, table, iteration, rank, processes):
 
 def score(args, policy, reward_model, batch, wrong, iteration):
     """Stage 2, score -> rewards (b) of this process's motions, on the CPU."""
-    motion = policy.model.codec.decode(batch["states"][:, -1], batch["lengths"])
-    captions = batch["captions"]
+    captions, lengths = batch["captions"], batch["lengths"].to(policy.device)
+    motion = policy.model.codec.decode(batch["states"][:, -1], lengths)
     if args.reward == "random":
         rewards = torch.stack([torch.randn((), generator=generator(args.seed, iteration, "random_reward", k))
                                for k in batch["index"]])
     else:
         asked = [wrong[c] for c in captions] if args.reward == "shuffled" else captions
-        rewards = retrieval_reward(reward_model, motion, batch["lengths"].to(policy.device), asked).cpu()
-    for reward, caption in zip(rewards.tolist(), captions):
-        if not math.isfinite(reward):
-            raise NonFiniteError(f"iteration {iteration}: {args.reward} reward {reward} for {caption!r}")
+        rewards = retrieval_reward(reward_model, motion, lengths, asked).cpu()
+    runs.check_rewards(rewards, captions, f"iteration {iteration}: {args.reward} reward")
     return rewards
 
 
@@ -574,8 +559,9 @@ def update(args, policy, batch, advantages, optimizer, iteration, stop):
     advantages (p*g): those of all processes; this one's rows are the samples batch["index"]."""
     trained = args.steps - args.skip_last
     clip_range = args.clip_range or 1e-4 * math.sqrt(16384 / (policy.tokens * policy.model.dims))
-    weights = snr_step_weights(policy.grid, trained, args.prediction) if args.snr_weights else torch.ones(trained)
-    weights, parameters = weights.to(policy.device), list(lora.lora_parameters(policy.model))
+    weights, parameters = torch.ones(trained, device=policy.device), list(lora.lora_parameters(policy.model))
+    if args.snr_weights:
+        weights = snr_step_weights(policy.grid, trained, args.prediction).to(policy.device)
     kept, advantages = strongest(advantages, args.kept_samples), advantages[batch["index"]].to(policy.device)
     plan = []  # (size over all processes, rows here) of each minibatch; rows in chunks of --micro-batch
     for epoch in range(args.inner_epochs):
@@ -601,8 +587,7 @@ def update(args, policy, batch, advantages, optimizer, iteration, stop):
                 kl = kl.sum() / (count * trained)
                 loss, log["kl_base"] = loss + args.kl_coef * kl, log["kl_base"] + kl.item() / len(plan)
             ratios.append(ratio.detach())
-            if not torch.isfinite(loss):
-                raise NonFiniteError(f"iteration {iteration}: loss {loss.item()}; lower --lr")
+            runs.check_loss(loss, f"iteration {iteration}")
             loss.backward()
             share = 1 / (count * trained * len(plan))
             log["loss"] += loss.item() / len(plan)
@@ -643,12 +628,11 @@ def train(start, policy, scorers, source, target, folder):
     parameters = list(lora.lora_parameters(policy.model))
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     tracker = PromptTracker(buffer_size=32, min_count=16)  # DDPO code
-    watch, shown = start.watch, {}
-    origin = {"data read": source.fingerprint + target.fingerprint}
+    watch, shown, read = start.watch, {}, {"data read": source.fingerprint + target.fingerprint}
     print(f"  {len(prompts)} prompts; {args.prompts_per_iteration} x {args.samples_per_prompt} motions an "
           f"iteration; {args.steps - args.skip_last} of {args.steps} steps trained, "
           f"{lora.count(parameters)} of {lora.count(policy.model.parameters())} weights")
-    with runs.Loop("ddpo", start, folder, LOG_FIELDS, origin, policy.model) as loop:
+    with runs.Loop("ddpo", start, folder, LOG_FIELDS, read, policy.model) as loop:
         if loop.state:
             lora.load_lora(policy.model, loop.state["lora"])
             optimizer.load_state_dict(loop.state["optimizer"])
@@ -687,12 +671,12 @@ def train(start, policy, scorers, source, target, folder):
 # ---- 8. Evaluation and pictures ----------------------------------------------------------------------------
 
 
-def policy_sampler(args, policy, adapted=True):
-    """The denoiser as a sampler for common/reports.py, with or without its adapters. Sample k of a call
-    always starts from the same noise: base and tuned are compared in pairs."""
+def policy_sampler(args, policy, strength=1.0):
+    """The denoiser as a sampler for common/reports.py, its adapters at some strength; 0 is the base. Sample k
+    of a call always starts from the same noise: base and tuned are compared in pairs."""
     def sampler(captions, lengths, purpose, repeat):
         parts = []
-        with contextlib.nullcontext() if adapted else lora.disabled(policy.model):
+        with lora.scaled(policy.model, strength):
             for rows in torch.arange(len(captions)).split(128):
                 asked = [captions[k] for k in rows]
                 states, _ = sample(args, policy, asked, lengths[rows], repeat, purpose, rows.tolist())
@@ -705,10 +689,10 @@ def policy_sampler(args, policy, adapted=True):
 def write_prompts(args, adapter, folder, device):
     """--prompt: GIF, joints and BVH of every caption, from adapter.pt alone."""
     policy = load_policy(args, adapter, device)
-    chosen = {"before": policy_sampler(args, policy, False)} if args.compare else {}
+    chosen = {"before": policy_sampler(args, policy, 0.0)} if args.compare else {}
     chosen["after"] = policy_sampler(args, policy)
-    reports.export(folder, args.prompt, args.length or adapter["frames"], adapter["longest"], features.T2M,
-                   chosen)
+    frames = args.length or adapter["frames"]
+    reports.export(folder, args.prompt, frames, adapter["longest"], features.T2M, chosen)
 
 
 def main(argv):
@@ -723,7 +707,7 @@ def main(argv):
         source, target = datasets.load_pair(
             args.source, args.dataset, left_out=args.leave_out, clips=(args.source_clips, args.target_clips),
             data_root=args.data_root, cache_dir=args.cache_dir, seed=args.base_seed, use_cache=args.cache)
-    folder = start.open_folder()
+    folder, longest = start.open_folder(), max(source.longest, target.longest)
     print(f"{device}, {start.threads} CPU thread(s)\n  source: {source.label}\n  target: {target.label}")
     with watch.stage("reward model and judge"):
         reward_model, judge, notes = build_reward(args, source, target, device)
@@ -734,9 +718,8 @@ def main(argv):
         else:
             model, notes["base"] = build_base(args, source, device)
             kept = {"base": {k: v.cpu().clone() for k, v in model.state_dict().items()},
-                    "words": model.vocabulary.words, "frames": source.usual_length,
-                    "longest": max(source.longest, target.longest)}
-            policy = make_policy(args, model, kept["longest"], device)
+                    "words": model.vocabulary.words, "frames": source.usual_length, "longest": longest}
+            policy = make_policy(args, model, longest, device)
     about = start.about(folder, notes, source, target)
     if not adapter:
         train(start, policy, scorers, source, target, folder)
@@ -745,10 +728,20 @@ def main(argv):
         runs.save_checkpoint(folder / "adapter.pt", kind="ddpo-adapter", keep_previous=False, data={
             "args": runs.shaping_args(args), "lora": lora.lora_state(model), **kept})
     with watch.stage("evaluation"):
-        base, tuned = policy_sampler(args, policy, adapted=False), policy_sampler(args, policy)
-        tables = reports.final_tables(source, target, scorers, base, tuned, args.eval_repeats, args.best_of)
+        base, tuned = policy_sampler(args, policy, 0.0), policy_sampler(args, policy)
+        rows = {"VAE": partial(latent.reconstruction, policy.model.codec)} if args.space == "latent" else {}
+        if args.references:
+            other = make_policy(args, build_base(args, target, device)[0], longest, device)
+            rows["target base"] = lambda clips: policy_sampler(args, other, 0.0)
+        tables = reports.final_tables(
+            source, target, scorers, base, tuned, args.eval_repeats, args.best_of, rows)
+        if args.references:
+            tables["strengths"] = reports.strength_curve(
+                folder / "strengths.png", source, target, scorers, partial(policy_sampler, args, policy))
     with watch.stage("pictures"):
         reports.draw(folder, target.splits["test"], scorers, {"before": base, "after": tuned}, not adapter)
+        if args.ab_page:
+            reports.ab_pairs(folder, target.splits["test"], scorers, base, tuned, args.ab_page)
     counts = {name: 0 if adapter else args.iterations * cost for name, cost in costs(args).items()}
     runs.finish(folder, watch, {**about, **tables, "counts": counts})
 

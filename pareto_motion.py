@@ -566,8 +566,7 @@ def update(args, policy, critic, batch, plan, optimizer, iteration, stop):
             vf = value_loss(values, part["returns"], part["values"], args.value_clip)
             vf = (vf * mask).sum() / total
             loss = pg + args.vf_coef * vf
-            if not torch.isfinite(loss):
-                raise NonFiniteError(f"iteration {iteration}: loss {loss.item()}; lower --lr")
+            runs.check_loss(loss, f"iteration {iteration}")
             loss.backward()
             ratios.append(ratio.detach()[mask])
             log["pg_loss"] += pg.item() / len(steps)

@@ -43,7 +43,7 @@ from torch import nn
 from common import (datasets, diagnostics, evaluators, features, prompts, reports, runs, token_policy,
                     tokenizer)
 from common.motion_gpt import Block
-from common.runs import InputError, NonFiniteError, arg, generator
+from common.runs import InputError, arg, generator
 
 # ---- 2. Arguments ------------------------------------------------------------------------------------------
 
@@ -366,9 +366,7 @@ def score(args, policy, reward_model, batch, wrong, iteration):
     unit = evaluators.embed_pairs(reward_model, batch["motion"], batch["lengths"], asked, batch["pairs"])
     distances = [runs.all_gather_rows(d) for d in reward_terms(*unit)]
     r, pseudo = motion_reward(*distances, runs.all_gather_rows(paired), args.lambda_t, args.lambda_m)
-    for value, caption in zip(r[batch["index"]].tolist(), batch["captions"]):
-        if not math.isfinite(value):
-            raise NonFiniteError(f"iteration {iteration}: reward {value} for {caption!r}")
+    runs.check_rewards(r[batch["index"]], batch["captions"], f"iteration {iteration}: reward")
     parts = {"text_term": -args.lambda_t * distances[0].mean(), "pseudo_score": pseudo}
     return r[batch["index"]], parts | {"motion_term": r.mean() - parts["text_term"]}
 
@@ -453,8 +451,7 @@ def update(args, policy, critic, batch, plan, optimizer, iteration, stop):
             vf = value_loss(values, part["returns"], part["values"], args.value_clip)
             vf = (vf * mask).sum() / total
             loss = pg + args.vf_coef * vf
-            if not torch.isfinite(loss):
-                raise NonFiniteError(f"iteration {iteration}: loss {loss.item()}; lower --lr")
+            runs.check_loss(loss, f"iteration {iteration}")
             loss.backward()
             ratios.append(ratio.detach()[mask])
             log["pg_loss"] += pg.item() / len(steps)

@@ -31,7 +31,6 @@ Read in this order: section 6 (table, routes, the pass), 7 (the loop), 5 (reward
 # ---- 1. Imports --------------------------------------------------------------------------------------------
 
 import contextlib
-import inspect
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -45,7 +44,7 @@ from torch.utils.checkpoint import checkpoint
 from common import (datasets, denoising, evaluators, features, lora, memory, motion_reward, patches,
                     reports, representations, runs, samplers)
 from common.motion_reward import TERMS
-from common.runs import InputError, NonFiniteError, arg, generator
+from common.runs import InputError, arg, generator
 
 # ---- 2. Arguments ------------------------------------------------------------------------------------------
 
@@ -290,13 +289,12 @@ def build_base(args, source, device):
     clips = representations.convert_clips(source.splits["train"], args.representation, skeleton)
     vocabulary = datasets.Vocabulary.from_captions([c for clip in clips for c in clip.captions])
     model = MotionDiffusion(args, vocabulary, representations.width(args.representation, skeleton))
-    code = [inspect.getsource(part) for part in (sinusoid, Attention, Layer, MotionDiffusion)]
-    shaping = {name: getattr(args, name)
-               for name in ("width", "layers", "heads", "text_layers", "patch", "patch_dims")}
-    shaping |= {} if known else {"read": [args.representation, inspect.getsource(representations)]}
+    parts, shape = [sinusoid, Attention, Layer, MotionDiffusion], [source.fingerprint, args.patch, args.heads]
+    if not known:
+        parts, shape = parts + [representations], shape + [args.representation]
     return model, denoising.fit(
         model, clips, features.block_weights(skeleton, features.PATCH_WEIGHTS) if known else None, device,
-        shaped_by=[source.fingerprint, code, shaping], cache_dir=args.cache_dir, cache=args.cache,
+        parts=parts, shaped_by=shape, cache_dir=args.cache_dir, cache=args.cache,
         **runs.arguments_of(denoising.train, args))
 
 
@@ -595,8 +593,7 @@ def update(args, policy, reward_model, batch, asked, updates, progress, loop, it
             anchor = anchor_loss(e, e_ref, batch["mask"]).mean()
             loss = loss + args.beta_anchor * anchor
             log["anchor"] += share * anchor.item() / len(route.judged)
-        if not torch.isfinite(loss):
-            raise NonFiniteError(f"iteration {iteration}, step {i}: loss {loss.item()}; lower --lr")
+        runs.check_loss(loss, f"iteration {iteration}, step {i}")
         updates.learn(share * loss, f"iteration {iteration}, step {i}: gradient norm")
         log.update({name: share * value.mean().item() for name, value in terms.items()})  # last judged step
 
@@ -723,7 +720,7 @@ def main(argv):
             policy, kept, notes = load_policy(args, stored, device), stored, {}
         else:
             model, notes = build_base(args, source, device)
-            tokens = math.ceil(max(source.longest, target.longest) / args.patch)
+            tokens = model.codec.count(max(source.longest, target.longest))
             kept = {"base": {k: v.cpu().clone() for k, v in model.state_dict().items()},
                     "words": model.vocabulary.words, "tokens": tokens, "frames": source.usual_length}
             policy = make_policy(args, model, tokens, device)

@@ -311,10 +311,10 @@ def load_dataset(name_or_path, *, data_root=DEFAULT_ROOT, cache_dir=".cache", sp
 
 
 # What captions call an action, as stems; an action that is not listed is its own stem.
-SYNONYMS = {"clap": "clap|applaud", "jump": "jump|leap|hop", "march": "march|high knee", "punch": "punch|box|jab",
-            "raise": r"rais|lift|(?:hold|put)\w* (?:\w+ )*up", "run": "run|ran|jog|sprint|dash",
-            "squat": "squat|crouch", "throw": "throw|threw|thrown|toss|hurl", "turn": "turn|spin|rotat",
-            "walk": "walk|stroll|step", "wave": "wav|greet"}
+SYNONYMS = {"clap": "clap|applaud", "jump": "jump|leap|hop", "march": "march|high knee",
+            "punch": "punch|box|jab", "raise": r"rais|lift|(?:hold|put)\w* (?:\w+ )*up",
+            "run": "run|ran|jog|sprint|dash", "squat": "squat|crouch", "turn": "turn|spin|rotat",
+            "throw": "throw|threw|thrown|toss|hurl", "walk": "walk|stroll|step", "wave": "wav|greet"}
 
 
 def mentions(caption, action):
@@ -335,14 +335,17 @@ def leave_out(dataset, action):
             for clip, which in zip(clips, found[split]) if any(which)}
     rest = {split: [clip for clip in clips if _family(clip) not in gone]
             for split, clips in dataset.splits.items()}
-    left = {split: [replace(clip, **{name: [entry for entry, match in zip(getattr(clip, name), which) if match]
-                                     for name in ("captions", "tokens", "attributes")})
-                    for clip, which in zip(clips, found[split]) if any(which)]
+
+    def matching(clip, which):
+        return replace(clip, **{name: [entry for entry, match in zip(getattr(clip, name), which) if match]
+                                for name in ("captions", "tokens", "attributes")})
+    left = {split: [matching(clip, which) for clip, which in zip(clips, found[split]) if any(which)]
             for split, clips in dataset.splits.items()}
     for part in SPLITS:
-        if len(left[part]) < 2 or len(rest[part]) < 2:
-            raise InputError(f"--leave-out {action}: {len(left[part])} {part} clips of {dataset.label} mention it, "
-                             f"{len(rest[part])} do not; both must be 2 or more")
+        with_it, without = len(left[part]), len(rest[part])
+        if min(with_it, without) < 2:
+            raise InputError(f"--leave-out {action}: {with_it} {part} clips of {dataset.label} mention it, "
+                             f"{without} do not; both must be 2 or more")
     return tuple(_dataset(f"{dataset.label} {title} {action}", dataset.skeleton, splits, dataset.skipped,
                           dataset.embedded) for title, splits in (("without", rest), ("with", left)))
 

@@ -72,12 +72,14 @@ def train(model, clips, device, *, schedule, prediction, base_seed, base_iterati
     return losses
 
 
-def fit(model, clips, weights, device, *, shaped_by, base_seed, cache_dir, cache, fit_codec=None, **training):
+def fit(model, clips, weights, device, *, parts, shaped_by, base_seed, cache_dir, cache, fit_codec=None,
+        **training):
     """Give the model its weights: trained on the clips, or cached -> notes.
 
     weights (d): how much each number of a frame counts in the patches (None: alike). fit_codec() -> notes:
-    makes another codec than patches ready. shaped_by: plain data that name the clips, the network and such a
-    codec; part of the cache's key. training: the other keywords of `train`.
+    makes another codec than patches ready. The cache's key are, beside the shapes of the weights, the source
+    code of `parts`, the classes and modules the model is made of, and `shaped_by`: plain data that name the
+    clips and what shapes do not tell. training: the other keywords of `train`.
     """
     runs.initialise(model, generator(base_seed, 0, "initialise"))
 
@@ -90,8 +92,9 @@ def fit(model, clips, weights, device, *, shaped_by, base_seed, cache_dir, cache
         losses = train(model.to(device), clips, device, base_seed=base_seed, **training)
         return {"model": model.state_dict(), "loss": float(np.mean(losses[-100:])), **notes}
 
-    code = [inspect.getsource(part) for part in (sys.modules[__name__], patches)]
-    key = [shaped_by, code, features.PATCH_WEIGHTS, base_seed, training]
+    code = [inspect.getsource(part) for part in (sys.modules[__name__], patches, *parts)]
+    shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
+    key = [shaped_by, shapes, code, features.PATCH_WEIGHTS, base_seed, training]
     stored = runs.cached(cache_dir, key, build, "base", cache)
     model.load_state_dict(stored.pop("model"))
     print(f"  base: loss {stored['loss']:.4f}" + (

@@ -1,4 +1,5 @@
-"""A motion as a few latent tokens: the VAE of MLD (Chen et al. 2023, arXiv 2212.04048), and its transformer.
+"""A motion as a few latent tokens: the VAE of MLD (Chen et al. 2023, arXiv 2212.04048), and the skips between
+the layers of its transformers.
 
     patches of a motion (b n p)  --encoder-->  mean, log variance (b k c)  --decoder-->  patches
 
@@ -23,24 +24,24 @@ from common.evaluators import TransformerLayer, gaussian_kl, length_mask, sinuso
 from common.runs import InputError, NonFiniteError, generator
 
 
-class SkipTransformer(nn.Module):
-    """Transformer layers with skips like a U-Net's: each layer of the second half also reads what its mirror
-    image in the first half wrote, the last layer the first [MLD, section 3.1]."""
+class Skips(nn.Module):
+    """Layers joined like a U-Net's: each layer of the second half also reads what its mirror image in the
+    first half wrote, the last layer the first [MLD, section 3.1]."""
 
-    def __init__(self, width, heads, ff, layers, cross=False):
+    def __init__(self, layers, width):
         super().__init__()
-        if layers % 2 == 0:
-            raise InputError(f"{layers} layers: skips need an odd number")
-        self.layers = nn.ModuleList(TransformerLayer(width, heads, ff, cross) for _ in range(layers))
-        self.skips = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(layers // 2))
+        if len(layers) % 2 == 0:
+            raise InputError(f"{len(layers)} layers: skips need an odd number")
+        self.layers = nn.ModuleList(layers)
+        self.joins = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(len(layers) // 2))
 
-    def forward(self, x, mask, memory=None):
-        """x (b n w), mask (b n), memory (b m w) for decoder layers -> (b n w)"""
+    def forward(self, x, *context):
+        """x (b n w) and what else each layer reads: masks, text -> (b n w)"""
         kept, half = [], len(self.layers) // 2
         for number, layer in enumerate(self.layers):
             if number > half:
-                x = self.skips[number - half - 1](torch.cat([x, kept.pop()], -1))
-            x = layer(x, mask, memory)
+                x = self.joins[number - half - 1](torch.cat([x, kept.pop()], -1))
+            x = layer(x, *context)
             if number < half:
                 kept.append(x)
         return x
@@ -59,10 +60,10 @@ class MotionVAE(nn.Module):
         self.patches = patches.PatchCodec(patch, feature_dim, patch_dims)
         self.queries = nn.Parameter(torch.zeros(2 * tokens, width))  # of means and log variances [MLD]
         self.project_in = nn.Linear(patch_dims, width)
-        self.encoder = SkipTransformer(width, heads, ff, layers)
+        self.encoder = Skips([TransformerLayer(width, heads, ff) for _ in range(layers)], width)
         self.latent = nn.Linear(width, dims)
         self.memory = nn.Linear(dims, width)
-        self.decoder = SkipTransformer(width, heads, ff, layers, cross=True)
+        self.decoder = Skips([TransformerLayer(width, heads, ff, cross=True) for _ in range(layers)], width)
         self.project_out = nn.Linear(width, patch_dims)
         self.register_buffer("mean", torch.zeros(tokens, dims))
         self.register_buffer("std", torch.ones(tokens, dims))
@@ -172,10 +173,10 @@ def fit_vae(vae, clips, weights, device, *, shaped_by, seed, cache_dir, cache, i
     return {"vae": stored}
 
 
-def reconstruction(vae, clips, device):
+def reconstruction(vae, clips):
     """A sampler (common/reports.py) that gives the clips themselves, through the VAE: the ceiling."""
     @torch.no_grad()
     def sampler(captions, lengths, purpose, repeat):
-        motion = datasets.collate(clips).motion.to(device)
+        motion = datasets.collate(clips).motion.to(vae.mean.device)
         return vae.decode(vae.encode(motion, lengths), lengths).cpu(), lengths
     return sampler

@@ -119,6 +119,20 @@ def disabled(model):
             layer.enabled = before[name]
 
 
+@contextlib.contextmanager
+def scaled(model, strength):
+    """`with scaled(model, 0.5):` -- the adapters at a share of their strength; 0 is the base bit for bit."""
+    before = {name: layer.scaling for name, layer in adapters(model).items()}
+    with contextlib.nullcontext() if strength else disabled(model):
+        try:
+            for name, layer in adapters(model).items():
+                layer.scaling = strength * before[name]
+            yield model
+        finally:
+            for name, layer in adapters(model).items():
+                layer.scaling = before[name]
+
+
 @torch.no_grad()
 def merge(model):
     """Fold every adapter into its base weight and put the plain layers back, in place; returns the model."""

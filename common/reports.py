@@ -19,8 +19,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
-from common import datasets, evaluators, features, oracle, render, runs
+from common import ab_page, datasets, evaluators, features, oracle, render, runs
 
 COLUMNS = ("reward", "judge", "oracle", "oracle_all", "text", "quality", "preference", "authenticity",
            "r_precision_top1", "r_precision_top3", "fid", "mm_dist", "diversity", "multimodality", "distinct",
@@ -217,17 +218,39 @@ def compare(title, clips, scorers, samplers, *, purpose, repeats, gain=("tuned",
     return rows
 
 
-def final_tables(source, target, scorers, base, tuned, repeats, best_count):
+def final_tables(source, target, scorers, base, tuned, repeats, best_count, more=None):
     """The tables of a finished run: the split that choices may look at (target val), gain (target test, with
-    the best of `best_count` base samples as a reference) and retention (source test)."""
+    the best of `best_count` base samples as a reference) and retention (source test). more: further
+    references for target test, name -> function(clips) -> sampler."""
     tables = {}
     for name, clips in (("target_val", target.splits["val"]), ("target_test", target.splits["test"]),
                         ("source_test", source.splits["test"])):
         rows = {"base": base, "tuned": tuned}
         if name == "target_test":
             rows[f"best of {best_count}"] = best_of(base, best_count, scorers.reward_model)
+            rows |= {title: reference(clips) for title, reference in (more or {}).items()}
         tables[name] = compare(name.replace("_", " "), clips, scorers, rows, purpose=name, repeats=repeats)
     return tables
+
+
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
+
+
+def strength_curve(path, source, target, scorers, sampler_at):
+    """Reward, judge and oracle on both test splits with the adapters at STRENGTHS, one repeat each; drawn as
+    `path` -> {column: list}. sampler_at(strength) -> sampler. Past 1 is what no training has asked for."""
+    log = {"strength": list(STRENGTHS)}
+    for strength in tqdm(STRENGTHS, desc="strengths"):
+        for title, domain in (("target", target), ("source", source)):
+            row = evaluate(domain.splits["test"], scorers, sampler_at(strength), purpose=f"{title}_test",
+                           benchmark=False)
+            for name in PAIRED[:4]:
+                if name in row:
+                    log.setdefault(f"{title}_{name}", []).append(row[name][0])
+    groups = [(f"target_{name}", f"source_{name}") for name in PAIRED[:4] if f"target_{name}" in log]
+    columns = {name: np.array(values) for name, values in log.items()}
+    render.safely(render.curves, path, columns, groups, "strength")
+    return log
 
 
 def print_table(title, rows):
@@ -328,6 +351,15 @@ def draw(folder, clips, scorers, samplers, curves, count=4):
     render.safely(render.storyboard, folder / "storyboard.png", list(zip(captions, panels)), scorers.skeleton)
     if curves:
         render.safely(draw_curves, folder / "curves.png", [folder / "logs.csv"])
+
+
+def ab_pairs(folder, clips, scorers, base, tuned, count):
+    """A page on which people compare base and tuned on `count` clips' captions, chosen by position."""
+    clips = [clips[k * len(clips) // count] for k in range(min(count, len(clips)))]
+    captions, _, lengths = questions(clips, 0)
+    motions = (to_joints(*sampler(captions, lengths, "people", 0), scorers.skeleton)
+               for sampler in (base, tuned))
+    ab_page.write(folder / "ab_page.html", captions, *motions, scorers.skeleton, 0)
 
 
 def draw_curves(path, logs):

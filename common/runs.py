@@ -834,6 +834,27 @@ def rise_and_fall(iteration, iterations, warmup):
     return min(1.0, (iteration + 1) / max(warmup, 1)) * (1 - iteration / iterations)
 
 
+def check_loss(loss, where):
+    """NonFiniteError if a loss is not finite; where: "iteration 3"."""
+    if not torch.isfinite(loss):
+        raise NonFiniteError(f"{where}: loss {loss.item()}; lower --lr")
+
+
+def check_rewards(rewards, captions, where):
+    """NonFiniteError that names the first caption whose reward (b) is not finite."""
+    for reward, caption in zip(rewards.tolist(), captions):
+        if not math.isfinite(reward):
+            raise NonFiniteError(f"{where} {reward} for {caption!r}")
+
+
+def in_bfloat16(forward):
+    """A function of tensors that computes in bfloat16 where torch holds that safe; its answer is float32."""
+    def low_precision(x, *rest):
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return forward(x, *rest).float()
+    return low_precision
+
+
 def clip_gradients(parameters, max_norm, where):
     """Scale the gradients down to max_norm -> their norm before; NonFiniteError at `where` if it is not."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm).item()

@@ -58,7 +58,7 @@ def prepare(args, tokens):
     """A denoiser with random weights and fresh adapters, ready to roll out -> ddpo_motion.Policy."""
     model = ddpo.MotionDiffusion(args, datasets.Vocabulary.from_captions([WORDS]), FEATURE_DIM)
     runs.initialise(model, runs.generator(args.base_seed, 0, "initialise"))
-    return ddpo.make_policy(args, model, tokens, torch.device("cpu"))
+    return ddpo.make_policy(args, model, tokens * args.patch, torch.device("cpu"))
 
 
 def interleave(functions, rounds):

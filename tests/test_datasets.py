@@ -341,8 +341,10 @@ def test_half_keeps_relatives_together():
 
 @pytest.mark.parametrize("caption, action, found", [
     ("a man kicks", "kick", True), ("KICKING twice.", "kick", True), ("a kickboxer", "kick", False),
-    ("he is waving", "wave", True), ("someone greets with a hand", "wave", True), ("a wavy way", "wave", False),
-    ("running", "run", True), ("he ran away", "run", True), ("a jogger", "run", True), ("grunt", "run", False),
+    ("he is waving", "wave", True), ("someone greets with a hand", "wave", True),
+    ("a wavy way", "wave", False),
+    ("running", "run", True), ("he ran away", "run", True), ("a jogger", "run", True),
+    ("grunt", "run", False),
     ("bowing", "bow", True), ("plays bowling", "bow", False), ("two bows", "bow", True),
     ("clapping", "clap", True), ("leaped", "jump", True), ("hops on one leg", "jump", True),
     ("holds both hands up", "raise", True), ("holds both arms out", "raise", False),
@@ -382,8 +384,8 @@ def test_nothing_of_an_action_stays_behind(domain):
     splits, shows = {split: [] for split in D.SPLITS}, {}
     for made in synthetic.build(domain, F.T2M, clips=2000):
         shows[made.name] = {"run" if action == "jog_back" else action for action in made.actions}
-        splits[made.split].append(D.Clip(made.name, np.zeros((4, 263), np.float32), made.captions, made.tokens,
-                                         made.attributes))
+        nothing = np.zeros((4, 263), np.float32)
+        splits[made.split].append(D.Clip(made.name, nothing, made.captions, made.tokens, made.attributes))
     whole = D.Dataset("whole", F.T2M, splits, {}, True, "x")
     for action in ("kick", "wave", "punch", "run", "clap", "bow", "march", "raise"):
         rest, left = D.leave_out(whole, action)

@@ -54,7 +54,10 @@ def test_results_hold_all_tables(finished):
         paired = "gt" in rows  # with motions to compare with
         for row in rows - {"gain"}:
             assert set(results[table][row]) >= set(METRICS if paired else ("reward", "judge", "oracle"))
-            for name, (mean, half_width) in results[table][row].items():
+            numbers = dict(results[table][row])
+            checks = numbers.pop("checks")
+            assert checks and all(0 <= share <= 1 and count >= 1 for share, count in checks.values())
+            for name, (mean, half_width) in numbers.items():
                 assert abs(mean) < 1e6 and 0 <= half_width < 1e6, (table, row, name)
         assert {"multimodality", "distinct"} <= set(base) & set(tuned)
         assert results[table]["gain"]["reward"][0] == pytest.approx(tuned["reward"][0] - base["reward"][0],
