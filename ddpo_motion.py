@@ -71,7 +71,7 @@ class Args:
     prompt: list = arg(None, "write a motion for this caption (repeatable); needs --load", action="append")
     compare: bool = arg(False, "with --prompt: base and tuned side by side")
     # [/sync:run_flags]
-    preset: str = arg("", "paper: sizes and steps of the field's models, for a GPU", choices=("", "paper"))
+    preset: str = arg("", "sizes and steps of MDM or MLD, for a GPU", choices=("", "paper", "paper-latent"))
     bf16: bool = arg(False, "the denoiser computes in bfloat16; log-probabilities stay in float32")
     # [sync:diffusion_flags]
     length: int = arg(0, "with --prompt: frames at 20 fps; 0: the median of the source")
@@ -146,11 +146,12 @@ class Args:
 TINY = dict(source_clips=160, target_clips=120, width=32, layers=3, base_iterations=60, base_batch=32,
             patch_dims=48, reward_iterations=40, iterations=3, prompts_per_iteration=4, samples_per_prompt=4,
             kept_samples=8, eval_every=2, eval_repeats=2, best_of=2, vae_iterations=40)
-PRESETS = {  # flag -> its value -> what else it sets
-    "space": {"latent": dict(prediction="epsilon", schedule="scaled_linear", layers=5)},
-    "preset": {"paper": dict(width=512, layers=8, patch=1, patch_dims=0, base_lr=1e-4, base_iterations=200000,
-                             steps=10, guidance_scale=2.5, prompts_per_iteration=32, kept_samples=0, lr=3e-4,
-                             kl_coef=0.0, micro_batch=64, bf16=True, eval_repeats=20)}}
+LATENT = dict(space="latent", prediction="epsilon", schedule="scaled_linear", layers=5)
+PAPER = dict(width=512, layers=8, patch=1, patch_dims=0, base_lr=1e-4, base_iterations=200_000, bf16=True,
+             steps=10, guidance_scale=2.5, prompts_per_iteration=32, kept_samples=0, micro_batch=64, lr=3e-4,
+             kl_coef=0.0, eval_repeats=20)
+PRESETS = {"space": {"latent": LATENT}, "preset": {"paper": PAPER, "paper-latent": PAPER | LATENT | dict(
+    width=256, layers=9, latents=1, latent_dims=256, vae_iterations=200_000, guidance_scale=7.5)}}
 
 
 def check_args(args):
@@ -280,8 +281,9 @@ class LatentDiffusion(MotionDiffusion):
     def __init__(self, args, vocabulary, feature_dim):
         super().__init__(replace(args, patch_dims=args.latent_dims), vocabulary, feature_dim)
         self.layers = nn.ModuleList([latent.Skips(self.layers, args.width)])
-        self.codec = latent.MotionVAE(feature_dim, patch=args.patch, patch_dims=args.patch_dims,
-                                      tokens=args.latents, dims=args.latent_dims).requires_grad_(False)
+        self.codec = latent.MotionVAE(
+            feature_dim, patch=args.patch, patch_dims=args.patch_dims, width=args.width, heads=args.heads,
+            tokens=args.latents, dims=args.latent_dims).requires_grad_(False)
 
 
 SPACES = {"joint": MotionDiffusion, "latent": LatentDiffusion}
@@ -674,16 +676,11 @@ def train(start, policy, scorers, source, target, folder):
 def policy_sampler(args, policy, strength=1.0):
     """The denoiser as a sampler for common/reports.py, its adapters at some strength; 0 is the base. Sample k
     of a call always starts from the same noise: base and tuned are compared in pairs."""
-    def sampler(captions, lengths, purpose, repeat):
-        parts = []
+    def chunk(captions, lengths, rows, purpose, repeat):
         with lora.scaled(policy.model, strength):
-            for rows in torch.arange(len(captions)).split(128):
-                asked = [captions[k] for k in rows]
-                states, _ = sample(args, policy, asked, lengths[rows], repeat, purpose, rows.tolist())
-                parts.append(policy.model.codec.decode(states[:, -1], lengths[rows]).cpu())
-        longest = int(lengths.max())
-        return torch.cat([F.pad(part, (0, 0, 0, longest - part.shape[1])) for part in parts]), lengths
-    return sampler
+            states, _ = sample(args, policy, captions, lengths, repeat, purpose, rows)
+        return policy.model.codec.decode(states[:, -1], lengths), None
+    return reports.in_chunks(chunk)
 
 
 def write_prompts(args, adapter, folder, device):

@@ -645,7 +645,7 @@ def train(start, policies, tokens, rewards, scorers, splits, folder):
 def policy_sampler(args, policy, tokens=None, weights=BALANCED):
     """A policy as a sampler for common/reports.py, its tokens mixed by weights (k). Sample k of a call always
     uses the same draws: policies are compared in pairs."""
-    def sample(captions, rows, purpose, repeat):
+    def sample(captions, lengths, rows, purpose, repeat):
         text = read_text(policy, captions, tokens, weights, args.alpha)
         return generate(policy, policy.gpt, text, args.seed, repeat, purpose, rows, 1.0)[:2]
     return reports.in_chunks(sample)

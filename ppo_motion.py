@@ -535,7 +535,7 @@ def train(start, policy, scorers, clips, sets, folder):
 def policy_sampler(args, policy, gpt):
     """A GPT as a sampler for common/reports.py; it chooses its own lengths. Sample k of a call always uses
     the same draws: base and tuned are compared in pairs."""
-    def sample(captions, rows, purpose, repeat):
+    def sample(captions, lengths, rows, purpose, repeat):
         text = evaluators.once(policy.text, captions)
         return generate(policy, gpt, text, args.seed, repeat, purpose, rows, args.temperature)[:2]
     return reports.in_chunks(sample)

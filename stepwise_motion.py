@@ -657,17 +657,14 @@ def policy_sampler(args, policy, adapted=True, seed=None):
     """The denoiser as a sampler for common/reports.py, trained or not. Sample k of a call always starts from
     the same noise: base and tuned are compared in pairs."""
     @torch.no_grad()
-    def sampler(captions, lengths, purpose, repeat):
-        parts, seed_of_noise = [], args.seed if seed is None else seed
+    def sample(captions, lengths, rows, purpose, repeat):
+        x, mask = start_noise(policy, lengths, args.seed if seed is None else seed, repeat, purpose, rows)
         with contextlib.nullcontext(policy.tuned.model) if adapted else policy.tuned.base() as model:
-            for rows in torch.arange(len(captions)).split(128):
-                x, mask = start_noise(policy, lengths[rows], seed_of_noise, repeat, purpose, rows.tolist())
-                network = make_network(args, policy, model, [captions[k] for k in rows], mask, {"calls": 0})
-                x = denoise(network, policy.table, x, Route((False,) * args.steps, {}))
-                parts.append(representations.to_features(model.codec.decode(x).cpu(), lengths[rows],
-                                                         args.representation, features.T2M))
-        return torch.cat(parts), lengths
-    return sampler
+            network = make_network(args, policy, model, captions, mask, {"calls": 0})
+            x = denoise(network, policy.table, x, Route((False,) * args.steps, {}))
+        motion = model.codec.decode(x).cpu()
+        return representations.to_features(motion, lengths, args.representation, features.T2M), None
+    return reports.in_chunks(sample)
 
 
 def write_prompts(args, stored, folder, device):

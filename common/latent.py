@@ -53,9 +53,10 @@ class MotionVAE(nn.Module):
     Takes the place of a PatchCodec in a denoiser; `fit_vae` makes it.
     """
 
-    def __init__(self, feature_dim, *, patch=4, patch_dims=64, width=64, heads=4, ff=128, layers=3, tokens=8,
+    def __init__(self, feature_dim, *, patch=4, patch_dims=64, width=64, heads=4, layers=3, tokens=8,
                  dims=32):
         super().__init__()
+        patch_dims, ff = patch_dims or patch * feature_dim, 2 * width
         self.patch, self.tokens, self.dims = patch, tokens, dims
         self.patches = patches.PatchCodec(patch, feature_dim, patch_dims)
         self.queries = nn.Parameter(torch.zeros(2 * tokens, width))  # of means and log variances [MLD]

@@ -137,12 +137,16 @@ def evaluate(clips, scorers, sampler=None, *, purpose="", repeats=1, benchmark=T
 
 
 def in_chunks(sample, size=128):
-    """A sampler that calls sample(captions, rows, purpose, repeat) -> motion, lengths for `size` captions at
-    a time, rows being their numbers in the whole call."""
+    """A sampler that calls sample(captions, lengths, rows, purpose, repeat) -> motion, lengths for `size`
+    captions at a time, rows being their numbers in the whole call. None for lengths: those asked for."""
     def sampler(captions, lengths, purpose, repeat):
-        parts = [sample([captions[k] for k in rows], rows.tolist(), purpose, repeat)
-                 for rows in torch.arange(len(captions)).split(size)]
-        return tuple(torch.cat(column).cpu() for column in zip(*parts))
+        chunks = torch.arange(len(captions)).split(size)
+        motions, made = zip(*(
+            sample([captions[k] for k in rows], lengths[rows], rows.tolist(), purpose, repeat)
+            for rows in chunks))
+        longest = max(motion.shape[1] for motion in motions)
+        motion = torch.cat([F.pad(motion, (0, 0, 0, longest - motion.shape[1])).cpu() for motion in motions])
+        return motion, lengths if made[0] is None else torch.cat(made).cpu()
     return sampler
 
 

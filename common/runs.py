@@ -425,10 +425,9 @@ def arg(default, text, **extra):
 def parse_args(cls, tiny, argv, description, presets=None):
     """Command line -> an instance of the dataclass `cls`: every field is a flag.
 
-    --tiny sets what was not given to the values of the dict `tiny`, and so do presets: {flag: {value: what it
-    sets}}. Numbers must be finite and at least
-    `lowest` of their field's arg(): by default 0, and 1 for counts, the whole numbers whose default is not 0
-    (InputError).
+    --tiny sets what was not given to the values of the dict `tiny`, and so do presets: {flag: {its value:
+    what it sets}}, later ones over earlier ones. Numbers must be finite and at least `lowest` of their
+    field's arg(): by default 0, and 1 for counts, the whole numbers whose default is not 0 (InputError).
     """
     parser = argparse.ArgumentParser(description=description.splitlines()[0], allow_abbrev=False)
     for entry in dataclasses.fields(cls):

@@ -70,6 +70,24 @@ def test_transition_equals_the_sampler_of_evaluation(schedule, order):
         assert float(transition.std[i]) == pytest.approx(float(torch.as_tensor(std).flatten()[0]), abs=1e-6)
 
 
+@pytest.mark.parametrize("schedule", ("linear", "scaled_linear"))
+def test_what_an_answer_means(schedule):
+    """The noise, as the sampler of evaluation understands it; the motion, bit for bit."""
+    grid = samplers.make_grid(schedule, 5, "linspace")
+    x, answer = (torch.randn(2, 5, 3, 4, generator=generator(0, k, "x")) for k in range(2))
+    noise, motion = (ddpo.transitions(grid, 1, prediction) for prediction in ("epsilon", "sample"))
+    for i in range(5):
+        expected = samplers.predict_x_start(answer[:, i], x[:, i], grid.alpha[i], grid.sigma[i], "epsilon")
+        mine = ddpo.guess(noise, i, x[:, i], answer[:, i])
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        ddpo.guess(noise, slice(0, 5), x, answer),
+        torch.stack([ddpo.guess(noise, i, x[:, i], answer[:, i]) for i in range(5)], 1))
+    assert torch.equal(ddpo.guess(motion, slice(0, 5), x, answer), answer)
+    for name in ("x_coef", "m_coef", "k", "std"):
+        assert torch.equal(getattr(noise, name), getattr(motion, name)), "the answer changes nothing else"
+
+
 @pytest.mark.parametrize("schedule", samplers.SCHEDULES)
 @pytest.mark.parametrize("spacing", samplers.SPACINGS)
 def test_only_the_last_step_has_no_variance(schedule, spacing):
@@ -203,6 +221,118 @@ def test_snr_law_gives_every_step_the_same_kl():
         assert float(kl) == pytest.approx(float((snr[i + 1] - snr[i]) / 2), rel=1e-3)
     weights = ddpo.snr_step_weights(grid, 9)
     assert float(weights.mean()) == pytest.approx(1.0, abs=1e-6) and (weights.diff() < 0).all()
+
+
+@pytest.mark.parametrize("prediction", ("sample", "epsilon"))
+def test_weighted_steps_move_alike(prediction):
+    """A shift d of the answer moves the mean by w sqrt(2 KL) stds in each step, the same with the weights."""
+    grid = samplers.make_grid("scaled_linear", 10)
+    transition = ddpo.transitions(grid, 1, prediction)
+    pull = (transition.m_coef * transition.q / transition.std).abs()[:9]
+    moved = pull * ddpo.snr_step_weights(grid, 9, prediction)
+    torch.testing.assert_close(moved / moved[0], torch.ones(9), rtol=1e-3, atol=1e-3)
+    other = {"sample": "epsilon", "epsilon": "sample"}[prediction]
+    wrong = pull * ddpo.snr_step_weights(grid, 9, other)
+    assert (wrong / wrong[0] - 1).abs().max() > 0.5
+
+
+# ---- another space, another precision ----------------------------------------------------------------------
+
+
+def latent_policy(**changes):
+    """A small policy over the latents of a VAE that has learnt nothing, its adapters not at their start."""
+    known = dict(ddpo.LATENT, width=16, heads=2, layers=3, patch_dims=12, latents=3, latent_dims=5, steps=5,
+                 prompts_per_iteration=4, samples_per_prompt=4)
+    args = ddpo.Args(**{**known, **changes})
+    with torch.random.fork_rng(devices=[]):
+        model = ddpo.LatentDiffusion(args, datasets.Vocabulary.from_captions(CAPTIONS), 263)
+    runs.initialise(model, generator(0, 0, "initialise"))
+    basis = torch.randn(model.codec.patches.basis.shape, generator=generator(0, 0, "basis"))
+    model.codec.patches.basis.copy_(torch.linalg.qr(basis)[0])
+    policy = ddpo.make_policy(args, model, 40, torch.device("cpu"))
+    for k, parameter in enumerate(lora.lora_parameters(model)):
+        parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator(0, k, "perturb")))
+    return args, policy
+
+
+def test_latents_have_no_padding_and_their_motions_do():
+    args, policy = latent_policy()
+    states, mask = ddpo.sample(args, policy, CAPTIONS, torch.tensor([8, 40, 24, 12]), 0, "test", range(4))
+    assert states.shape == (4, 6, 3, 5) and mask.all() and policy.tokens == 3
+    other, _ = ddpo.sample(args, policy, CAPTIONS, torch.tensor([40, 8, 8, 8]), 0, "test", range(4))
+    assert torch.equal(states, other), "the length is the decoder's affair"
+    motion, lengths = ddpo.policy_sampler(args, policy)(CAPTIONS, torch.tensor([8, 40, 24, 12]), "test", 0)
+    assert motion.shape == (4, 40, 263) and lengths.tolist() == [8, 40, 24, 12]
+
+
+def test_no_adapter_is_in_the_vae():
+    _, policy = latent_policy()
+    names = list(lora.adapters(policy.model))
+    assert names and not [name for name in names if name.startswith("codec")]
+    assert any(name.startswith("layers.0.layers.2.") for name in names) and "text_layers.0.up" in names
+    trained = {id(p) for p in lora.lora_parameters(policy.model)}
+    assert all(p.requires_grad == (id(p) in trained) for p in policy.model.parameters())
+
+
+@pytest.mark.parametrize("changes", (dict(), dict(order=2), dict(guidance_scale=2.5), dict(bf16=True),
+                                     dict(space="joint", prediction="sample", bf16=True)))
+def test_first_ratio_is_one_in_any_space_and_precision(changes):
+    if changes.get("space") == "joint":
+        args, model = tiny_model(steps=5, prompts_per_iteration=4, samples_per_prompt=4, **changes)
+        policy = ddpo.make_policy(args, model, 24, torch.device("cpu"))
+    else:
+        args, policy = latent_policy(**changes)
+    batch = ddpo.collect(args, policy, CAPTIONS, {4: [12, 24, 20]}, 0, 0, 1)
+    assert batch["states"].dtype == torch.float32
+    rewards = batch["states"][:, -1].mean((1, 2))
+    advantages = ddpo.group_advantages(rearrange(rewards, "(p g) -> p g", g=4), 5.0).flatten()
+    args = dataclasses.replace(args, kept_samples=16, minibatches=1)
+    optimizer = torch.optim.AdamW(list(lora.lora_parameters(policy.model)), lr=1e-2)
+    before = {k: v.clone() for k, v in policy.model.state_dict().items()}
+    log = ddpo.update(args, policy, batch, advantages, optimizer, 0, Never())
+    assert log["first_ratio_error"] == 0 and log["grad_norm"] > 0
+    moved = {k for k, v in policy.model.state_dict().items() if not torch.equal(v, before[k])}
+    assert moved and all(k.endswith((".A", ".B")) for k in moved)
+
+
+def test_only_the_denoiser_is_in_bfloat16():
+    args, policy = latent_policy()
+    _, low = latent_policy(bf16=True)
+    states, mask = ddpo.sample(args, policy, CAPTIONS, torch.tensor([8, 40, 24, 12]), 0, "test", range(4))
+    results = [ddpo.step_logps(p.model, p.grid, p.transition, states, CAPTIONS, mask, 4, 1.0)
+               for p in (policy, low)]
+    assert all(part.dtype == torch.float32 for part in (*results[0], *results[1]))
+    gap = (results[0][1] - results[1][1]).abs()
+    assert 0 < gap.max() < 0.1, "means differ by the rounding of the network's answer"
+
+
+@pytest.mark.parametrize("preset, known, shape", (("paper", (512, 8, 1, True, 2.5), (16, 263)),
+                                                  ("paper-latent", (256, 9, 1, True, 7.5), (1, 256))))
+def test_the_preset_of_the_paper_takes_a_step(preset, known, shape):
+    """One rollout and one update of two motions at full width."""
+    flags = ["--micro-batch", "1", "--prompts-per-iteration", "1", "--samples-per-prompt", "2"]
+    flags += ["--preset", preset, "--minibatches", "1", "--steps", "3"]
+    args = runs.parse_args(ddpo.Args, ddpo.TINY, flags, "x", ddpo.PRESETS)
+    assert (args.width, args.layers, args.patch, args.bf16, args.guidance_scale) == known
+    model = ddpo.SPACES[args.space](args, datasets.Vocabulary.from_captions(CAPTIONS), 263)
+    policy = ddpo.make_policy(args, model, 16, torch.device("cpu"))
+    batch = ddpo.collect(args, policy, CAPTIONS, {4: [16]}, 0, 0, 1)
+    assert batch["states"].shape == (2, 4, *shape)
+    optimizer = torch.optim.AdamW(list(lora.lora_parameters(policy.model)), lr=args.lr)
+    log = ddpo.update(args, policy, batch, torch.tensor([1.0, -1.0]), optimizer, 0, Never())
+    assert log["first_ratio_error"] == 0 and 0 < log["grad_norm"] < 1e6
+
+
+def test_a_sampler_at_part_of_its_strength():
+    args, policy = latent_policy()
+    lengths = torch.tensor([8, 40, 24, 12])
+    none, half, full = (ddpo.policy_sampler(args, policy, s)(CAPTIONS, lengths, "test", 0)[0]
+                        for s in (0.0, 0.5, 1.0))
+    assert torch.equal(full, ddpo.policy_sampler(args, policy)(CAPTIONS, lengths, "test", 0)[0])
+    with lora.disabled(policy.model):
+        base = ddpo.policy_sampler(args, policy)(CAPTIONS, lengths, "test", 0)[0]
+    assert torch.equal(none, base)
+    assert not torch.equal(half, none) and not torch.equal(half, full)
 
 
 # ---- the update --------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from common import datasets, features, latent, runs
 from common.features import T2M
 from common.runs import InputError, NonFiniteError, generator
 
-SMALL = dict(patch_dims=12, width=16, heads=2, ff=32, layers=3, tokens=3, dims=5)
+SMALL = dict(patch_dims=12, width=16, heads=2, layers=3, tokens=3, dims=5)
 
 
 def normal(*shape, k=0):

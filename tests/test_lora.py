@@ -124,6 +124,22 @@ def test_switched_off_is_the_base_bit_for_bit_and_comes_back():
     assert torch.equal(model(X), on)
 
 
+def test_at_part_of_its_strength():
+    """The change of the weights is scaled, 0 is the base bit for bit, and the strength comes back."""
+    base, model = adapted()
+    full, deltas = model(X), {name: layer.delta() for name, layer in lora.adapters(model).items()}
+    with lora.scaled(model, 0.0):
+        assert torch.equal(model(X), base(X))
+    with lora.scaled(model, 0.25):
+        assert not torch.equal(model(X), base(X)) and not torch.equal(model(X), full)
+        for name, layer in lora.adapters(model).items():
+            torch.testing.assert_close(layer.delta(), 0.25 * deltas[name])
+    assert torch.equal(model(X), full)
+    with pytest.raises(ZeroDivisionError), lora.scaled(model, 0.5):
+        raise ZeroDivisionError
+    assert torch.equal(model(X), full)
+
+
 def test_merged_equals_the_adapter_and_has_the_base_layout():
     base, model = adapted()
     on = model(X)

@@ -1,6 +1,7 @@
 """Tables and comparisons of finished runs: hand-made numbers, and tiny scorers with random weights."""
 import json
 import math
+import types
 
 import numpy as np
 import pytest
@@ -297,12 +298,16 @@ def test_controllability(capsys):
 def test_in_chunks():
     calls = []
 
-    def sample(captions, rows, purpose, repeat):
-        calls.append((captions, rows, purpose, repeat))
-        return torch.tensor(rows)[:, None], torch.tensor(rows) + 10
-    motion, lengths = reports.in_chunks(sample, 2)(["a", "b", "c"], None, "test", 4)
-    assert motion[:, 0].tolist() == [0, 1, 2] and lengths.tolist() == [10, 11, 12]
-    assert calls == [(["a", "b"], [0, 1], "test", 4), (["c"], [2], "test", 4)]
+    def sample(captions, lengths, rows, purpose, repeat):
+        calls.append((captions, lengths.tolist(), rows, purpose, repeat))
+        return torch.tensor(rows)[:, None, None].expand(-1, int(lengths.max()), 1), torch.tensor(rows) + 10
+    asked = torch.tensor([2, 1, 3])
+    motion, lengths = reports.in_chunks(sample, 2)(["a", "b", "c"], asked, "test", 4)
+    assert motion[..., 0].tolist() == [[0, 0, 0], [1, 1, 0], [2, 2, 2]], "zeros behind the shorter chunk"
+    assert lengths.tolist() == [10, 11, 12]
+    assert calls == [(["a", "b"], [2, 1], [0, 1], "test", 4), (["c"], [3], [2], "test", 4)]
+    as_asked = reports.in_chunks(lambda *given: (sample(*given)[0], None), 2)
+    assert as_asked(["a", "b", "c"], asked, "test", 4)[1] is asked
 
 
 # ---- Tables ------------------------------------------------------------------------------------------------
@@ -339,6 +344,47 @@ def test_summary_of_two_seeds(tmp_path):
     assert "| gain | +0.200 (0.141) | +0.100 (0.000) |" in lines
     assert "Above zero beyond their own 95 % interval over prompts in every run: reward." in lines
     assert lines[-1] == "Seconds (mean): rollout 15; peak memory 900 MB."
+
+
+def test_more_references_are_rows_of_the_test_table(clips, scorers, monkeypatch):
+    asked = []
+
+    def compare(title, clips, scorers, rows, *, purpose, repeats):
+        asked.append((purpose, list(rows), rows.get("copy")))
+        return {}
+    monkeypatch.setattr(reports, "compare", compare)
+    source, target = (types.SimpleNamespace(splits={s: clips[:k] for s in ("val", "test")}) for k in (3, 4))
+    reports.final_tables(source, target, scorers, Sampler("base"), Sampler("tuned"), 1, 2, {"copy": len})
+    assert [(purpose, rows) for purpose, rows, _ in asked] == [
+        ("target_val", ["base", "tuned"]), ("target_test", ["base", "tuned", "best of 2", "copy"]),
+        ("source_test", ["base", "tuned"])]
+    assert asked[1][2] == 4, "it is told the clips"
+
+
+def test_strength_curve(clips, scorers, tmp_path):
+    """A row for each strength; at the data's own strength the real motions come back."""
+    def at(strength):
+        def sampler(captions, lengths, purpose, repeat):
+            return strength * collate(clips).motion, lengths
+        return sampler
+    pair = types.SimpleNamespace(splits={"test": clips})
+    log = reports.strength_curve(tmp_path / "strengths.png", pair, pair, scorers, at)
+    assert log["strength"] == list(reports.STRENGTHS) and 1.0 in log["strength"]
+    assert {"target_reward", "source_judge"} <= set(log) and "target_foot_skate" not in log
+    real = reports.evaluate(clips, scorers, benchmark=False)
+    assert log["target_judge"][log["strength"].index(1.0)] == pytest.approx(real["judge"][0], abs=1e-6)
+    assert len(set(log["target_judge"])) > 3 and (tmp_path / "strengths.png").stat().st_size > 1000
+
+
+def test_ab_pairs_shows_both_sides_of_the_same_captions(clips, scorers, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(reports.ab_page, "write", lambda *given: shown.append(given))
+    base, tuned = Sampler("base"), Sampler("tuned")
+    reports.ab_pairs(tmp_path, clips, scorers, base, tuned, 3)
+    (path, captions, left, right, skeleton, _), = shown
+    assert path == tmp_path / "ab_page.html" and skeleton is scorers.skeleton
+    assert captions == [clips[k].captions[0] for k in (0, 2, 4)] and len(left) == len(right) == 3
+    assert base.calls == tuned.calls and [len(j) for j in left] == base.calls[0][1]
 
 
 def test_summary_claims_a_gain_only_if_every_run_has_it(tmp_path):

@@ -409,6 +409,69 @@ def test_the_reward_of_stepwise_motion(finished, tmp_path, no_evaluation):
     assert not same_weights(tmp_path / "run" / "adapter.pt", finished.product)
 
 
+LATENT = ["--space", "latent", "--vae-iterations", 20, "--latents", 3, "--latent-dims", 8, "--iterations", 2,
+          "--references", "--ab-page", 2]
+
+
+def test_latent_space(finished, tmp_path):
+    """Trained, evaluated, drawn; the file makes motions again without the data."""
+    cache = shared_cache(finished, tmp_path)
+    flags = [*finished.flags, *LATENT, "--cache-dir", cache, "--out-dir", tmp_path / "run"]
+    code, out, _ = call(*flags)
+    assert code == 0 and "VAE: 3 latents of 8" in out
+    log, results = log_rows(tmp_path / "run"), json.loads((tmp_path / "run" / "results.json").read_text())
+    assert (log["first_ratio_error"] == 0).all() and (log["grad_norm"] > 0).all()
+    rows = results["target_test"]
+    assert {"gt", "VAE", "base", "tuned", "best of 2", "target base"} <= set(rows)
+    assert rows["gt"]["fid"][0] < 1e-3 < rows["VAE"]["fid"][0], "the clips, through the VAE"
+    assert results["strengths"]["target_reward"][0] == pytest.approx(rows["base"]["reward"][0], abs=0.2)
+    assert {"ab_page.html", "strengths.png"} <= products(tmp_path / "run").keys()
+    adapter = runs.load_checkpoint(tmp_path / "run" / "adapter.pt", kind="ddpo-adapter")
+    assert not [name for name in adapter["lora"] if "codec" in name]
+    flags = ["--prompt", "a person waves", "--load", tmp_path / "run" / "adapter.pt", "--length", 48]
+    assert call(*flags, "--threads", 1, "--compare", "--out-dir", tmp_path / "out")[0] == 0
+    joints = np.load(tmp_path / "out" / "prompt00_after.npy")
+    assert joints.shape == (48, 22, 3) and np.isfinite(joints).all()
+    assert not np.array_equal(joints, np.load(tmp_path / "out" / "prompt00_before.npy"))
+
+
+def test_latent_space_wants_an_odd_number_of_layers(finished, tmp_path):
+    line = refused(*finished.flags, "--space", "latent", "--layers", 4, "--out-dir", tmp_path / "run")
+    assert "--layers: odd with --space latent" in line
+
+
+def test_what_is_left_out_is_seen_by_none(finished, tmp_path, monkeypatch, no_evaluation):
+    """Base, judge and, in the strict reading, the reward model learn from clips without the action."""
+    saw, fit, train = {}, evaluators.fit_retrieval, ddpo.denoising.train
+
+    def fitted(family, clips, **options):
+        saw[family] = [c for clip in clips for c in clip.captions]
+        return fit(family, clips, **options)
+
+    @functools.wraps(train)
+    def trained(model, clips, *rest, **options):
+        saw["base"] = [c for clip in clips for c in clip.captions]
+        return train(model, clips, *rest, **options)
+    monkeypatch.setattr(evaluators, "fit_retrieval", fitted)
+    monkeypatch.setattr(ddpo.denoising, "train", trained)
+    asked, collect = set(), ddpo.collect
+
+    def collected(args, policy, prompts, *rest):
+        asked.update(prompts)
+        return collect(args, policy, prompts, *rest)
+    monkeypatch.setattr(ddpo, "collect", collected)
+    for data, knows in (("source", set()), ("both", {"transformer"})):
+        code, out, _ = call(*finished.flags, "--target-clips", 300, "--leave-out", "punch", "--iterations", 1,
+                            "--cache-dir", tmp_path / data, "--out-dir", tmp_path / f"run {data}",
+                            "--reward-data", data)
+        assert code == 0 and "source: embedded kit without punch" in out
+        assert set(saw) == {"transformer", "bigru", "base"}
+        assert {who for who, captions in saw.items() if any("punch" in c for c in captions)} == knows
+        assert asked and all("punch" in c for c in asked)
+    assert "--source" in refused(*finished.flags, "--leave-out", "punch", "--source", "humanml3d",
+                                 "--out-dir", tmp_path / "x")
+
+
 @pytest.mark.parametrize("flags", ([], ["--kl-coef", 0, "--inner-epochs", 2, "--kept-samples", 0],
                                    ["--guidance-scale", 2, "--skip-last", 2, "--minibatches", 4]))
 def test_costs_are_what_is_called(finished, tmp_path, monkeypatch, no_evaluation, flags):
