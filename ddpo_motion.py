@@ -32,6 +32,7 @@ Read in this order: section 6 (the maths), 7 (the loop), 3 (the network), then t
 # ---- 1. Imports --------------------------------------------------------------------------------------------
 
 import math
+from collections import namedtuple
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -111,7 +112,9 @@ class Args:
     guidance_scale: float = arg(1.0, "classifier-free guidance, in rollout and update (MDM: 2.5)")
     # reward
     reward: str = arg("retrieval", "motion-reward: that of stepwise_motion.py; shuffled, random: controls",
-                      choices=("retrieval", "motion-reward", "shuffled", "random"))
+                      choices=("retrieval", "contrastive", "motion-reward", "shuffled", "random"))
+    reward_family: str = arg("transformer", "of the reward model; both: the mean of the two",
+                             choices=("transformer", "bigru", "both"))
     reward_data: str = arg("both", "whose clips the reward model saw; source: the strict reading of no MoCap",
                            choices=("source", "both"))
     reward_iterations: int = arg(900, "updates of the reward model and of the judge")
@@ -312,20 +315,28 @@ def build_base(args, source, device):
 # ---- 5. Rewards --------------------------------------------------------------------------------------------
 
 
-def retrieval_reward(scorer, motion, lengths, captions):
+def retrieval_reward(scorer, motion, lengths, captions, others=None):
     """Cosine of the mean latents of motion and caption (TMR), in [-1, 1]. motion is raw, (b t d): the scorer
-    normalises with its own statistics. Whether the paper uses the cosine or a distance is unknown."""
-    return scorer.similarity(motion, lengths, captions)
+    normalises with its own statistics. Whether the paper uses the cosine or a distance is unknown.
+    others (m c), embeddings of captions: less how well the motion fits the best of them, as in InfoNCE."""
+    cosine = scorer.similarity(motion, lengths, captions)
+    if others is None:
+        return cosine
+    seen = F.normalize(scorer.embed_motion(motion, lengths), dim=-1)
+    return cosine - 0.1 * torch.logsumexp(seen @ others.T / 0.1, -1)
 
 
 def build_reward(args, source, target, device):
     """The reward model and the judge, which share no clip; it has not seen what is left out -> both, notes"""
     seen = [source] if args.reward_data == "source" else [source, target]
     judged = [source] if args.leave_out else [source, target]
+    families = ("transformer", "bigru") if args.reward_family == "both" else (args.reward_family,)
     options = dict(iterations=args.reward_iterations, seed=args.base_seed, cache_dir=args.cache_dir,
                    use_cache=args.cache, device=device)
     if args.reward != "motion-reward":
-        return evaluators.rewards_and_judge(seen, judged, target=target, saw=args.reward_data, **options)
+        *models, judge, notes = evaluators.rewards_and_judge(
+            seen, judged, target=target, saw=args.reward_data, families=families, **options)
+        return evaluators.Mean(models) if models[1:] else models[0], judge, notes
     judge, notes = evaluators.rewards_and_judge([], judged, target=target, saw="", losses=(), **options)
     model, notes["reward"] = motion_reward.fit_motion_reward(seen, [], head_iterations=0, saw=[], **options)
     return model, judge, notes
@@ -334,15 +345,9 @@ def build_reward(args, source, target, device):
 # ---- 6. The algorithm: pure functions, no I/O, no globals --------------------------------------------------
 
 
-class Transition(NamedTuple):
-    """Coefficients of the N Gaussian steps, each (N,): the network's answer e means the motion m = p x + q e,
-    and mean = x_coef x + m_coef (m + k (m - m_last))."""
-    p: torch.Tensor
-    q: torch.Tensor
-    x_coef: torch.Tensor
-    m_coef: torch.Tensor
-    k: torch.Tensor
-    std: torch.Tensor
+# Coefficients of the N Gaussian steps, each (N,): the network's answer e means the motion m = p x + q e, and
+# mean = x_coef x + m_coef (m + k (m - m_last)).
+Transition = namedtuple("Transition", "p q x_coef m_coef k std")
 
 
 def transitions(grid, order, prediction="sample"):
@@ -494,8 +499,7 @@ def make_policy(args, model, longest, device):
     lora.inject(model, args.lora_targets, args.lora_rank, args.lora_alpha, generator(args.seed, 0, "lora"))
     grid = samplers.make_grid(args.schedule, args.steps, args.spacing)
     table = transitions(grid, args.order, args.prediction)
-    if args.bf16:
-        model.forward = runs.in_bfloat16(model.forward)
+    model.forward = runs.in_bfloat16(model.forward) if args.bf16 else model.forward
     return Policy(model.to(device).eval(), grid, table, model.codec.count(longest), device)
 
 
@@ -535,7 +539,7 @@ def collect(args, policy, prompts, table, iteration, rank, processes):
     return dict(states=states, mask=mask, captions=captions, lengths=lengths, index=index, asked=asked)
 
 
-def score(args, policy, reward_model, batch, wrong, iteration):
+def score(args, policy, reward_model, batch, wrong, others, iteration):
     """Stage 2, score -> rewards (b) of this process's motions, on the CPU."""
     captions, lengths = batch["captions"], batch["lengths"].to(policy.device)
     motion = policy.model.codec.decode(batch["states"][:, -1], lengths)
@@ -544,7 +548,7 @@ def score(args, policy, reward_model, batch, wrong, iteration):
                                for k in batch["index"]])
     else:
         asked = [wrong[c] for c in captions] if args.reward == "shuffled" else captions
-        rewards = retrieval_reward(reward_model, motion, lengths, asked).cpu()
+        rewards = retrieval_reward(reward_model, motion, lengths, asked, others).cpu()
     runs.check_rewards(rewards, captions, f"iteration {iteration}: {args.reward} reward")
     return rewards
 
@@ -611,7 +615,7 @@ def costs(args):
     samples = args.prompts_per_iteration * args.samples_per_prompt
     learnt = args.inner_epochs * (args.kept_samples or samples) * (args.steps - args.skip_last)
     passes = 3 + bool(args.kl_coef)  # old log-probabilities, there and back, and the base's means
-    guided = 1 if args.guidance_scale == 1.0 else 2
+    guided = 1 + (args.guidance_scale != 1.0)
     return {"samples": samples, "updates": args.inner_epochs * args.minibatches,
             "calls": guided * (samples * args.steps + learnt * passes)}
 
@@ -626,7 +630,8 @@ def train(start, policy, scorers, source, target, folder):
     args, (rank, processes) = start.args, runs.world(policy.device)
     prompts = sorted({c for clip in target.splits["train"] for c in clip.captions})  # text, no motion
     table = datasets.length_table(source.splits["train"])
-    wrong = evaluators.wrong_captions(prompts, args.seed)
+    wrong, contrastive = evaluators.wrong_captions(prompts, args.seed), args.reward == "contrastive"
+    others = F.normalize(scorers.reward_model.embed_text(prompts), dim=-1) if contrastive else None
     parameters = list(lora.lora_parameters(policy.model))
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     tracker = PromptTracker(buffer_size=32, min_count=16)  # DDPO code
@@ -644,7 +649,7 @@ def train(start, policy, scorers, source, target, folder):
                 batch = collect(args, policy, prompts, table, iteration, rank, processes)
             loop.check()
             with watch.stage("reward"):
-                own = score(args, policy, scorers.reward_model, batch, wrong, iteration)
+                own = score(args, policy, scorers.reward_model, batch, wrong, others, iteration)
                 loop.rewards = rewards = runs.all_gather_rows(own)
                 groups = rearrange(rewards, "(p g) -> p g", g=args.samples_per_prompt)
                 if args.advantage == "group":
@@ -654,11 +659,10 @@ def train(start, policy, scorers, source, target, folder):
                     advantages = advantages.clamp(-args.adv_clip, args.adv_clip)
             with watch.stage("update"):
                 values = update(args, policy, batch, advantages, optimizer, iteration, loop)
-            row = dict.fromkeys(LOG_FIELDS) | values | {
-                "iteration": iteration, "reward": rewards.mean().item(),
-                "group_std": groups.std(1).mean().item(),
-                "frac_zero_std": (groups.std(1) < 1e-8).float().mean().item()}
-            row |= {name: (iteration + 1) * cost for name, cost in costs(args).items()}
+            spent, std = {name: (iteration + 1) * cost for name, cost in costs(args).items()}, groups.std(1)
+            row = dict.fromkeys(LOG_FIELDS) | values | spent | {
+                "iteration": iteration, "reward": rewards.mean().item(), "group_std": std.mean().item(),
+                "frac_zero_std": (std < 1e-8).float().mean().item()}
             if (iteration + 1) % args.eval_every == 0:
                 with watch.stage("validation"):
                     val = reports.evaluate(target.splits["val"], scorers, policy_sampler(args, policy),
@@ -687,9 +691,8 @@ def write_prompts(args, adapter, folder, device):
     """--prompt: GIF, joints and BVH of every caption, from adapter.pt alone."""
     policy = load_policy(args, adapter, device)
     chosen = {"before": policy_sampler(args, policy, 0.0)} if args.compare else {}
-    chosen["after"] = policy_sampler(args, policy)
-    frames = args.length or adapter["frames"]
-    reports.export(folder, args.prompt, frames, adapter["longest"], features.T2M, chosen)
+    reports.export(folder, args.prompt, args.length or adapter["frames"], adapter["longest"], features.T2M,
+                   chosen | {"after": policy_sampler(args, policy)})
 
 
 def main(argv):

@@ -573,6 +573,30 @@ class RetrievalModel(nn.Module):
         return model
 
 
+class Mean(nn.Module):
+    """Several retrieval models as one, whose score is the mean of theirs."""
+
+    def __init__(self, models):
+        super().__init__()
+        self.models = nn.ModuleList(models)
+
+    def _join(self, parts):
+        """Embeddings [(b c)] -> (b sum of c), of which the dot product is the mean of the cosines."""
+        return torch.cat([F.normalize(part, dim=-1) for part in parts], -1) / math.sqrt(len(self.models))
+
+    def embed_motion(self, features, lengths):
+        """Raw features (b t d), lengths (b) -> unit embeddings (b c)"""
+        return self._join([model.embed_motion(features, lengths) for model in self.models])
+
+    def embed_text(self, captions):
+        """Captions (list of b) -> unit embeddings (b c)"""
+        return self._join([model.embed_text(captions) for model in self.models])
+
+    def similarity(self, features, lengths, captions):
+        """Mean cosine (b) of each motion with its caption."""
+        return (self.embed_motion(features, lengths) * self.embed_text(captions)).sum(-1)
+
+
 # ---- 5. Training and scoring them --------------------------------------------------------------------------
 
 def signature(attributes):
@@ -745,21 +769,23 @@ INFO_NCE = ("infonce", None)  # name and function of a loss for train_retrieval
 
 
 def rewards_and_judge(seen, domains, *, saw, iterations, seed, cache_dir, use_cache, device,
-                      losses=(INFO_NCE,), target=None):
+                      losses=(INFO_NCE,), families=("transformer",), target=None):
     """Scorers to be optimised, and the judge that never is: other family, seed and half of the clips.
 
     seen: data sets that the reward models learn from (`saw` is their name for the notes); the judge learns
-    from all `domains`, by InfoNCE. They share no clip. losses: a reward model for each, name and function for
-    train_retrieval. Cached. -> the reward models, the judge, {"reward", "reward 2" ... and "judge": what it
-    saw, and how well it finds the motion of a caption among 32 of the val split of `target`, by default the
-    last domain}.
+    from all `domains`, by InfoNCE. They share no clip. losses, name and function for train_retrieval, and
+    families: a reward model for each pair, the seeds of families two apart. Cached. -> the reward models,
+    the judge, {"reward", "reward 2" ... and "judge": what it saw, and how well it finds the motion of a
+    caption among 32 of the val split of `target`, by default the last domain}.
     """
     target = target or domains[-1]
     models, notes, validation = [], {}, target.splits["val"]
-    wanted = [(f"reward {n + 1}" if n else "reward", 0, "transformer", seen, saw, loss)
-              for n, loss in enumerate(losses)] + [("judge", 1, "bigru", domains, "all", INFO_NCE)]
+    pairs = [(2 * k, family, loss) for k, family in enumerate(families) for loss in losses]
+    wanted = [(f"reward {n + 1}" if n else "reward", number, family, seen, saw, loss)
+              for n, (number, family, loss) in enumerate(pairs)]
+    wanted.append(("judge", 1, "bigru", domains, "all", INFO_NCE))
     for name, number, family, read, title, (loss_name, function) in wanted:
-        clips = [clip for domain in read for clip in half(domain.splits["train"], number)]
+        clips = [clip for domain in read for clip in half(domain.splits["train"], number % 2)]
 
         def build():
             model, _ = fit_retrieval(family, clips, seed=seed + number, iterations=iterations, loss=function)
@@ -771,7 +797,7 @@ def rewards_and_judge(seen, domains, *, saw, iterations, seed, cache_dir, use_ca
         stored = cached(cache_dir, key, build, name.split()[0], use_cache)
         models.append(freeze(RetrievalModel.load(stored["model"]).to(device)))
         notes[name] = {"family": family, "loss": loss_name,
-                       "saw": f"{len(clips)} train clips of {title} (half {number})",
+                       "saw": f"{len(clips)} train clips of {title} (half {number % 2})",
                        "target_val_retrieval": stored["retrieval"]}
         print(f"  {name}: {family}, {loss_name}, saw {notes[name]['saw']}; "
               f"R@1 on target val {stored['retrieval']['R1']:.2f}")

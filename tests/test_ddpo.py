@@ -486,12 +486,13 @@ def test_rewards_stay_with_their_samples():
             return motion[:, 0, 0] + lengths + torch.tensor([float(len(c)) for c in captions])
 
     policy = SimpleNamespace(model=model, device=torch.device("cpu"))
-    rewards = ddpo.score(args, policy, Scorer(), batch, {}, 0)
+    rewards = ddpo.score(args, policy, Scorer(), batch, {}, None, 0)
     motion = model.codec.decode(batch["states"][:, -1])
     expected = motion[:, 0, 0] + batch["lengths"] + torch.tensor([float(len(c)) for c in CAPTIONS])
     torch.testing.assert_close(rewards, expected)
     wrong = dict(zip(CAPTIONS, CAPTIONS[1:] + [""]))
-    shuffled = ddpo.score(dataclasses.replace(args, reward="shuffled"), policy, Scorer(), batch, wrong, 0)
+    control = dataclasses.replace(args, reward="shuffled")
+    shuffled = ddpo.score(control, policy, Scorer(), batch, wrong, None, 0)
     assert not torch.equal(shuffled, rewards)
 
     class Broken:
@@ -499,7 +500,28 @@ def test_rewards_stay_with_their_samples():
             return torch.tensor([0.1, float("nan"), 0.2, 0.3])
 
     with pytest.raises(runs.NonFiniteError, match="someone turns left slowly"):
-        ddpo.score(args, policy, Broken(), batch, {}, 0)
+        ddpo.score(args, policy, Broken(), batch, {}, None, 0)
+
+
+def test_contrastive_reward():
+    """Less a tenth of the log-sum over all captions of e^(10 cos): what InfoNCE would gain, times its
+    temperature. A motion that fits every caption alike earns nothing by it."""
+    class Scorer:
+        def embed_motion(self, motion, lengths):
+            return 3 * motion[:, 0]
+
+        def similarity(self, motion, lengths, captions):
+            return motion[:, 0, 0]
+
+    angles = torch.tensor([0.3, 1.1, 2.0])
+    motion = torch.stack([angles.cos(), angles.sin()], -1)[:, None]
+    others = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, -1.0], [-1.0, 0.0]])
+    reward = ddpo.retrieval_reward(Scorer(), motion, None, ["x"] * 3, others)
+    for k, angle in enumerate(angles.tolist()):
+        cosines = [math.cos(angle), math.sin(angle), -math.sin(angle), -math.cos(angle)]
+        expected = cosines[0] - 0.1 * math.log(sum(math.exp(10 * c) for c in cosines))
+        assert reward[k].item() == pytest.approx(expected, abs=1e-5)
+    assert torch.equal(ddpo.retrieval_reward(Scorer(), motion, None, ["x"] * 3), motion[:, 0, 0])
 
 
 # ---- the network -------------------------------------------------------------------------------------------

@@ -208,6 +208,18 @@ def test_gradient_of_the_similarity_is_right():
     assert (slope * direction).sum().item() == pytest.approx(numeric.item(), rel=1e-5)
 
 
+def test_the_mean_of_models_scores_the_mean_of_their_cosines():
+    models = [ev.freeze(toy_model(family)) for family in ("transformer", "bigru")]
+    both = ev.freeze(ev.Mean(models))
+    asked = normal(3, 24, 263), torch.tensor([24, 16, 20]), ["a person walks", "waves", "jumps"]
+    expected = sum(model.similarity(*asked) for model in models) / 2
+    torch.testing.assert_close(both.similarity(*asked), expected)
+    seen, text = ev.embed(both, *asked)
+    torch.testing.assert_close((seen * text).sum(-1), expected)
+    assert both.embed_motion(*asked[:2]).norm(dim=-1).tolist() == pytest.approx([1.0] * 3)
+    assert (models[0].similarity(*asked) - models[1].similarity(*asked)).abs().min() > 1e-3
+
+
 def test_statistics_of_the_generator_are_refused():
     clips = toy_clips(6)
     with pytest.raises(ValueError, match="generator"):

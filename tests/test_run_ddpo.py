@@ -198,7 +198,7 @@ def test_a_sound_folder_is_the_target(finished, tmp_path, no_pictures):
 def test_a_reward_that_is_nan(finished, tmp_path, monkeypatch, no_pictures):
     score, seen = ddpo.retrieval_reward, []
 
-    def broken(scorer, motion, lengths, captions):
+    def broken(scorer, motion, lengths, captions, others):
         seen.append(captions)
         rewards = score(scorer, motion, lengths, captions).clone()
         rewards[5] = math.nan if len(seen) == 3 else rewards[5]
@@ -279,10 +279,10 @@ def test_base_and_training_never_see_a_target_motion(finished, tmp_path, monkeyp
             clip.features = Untouchable()
         train(start, policy, scorers, source, target, *rest)
 
-    def listen(scorer, motion, frames, captions):
+    def listen(scorer, motion, frames, captions, others):
         asked.extend(captions)
         lengths.extend(frames.tolist())
-        return score(scorer, motion, frames, captions)
+        return score(scorer, motion, frames, captions, others)
 
     monkeypatch.setattr(evaluators, "rewards_and_judge", then_hide)
     monkeypatch.setattr(ddpo, "train", hide_all)
@@ -389,7 +389,19 @@ def test_prompts_become_files(finished, tmp_path):
     assert products(tmp_path / "out") == before
 
 
-@pytest.mark.parametrize("reward", ("shuffled", "random"))
+def test_two_families_as_one_reward(finished, tmp_path, no_evaluation):
+    """Their mean is optimised; the judge is another model, of the other half, as before."""
+    flags = ["--iterations", 1, "--reward-family", "both", "--cache-dir", shared_cache(finished, tmp_path)]
+    code, out, _ = call(*finished.flags, *flags, "--out-dir", tmp_path / "run")
+    parts = json.loads((tmp_path / "run" / "results.json").read_text())["parts"]
+    assert code == 0 and parts["judge"] == finished.results["parts"]["judge"]
+    assert [parts[name]["family"] for name in ("reward", "reward 2")] == ["transformer", "bigru"]
+    assert parts["reward"] == finished.results["parts"]["reward"]
+    assert "half 0" in parts["reward 2"]["saw"] and "half 1" in parts["judge"]["saw"]
+    assert log_rows(tmp_path / "run")["reward"][0] != log_rows(finished.folder)["reward"][0]
+
+
+@pytest.mark.parametrize("reward", ("shuffled", "random", "contrastive"))
 def test_controls_run(finished, tmp_path, no_evaluation, reward):
     code, *_ = call(*finished.flags, "--iterations", 1, "--reward", reward, "--out-dir", tmp_path / "run")
     mine, run = (log_rows(folder)["reward"][0] for folder in (tmp_path / "run", finished.folder))
