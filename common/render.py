@@ -388,24 +388,26 @@ def curves(path, runs, groups, x="iteration", bands=None, peak=None):
         figure.savefig(temporary, format="png", dpi=DPI)
 
 
-def lines(path, x, label, panels):
+def lines(path, x, label, panels, scale="log"):
     """Curves over x on logarithmic axes in one PNG: panels: title -> {name: values like x}, the same names in
-    each; label names x. The legend stands at the right."""
-    figure = _figure(300 * len(panels) + 150, 280)
+    each; label names x, whose axis has this scale. The legend stands at the right."""
+    legend = 40 + 6 * max(len(name) for values in panels.values() for name in values)  # pixels
+    figure = _figure(300 * len(panels) + legend, 280)
     for i, (title, values) in enumerate(panels.items()):
         axes = figure.add_subplot(1, len(panels), i + 1)
         for k, (name, y) in enumerate(values.items()):  # the first one may lie under others
             axes.plot(x, y, ".-", linewidth=1.3 if k else 4, markersize=5, label=name)
-        axes.set_xscale("log")
+        axes.set_xscale(scale)
         axes.set_yscale("log")
         axes.set_xticks(x, [f"{value:g}" for value in x])
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        lowest, highest = axes.get_ylim()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if highest < 1e4 * lowest else (1.0,)))
         axes.yaxis.set_major_formatter(lambda value, place: f"{value:g}")
         axes.minorticks_off()
         axes.set_title(title, fontsize=9, loc="left", weight="bold")
         axes.set_xlabel(label, fontsize=7, color=GREY)
         _plain(axes)
-    width = 300 * len(panels) / (300 * len(panels) + 150)
+    width = 300 * len(panels) / (300 * len(panels) + legend)
     figure.legend(*axes.get_legend_handles_labels(), fontsize=7, frameon=False, loc="center left",
                   bbox_to_anchor=(width, 0.5))
     figure.tight_layout(pad=0.9, rect=(0, 0, width, 1))

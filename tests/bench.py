@@ -1,4 +1,4 @@
-"""What the parts of an iteration cost: `python -m tests.bench rollout`, `selection` or `memory`.
+"""What the parts of an iteration cost: `python -m tests.bench rollout`, `selection`, `memory` or `snr`.
 
 Diffusion:
     A  ddpo_motion's rollout of one batch: noise of every sample, captions encoded, N steps, all states kept
@@ -14,6 +14,10 @@ Tokens, one motion and 32 at a time:
 `memory`
     what one update of each method of stepwise_motion.py keeps for its backward pass, by the number of
     denoising steps, and its seconds; no A and B. --picture FILE draws it.
+
+`snr`
+    what it costs in KL, at each denoising step, that ddpo_motion's network changes its answer by one unit in
+    every entry: the law of --snr-weights, and the same measured on a network; no A and B. --picture FILE
 
 The two run in turns (A B A B ...), after one round of warming up, with the default Args and random weights
 (the time does not depend on them). The ratio of the two minima is the overhead of the sampler, or the gain
@@ -33,7 +37,7 @@ import ddpo_motion as ddpo
 import pareto_motion as pareto
 import ppo_motion as ppo
 import stepwise_motion as stepwise
-from common import datasets, features, motion_gpt, motion_reward, render, runs
+from common import datasets, features, lora, motion_gpt, motion_reward, render, runs
 
 WORDS = "a person walks forward slowly then turns left and waves with the right hand"
 FEATURE_DIM = 263
@@ -218,16 +222,62 @@ def measure_memory(counts, batch, tokens, picture=None):
     return {name: log[name] for name in METHODS}
 
 
+GRIDS = {  # schedule, spacing, what the network answers
+    "linear, linspace (ours)": ("linear", "linspace", "sample"),
+    "linear, karras (StableMoFusion)": ("linear", "karras", "sample"),
+    "cosine, linspace (MDM)": ("cosine", "linspace", "sample"),
+    "scaled_linear, linspace, noise (MLD)": ("scaled_linear", "linspace", "epsilon")}
+
+
+def snr_law(steps, picture=None):
+    """Print KL per squared change of the answer at every step of GRIDS, and how far the same lies from it
+    when it is measured: adapters of a network with random weights, on against off -> {grid: KL (s)}."""
+    print(f"KL at each of {steps} steps for a change of 1 of the answer\n" + " " * 38
+          + "".join(f"{f'step {i}':>9s}" for i in range(steps - 1)) + "  measured")
+    law = {}
+    for name, (schedule, spacing, prediction) in GRIDS.items():
+        args = ddpo.Args(steps=steps, schedule=schedule, spacing=spacing, prediction=prediction, patch_dims=8)
+        policy = prepare(args, 12)
+        for k, parameter in enumerate(policy.model.parameters()):
+            if parameter.requires_grad:  # of the adapters
+                parameter.data += 0.02 * torch.randn(parameter.shape, generator=runs.generator(0, k, "bench"))
+        table = policy.transition
+        law[name] = (table.m_coef * table.q / table.std).square()[:-1].double().numpy() / 2
+        states, mask = ddpo.sample(args, policy, [WORDS] * 4, torch.full((4,), 48), 0, "bench", range(4))
+        tuned, base = (answers_and_means(policy, states, mask, strength) for strength in (1.0, 0.0))
+        change = (tuned[0] - base[0]).square().mean((0, 2, 3))
+        kl = ddpo.masked_mean_kl(tuned[1], base[1], tuned[2], mask[:, None]).mean(0)
+        gap = np.abs((kl / change).numpy() / law[name] - 1).max()
+        print(f"{name:38s}" + "".join(f"{value:9.2g}" for value in law[name]) + f"  within {gap:.1%}")
+    if picture:
+        panels = {"KL for a change of 1 of the answer": law}
+        render.lines(picture, np.arange(steps - 1), "denoising step", panels, "linear")
+    return law
+
+
+@torch.no_grad()
+def answers_and_means(policy, states, mask, strength):
+    """The network's answers (b s n c) on the trained steps, the means (b s n c) and std of the policy."""
+    steps = states.shape[1] - 2
+    with lora.scaled(policy.model, strength):
+        _, mean, std = ddpo.step_logps(policy.model, policy.grid, policy.transition, states,
+                                       [WORDS] * len(states), mask, steps, 1.0)
+        text, text_mask = policy.model.encode_text([WORDS] * len(states))
+        times = policy.grid.timesteps[:steps, None].expand(-1, len(states)).float()
+        answers = [policy.model(states[:, i], times[i], mask, text, text_mask) for i in range(steps)]
+    return torch.stack(answers, 1), mean, std
+
+
 def main(argv=None):
     """Command line of the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("rollout", "selection", "memory"))
+    parser.add_argument("what", choices=("rollout", "selection", "memory", "snr"))
     parser.add_argument("--batch", type=int, default=128, help="motions of a rollout (default 128 = 16 x 8)")
     parser.add_argument("--tokens", type=int, default=20, help="tokens of a motion (default 20 = 80 frames)")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of A and B, at least 5 (default 7)")
     parser.add_argument("--gpt-tokens", type=int, default=50, help="of the token policy (T2M-GPT: 50)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
-    parser.add_argument("--picture", help="PNG for `memory`")
+    parser.add_argument("--picture", help="PNG for `memory` and `snr`")
     parser.add_argument("--guidance-scale", type=float, default=1.0, help="1.0: one forward a step; else two")
     options = parser.parse_args(argv)
     if options.rounds < 5:
@@ -235,6 +285,9 @@ def main(argv=None):
     runs.pick_threads(options.threads)
     if options.what == "memory":
         measure_memory((1, 2, 5, 10, 20, 50), 32, options.tokens, options.picture)
+        return
+    if options.what == "snr":
+        snr_law(10, options.picture)
         return
     if options.what == "selection":
         time_selection(ppo.Args(), 25, options.rounds)

@@ -127,3 +127,17 @@ def test_what_the_methods_keep_for_their_backward_pass(capsys, tmp_path):
     assert all(values[0] == pytest.approx(saved["easytune"][0], rel=0.02) for name, values in saved.items()
                if "checkpoints" not in name), "with one step they are one"
     assert "easytune" in capsys.readouterr().out and (tmp_path / "memory.png").stat().st_size > 5000
+
+
+def test_snr_law(tmp_path, capsys):
+    """The figures of the specification, and a network that obeys them."""
+    law = bench.snr_law(10, tmp_path / "snr.png")
+    known = {"linear, linspace (ours)": (0.078, 0.21, 0.63, 3.3),
+             "linear, karras (StableMoFusion)": (0.28, 3.8, 87, 4907),
+             "cosine, linspace (MDM)": (0.43, 0.92, 2.6, 13),
+             "scaled_linear, linspace, noise (MLD)": (0.47, 0.48, 0.56, 0.88)}
+    assert set(law) == set(known)
+    for name, values in known.items():
+        assert law[name][5:].tolist() == pytest.approx(values, rel=0.03), name
+    assert capsys.readouterr().out.count("within 0.") == 4
+    assert (tmp_path / "snr.png").stat().st_size > 1000
