@@ -11,7 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from common import datasets, features, patches, runs, samplers
-from common.runs import NonFiniteError, generator
+from common.runs import generator
 
 TIMESTEPS = 1000  # of training; t is one of 0 .. 999
 
@@ -60,14 +60,8 @@ def train(model, clips, device, *, schedule, prediction, base_seed, base_iterati
         answer = model(x_t * mask[..., None], timesteps, mask, text, text_mask)
         error = (answer - wanted).square() * mask[..., None]
         loss = error.sum() / (mask.sum() * x_start.shape[-1])
-        if not torch.isfinite(loss):
-            raise NonFiniteError(f"base: loss is {loss.item()} at iteration {iteration}; lower --base-lr")
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        scheduler.step()
-        losses.append(loss.item())
+        losses.append(runs.descend(loss, parameters, optimizer, scheduler, f"base, iteration {iteration}",
+                                   "lower --base-lr"))
         bar.set_postfix(loss=f"{np.mean(losses[-100:]):.4f}", refresh=False)
     return losses
 

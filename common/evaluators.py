@@ -679,17 +679,12 @@ def train_retrieval(model, clips, *, whitening=0.5, iterations=900, batch=96, lr
         text = model.encode_text(words, mask[lines].to(device))
         motion = model.encode_motion(motion, counts)
         value = loss(text, motion, duplicates) if loss else info_nce(text, motion, temperature, duplicates)
-        if not torch.isfinite(value):
-            raise NonFiniteError(f"{label}: the loss is {value.item()} at iteration {len(curves['loss'])}")
-        optimiser.zero_grad()
-        value.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
+        curves["loss"].append(runs.descend(value, list(model.parameters()), optimiser, schedule,
+                                           f"{label}, iteration {len(curves['loss'])}",
+                                           "huge values in the data?"))
         with torch.no_grad():
             best = (F.normalize(motion, dim=-1) @ F.normalize(text, dim=-1).T).argmax(1)
             curves["top1"].append(duplicates[torch.arange(len(rows)), best].double().mean().item())
-        curves["loss"].append(value.item())
         bar.set_postfix(loss=f"{value.item():.3f}", top1=f"{curves['top1'][-1]:.2f}", refresh=False)
     model.eval()
     return curves

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from common import datasets, evaluators, patches, runs
 from common.evaluators import TransformerLayer, gaussian_kl, length_mask, sinusoid
-from common.runs import InputError, NonFiniteError, generator
+from common.runs import InputError, generator
 
 
 class Skips(nn.Module):
@@ -131,14 +131,8 @@ def train_vae(vae, clips, device, *, iterations, batch, lr, kl_weight, seed):
         error = F.smooth_l1_loss(vae.reconstruct(z, mask), x, reduction="none") * mask[..., None]
         loss = error.sum() / (mask.sum() * x.shape[-1])
         loss = loss + kl_weight * gaussian_kl(mu, logvar, torch.zeros_like(mu), torch.zeros_like(mu))
-        if not torch.isfinite(loss):
-            raise NonFiniteError(f"VAE: loss is {loss.item()} at iteration {iteration}")
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        rates.step()
-        losses.append(loss.item())
+        losses.append(runs.descend(loss, parameters, optimiser, rates, f"VAE, iteration {iteration}",
+                                   "huge values in the data?"))
         bar.set_postfix(loss=f"{np.mean(losses[-100:]):.4f}", refresh=False)
     with torch.no_grad():
         means = torch.cat([vae.posterior(*padded(encoded[k:k + 256]))[0]

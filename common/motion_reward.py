@@ -32,7 +32,7 @@ from common.evaluators import TransformerLayer, freeze, gaussian_kl, info_nce, l
 from common.patches import PatchCodec
 from common.perception import ranking_loss
 from common.representations import REPRESENTATIONS, convert_clips, features_of_joints, from_features
-from common.runs import InputError, NonFiniteError, generator
+from common.runs import InputError, generator
 
 # ---- 1. Losses ---------------------------------------------------------------------------------------------
 
@@ -462,16 +462,6 @@ class Library:
         return *self.model.tokenise(motion, lengths, name), level
 
 
-def step(optimiser, parameters, loss, where):
-    """One update, the gradient's norm clipped to 1; NonFiniteError naming `where` for a loss that is not."""
-    if not torch.isfinite(loss):
-        raise NonFiniteError(f"motion reward, {where}: the loss is {loss.item()}; huge values in the data?")
-    optimiser.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(parameters, 1.0)
-    optimiser.step()
-
-
 PARTNER = {"features": "joints", "joints": "features", "rotations": "features"}  # for the cross loss
 DECODED = 3     # one row in so many is decoded, or the decoder would cost a third of the time
 SPL_WEIGHT = 0.1  # .01 in [ME], where InfoNCE has .1 and not 1
@@ -520,9 +510,8 @@ def train_semantics(model, library, *, stage, iterations, batch, seed, represent
             k = max(1, len(rows) // 12)  # [ME]: 10 of 128
             loss = loss + SPL_WEIGHT * SPL[spl](z_t, z_m, k, duplicates)
             failed.append(mine(z_t, z_m, k, duplicates)[1].double().mean().item())
-        step(optimiser, parameters, loss, f"{stage}, iteration {iteration}")
-        rates.step()
-        losses.append(loss.item())
+        losses.append(runs.descend(loss, parameters, optimiser, rates, f"motion reward, {stage}, iteration "
+                                   f"{iteration}", "huge values in the data?"))
         bar.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}", refresh=False)
     return {"loss": float(np.mean(losses[-max(1, iterations // 10):])),
             "failed": float(np.mean(failed)) if spl else None}
@@ -574,9 +563,8 @@ def train_head(model, name, *, draw, loss, iterations, lr, seed):
         representation = REPRESENTATIONS[iteration % len(REPRESENTATIONS)]
         tokens, mask = draw(representation, generator(seed, iteration, f"motion_reward {name}"))
         value = loss(model.head(name, tokens, mask, representation))
-        step(optimiser, parameters, value, f"{name}, iteration {iteration}")
-        rates.step()
-        losses.append(value.item())
+        losses.append(runs.descend(value, parameters, optimiser, rates, f"motion reward, {name}, iteration "
+                                   f"{iteration}", "huge values in the data?"))
         bar.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}", refresh=False)
     model.requires_grad_(False)
     return float(np.mean(losses[-max(1, iterations // 10):]))

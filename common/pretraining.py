@@ -9,12 +9,11 @@ import sys
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 from tqdm import tqdm
 
 from common import datasets, motion_gpt, text
 from common.evaluators import length_mask
-from common.runs import NonFiniteError, cached, generator, initialise
+from common.runs import cached, descend, generator, initialise
 
 
 def sequence_loss(logits, target, counts):
@@ -58,14 +57,8 @@ def train_gpt(gpt, text_encoder, vq, clips, *, iterations, lr, keep, batch, word
         tokens = torch.where(replaced, other, target)[:, :-1]
         logits, _ = gpt(tokens, text_encoder(captions, word_drop, word_swap, g))
         loss = sequence_loss(logits, target, counts[chosen.to(device)])
-        if not torch.isfinite(loss):
-            raise NonFiniteError(f"gpt: loss {loss.item()} at iteration {iteration}; lower --gpt-lr")
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        scheduler.step()
-        losses.append(loss.item())
+        losses.append(descend(loss, parameters, optimizer, scheduler, f"gpt, iteration {iteration}",
+                              "lower --gpt-lr"))
         bar.set_postfix(loss=f"{np.mean(losses[-100:]):.3f}", refresh=False)
     return {"loss": float(np.mean(losses[-100:]))}
 

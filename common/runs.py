@@ -833,10 +833,22 @@ def rise_and_fall(iteration, iterations, warmup):
     return min(1.0, (iteration + 1) / max(warmup, 1)) * (1 - iteration / iterations)
 
 
-def check_loss(loss, where):
+def check_loss(loss, where, fix="lower --lr"):
     """NonFiniteError if a loss is not finite; where: "iteration 3"."""
     if not torch.isfinite(loss):
-        raise NonFiniteError(f"{where}: loss {loss.item()}; lower --lr")
+        raise NonFiniteError(f"{where}: loss {loss.item()}; {fix}")
+
+
+def descend(loss, parameters, optimizer, schedule, where, fix):
+    """One supervised update, the gradient's norm clipped to 1 -> the loss as a number, or NonFiniteError.
+    schedule: of the learning rate."""
+    check_loss(loss, where, fix)
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    schedule.step()
+    return loss.item()
 
 
 def check_rewards(rewards, captions, where):

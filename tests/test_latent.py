@@ -148,7 +148,7 @@ def test_training_repeats_itself_and_is_cached(tmp_path, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite(tmp_path):
-    with pytest.raises(NonFiniteError, match="VAE: loss is nan at iteration 0"):
+    with pytest.raises(NonFiniteError, match="VAE, iteration 0: loss nan"):
         fit(tmp_path, iterations=3, kl_weight=float("nan"))
 
 

@@ -754,7 +754,7 @@ def test_losses_that_are_not_finite_stop_the_training(stage, kit, folder, monkey
         out = function(*args)
         return {**out, "nce": out["nce"] * math.nan} if stage[0] == "s" else out * math.nan
     monkeypatch.setattr(motion_reward, name, broken)
-    with pytest.raises(NonFiniteError, match=f"motion reward, {stage}: the loss is nan"):
+    with pytest.raises(NonFiniteError, match=f"motion reward, {stage}: loss nan"):
         fit([kit], folder)
 
 

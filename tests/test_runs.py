@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import ddpo_motion
 from common import runs
 from common.runs import CsvLog, InputError, NonFiniteError, RunFolder, load_checkpoint, save_checkpoint
 
@@ -623,3 +624,48 @@ def test_one_process_needs_no_group(monkeypatch):
     assert runs.world() == (0, 1) and runs.all_gather_rows(rows) is rows
     runs.all_reduce_grads([rows])
     runs.barrier()
+
+
+# ---- a supervised update -----------------------------------------------------------------------------------
+
+
+def test_descend():
+    """Gradient of norm 4 clipped to 1, a step of the rate, the rate of the next one; nothing for a NaN."""
+    weight = torch.nn.Parameter(torch.tensor([1.0, 0.0]))
+    optimizer = torch.optim.SGD([weight], lr=0.5)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.1)
+    weight.grad = torch.full((2,), 9.0)
+    assert runs.descend((4 * weight[0]).square() / 8, [weight], optimizer, schedule, "here", "mend it") == 2.0
+    assert weight.tolist() == pytest.approx([0.5, 0.0]) and schedule.get_last_lr() == [pytest.approx(0.05)]
+    with pytest.raises(NonFiniteError, match="here: loss nan; mend it"):
+        runs.descend(weight.sum() * math.nan, [weight], optimizer, schedule, "here", "mend it")
+    assert weight.tolist() == pytest.approx([0.5, 0.0])
+
+
+def test_rewards_that_are_not_finite_name_the_caption():
+    runs.check_rewards(torch.tensor([0.1, -2.0]), ["a", "b"], "here: reward")
+    with pytest.raises(NonFiniteError, match="here: reward inf for 'b'"):
+        runs.check_rewards(torch.tensor([0.1, math.inf, math.nan]), ["a", "b", "c"], "here: reward")
+
+
+def test_bfloat16_inside_float32_outside():
+    seen = []
+
+    def forward(x, weight):
+        seen.append((x @ weight).dtype)
+        return x @ weight
+    out = runs.in_bfloat16(forward)(torch.ones(2, 2), torch.full((2, 2), 1 / 3))
+    assert seen == [torch.bfloat16] and out.dtype == torch.float32
+    assert 1e-5 < abs(out[0, 0].item() - 2 / 3) < 1e-2
+    assert torch.ones(2, 2).matmul(torch.ones(2, 2)).dtype == torch.float32, "nothing is left switched on"
+
+
+def test_presets():
+    presets = {"seed": {3: dict(threads=7, device="x")}, "device": {"y": dict(threads=9)}}
+
+    def known(*argv):
+        return runs.parse_args(ddpo_motion.Args, dict(threads=1), list(argv), "x", presets)
+    assert known().threads == 0 and known("--seed", "3").threads == 7
+    assert known("--seed", "3", "--device", "y").threads == 9, "later ones over earlier ones"
+    assert known("--seed", "3", "--tiny").threads == 1 and known("--seed", "3", "--threads", "2").threads == 2
+    assert known("--seed", "3").device == "x"
