@@ -9,7 +9,7 @@ Papers
   No MoCap Needed (Macaluso et al. 2025, arXiv 2510.06988): the method; its hyper-parameters are not public
   DDPO (Black et al. 2023, arXiv 2305.13301): sections 4.1-4.3, denoising as an MDP, importance sampling
   DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095): the sampler;  LoRA (Hu et al. 2021, arXiv 2106.09685)
-  MDM (Tevet et al. 2022, arXiv 2209.14916): the denoiser;  TMR (Petrovich et al. 2023): the retrieval reward
+  MDM (Tevet et al. 2022), MLD (Chen et al. 2023): the denoisers;  TMR (Petrovich et al. 2023): the reward
 
 The decision process (DDPO section 4.2), for denoising steps i = 0 .. N-1:
   variable            symbol                       meaning
@@ -98,8 +98,8 @@ class Args:
     # [/sync:diffusion_flags]
     leave_out: str = arg("", "an action (kick): the source is --dataset without it, the target what is left")
     # space
-    space: str = arg("joint", "what is diffused: patches of the motion, or the latents of a VAE (MLD)",
-                     choices=("joint", "latent"))
+    space: str = arg("joint", "patches of the motion are diffused, or latents of a VAE, which also sets "
+                     "--prediction, --schedule and --layers (MLD)", choices=("joint", "latent"))
     prediction: str = arg("sample", "what the base answers: the motion, or the noise (MLD)",
                           choices=("sample", "epsilon"))
     latents: int = arg(8, "latent tokens of a motion (MLD: 1)")
