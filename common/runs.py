@@ -2,7 +2,8 @@
 
 What it promises: an interrupted run loses at most the iteration it was in, nothing stored in a file is ever
 executed, and a wrong input is answered by one line that names the file or flag and the fix. POSIX only.
-Exit codes: 0 done, 2 the user's input, 3 non-finite numbers, 4 disk full, 130 / 143 interrupted and saved.
+Exit codes: 0 done, 2 the user's input, 3 non-finite numbers, 4 disk full, 130 / 143 interrupted and saved,
+141 nobody reads the output any more.
 """
 import argparse
 import contextlib
@@ -655,12 +656,16 @@ def run_main(main, argv=None):
     code = 0
     try:
         main(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
     except NonFiniteError as error:
         print(f"non-finite numbers: {error}", file=sys.stderr)
         code = 3
+    except BrokenPipeError:  # who read the output has gone, as `| head` does; nothing is left to be said
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise

@@ -626,6 +626,23 @@ def test_one_process_needs_no_group(monkeypatch):
     runs.barrier()
 
 
+
+PIPE = """
+import sys
+from common import runs
+runs.run_main(lambda argv: print("x" * int(argv[0])), sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("size", (10, 1_000_000))
+def test_output_that_nobody_reads_ends_quietly(size):
+    """As in `| head -1`: with all of it still in the buffer, and in the middle."""
+    child = subprocess.Popen([sys.executable, "-c", PIPE, str(size)], stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, cwd=Path(__file__).resolve().parents[1])
+    child.stdout.close()
+    assert child.stderr.read() == b"" and child.wait() == 141
+
+
 # ---- a supervised update -----------------------------------------------------------------------------------
 
 
