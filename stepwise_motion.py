@@ -147,7 +147,7 @@ class Args:
     best_of: int = arg(8, "reference row: the best of this many base samples by reward")
 
 
-TINY = dict(source_clips=160, target_clips=120, width=32, layers=2, base_iterations=60, base_batch=32,
+TINY = dict(source_clips=160, target_clips=120, width=32, layers=3, base_iterations=60, base_batch=32,
             patch_dims=48, steps=4, reward_iterations=40, head_iterations=10, spl_iterations=4, iterations=3,
             batch=8, eval_every=2, eval_repeats=2, best_of=2)
 

@@ -248,10 +248,10 @@ def strength_curve(path, source, target, scorers, sampler_at):
         for title, domain in (("target", target), ("source", source)):
             row = evaluate(domain.splits["test"], scorers, sampler_at(strength), purpose=f"{title}_test",
                            benchmark=False)
-            for name in PAIRED[:4]:
+            for name in PAIRED[:3]:
                 if name in row:
                     log.setdefault(f"{title}_{name}", []).append(row[name][0])
-    groups = [(f"target_{name}", f"source_{name}") for name in PAIRED[:4] if f"target_{name}" in log]
+    groups = [(f"target_{name}", f"source_{name}") for name in PAIRED[:3] if f"target_{name}" in log]
     columns = {name: np.array(values) for name, values in log.items()}
     render.safely(render.curves, path, columns, groups, "strength")
     return log

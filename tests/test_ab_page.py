@@ -133,7 +133,7 @@ for (let k = 0; k < 9; k += 1) press("ArrowDown");
 let ticks = 0;
 const ask = window.requestAnimationFrame;
 window.requestAnimationFrame = () => { ticks += 1; };
-tick(0);
+tick((last ?? 0) + 16);
 out.textContent = ticks + " " + document.getElementById("progress").textContent;
 window.requestAnimationFrame = ask;
 """)
