@@ -362,7 +362,8 @@ def curves(path, runs, groups, x="iteration", bands=None, peak=None):
         notes.append(f"dotted: {peak.replace('_', ' ')} is highest")
     lines = -(-len(groups) // 4)
     columns = -(-len(groups) // lines)
-    figure = _figure(270 * columns, 200 * lines)
+    height = 200 * lines + 14 * bool(notes)
+    figure = _figure(270 * columns, height)
     for i, names in enumerate(groups):
         axes = figure.add_subplot(lines, columns, i + 1)
         for name in names:
@@ -381,9 +382,8 @@ def curves(path, runs, groups, x="iteration", bands=None, peak=None):
         _plain(axes)
         if len(names) > 1:
             axes.legend(fontsize=7, frameon=False)
-    _text(figure, 270 * columns - 8, 200 * lines - 4, "; ".join(notes), 6, ha="right", va="bottom",
-          color=GREY)
-    figure.tight_layout(pad=0.9)
+    _text(figure, 270 * columns - 8, height - 4, "; ".join(notes), 6, ha="right", va="bottom", color=GREY)
+    figure.tight_layout(pad=0.9, rect=(0, 1 - 200 * lines / height, 1, 1))
     with _replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=DPI)
 

@@ -189,7 +189,7 @@ def test_curves_of_seeds_are_matched_by_iteration(tmp_path, drawn):
     assert pair.lines[0].get_xydata().tolist() == [[0, 0.1], [2, 0.4]]       # nothing was measured at 1
     band = reward.collections[0].get_paths()[0].vertices
     assert {(0, 1), (0, 3), (2, 2), (2, 6)} <= {tuple(corner) for corner in band.tolist()}
-    assert Image.open(tmp_path / "c.png").size == (540, 200)
+    assert Image.open(tmp_path / "c.png").size == (540, 214), "14 for the note"
 
 
 def test_the_peak_of_a_curve_is_marked_in_all(tmp_path, drawn):
