@@ -319,11 +319,10 @@ def retrieval_reward(scorer, motion, lengths, captions, others=None):
     """Cosine of the mean latents of motion and caption (TMR), in [-1, 1]. motion is raw, (b t d): the scorer
     normalises with its own statistics. Whether the paper uses the cosine or a distance is unknown.
     others (m c), embeddings of captions: less how well the motion fits the best of them, as in InfoNCE."""
-    cosine = scorer.similarity(motion, lengths, captions)
     if others is None:
-        return cosine
-    seen = F.normalize(scorer.embed_motion(motion, lengths), dim=-1)
-    return cosine - 0.1 * torch.logsumexp(seen @ others.T / 0.1, -1)
+        return scorer.similarity(motion, lengths, captions)
+    seen, asked = evaluators.embed(scorer, motion, lengths, captions)
+    return (seen * asked).sum(-1) - 0.1 * torch.logsumexp(seen @ others.T / 0.1, -1)
 
 
 def build_reward(args, source, target, device):
@@ -352,7 +351,7 @@ Transition = namedtuple("Transition", "p q x_coef m_coef k std")
 
 def transitions(grid, order, prediction="sample"):
     """SDE-DPM-Solver++ of order 1 or 2 (DPM-Solver++, Lu et al. 2022) between the nodes of the grid; float64,
-    as 1 - exp(-2h) cancels. Order 1 is DDPM, and DDIM with eta = 1. prediction: the network answers."""
+    as 1 - exp(-2h) cancels. Order 1 is DDPM, and DDIM with eta = 1. prediction: what the network answers."""
     alpha, sigma, lam = grid.alpha.double(), grid.sigma.double(), grid.lam.double()
     h = lam[1:] - lam[:-1]                              # +inf at the last step, which ends without noise
     x_coef = sigma[1:] / sigma[:-1] * torch.exp(-h)     # SDE-DPM-Solver++1: (sigma_j / sigma_i) e^-h x_i
@@ -499,7 +498,8 @@ def make_policy(args, model, longest, device):
     lora.inject(model, args.lora_targets, args.lora_rank, args.lora_alpha, generator(args.seed, 0, "lora"))
     grid = samplers.make_grid(args.schedule, args.steps, args.spacing)
     table = transitions(grid, args.order, args.prediction)
-    model.forward = runs.in_bfloat16(model.forward) if args.bf16 else model.forward
+    if args.bf16:
+        model.forward = runs.in_bfloat16(model.forward)
     return Policy(model.to(device).eval(), grid, table, model.codec.count(longest), device)
 
 

@@ -329,17 +329,14 @@ def leave_out(dataset, action):
     A clip of which any caption mentions the action leaves the rest, and so do its mirror image and all other
     segments of its recording; of it only the captions that mention the action remain.
     """
-    found = {split: [[mentions(c, action) for c in clip.captions] for clip in clips]
-             for split, clips in dataset.splits.items()}
-    gone = {_family(clip) for split, clips in dataset.splits.items()
-            for clip, which in zip(clips, found[split]) if any(which)}
-    rest = {split: [clip for clip in clips if _family(clip) not in gone]
-            for split, clips in dataset.splits.items()}
-
-    def matching(clip, which):
-        return replace(clip, **{name: [entry for entry, match in zip(getattr(clip, name), which) if match]
+    def matching(clip):
+        which = [k for k, caption in enumerate(clip.captions) if mentions(caption, action)]
+        return replace(clip, **{name: [getattr(clip, name)[k] for k in which]
                                 for name in ("captions", "tokens", "attributes")})
-    left = {split: [matching(clip, which) for clip, which in zip(clips, found[split]) if any(which)]
+    left = {split: [clip for clip in map(matching, clips) if clip.captions]
+            for split, clips in dataset.splits.items()}
+    gone = {_family(clip) for clips in left.values() for clip in clips}
+    rest = {split: [clip for clip in clips if _family(clip) not in gone]
             for split, clips in dataset.splits.items()}
     for part in SPLITS:
         with_it, without = len(left[part]), len(rest[part])

@@ -7,10 +7,10 @@ import sys
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from common import datasets, features, patches, runs, samplers
+from common.evaluators import padded
 from common.runs import generator
 
 TIMESTEPS = 1000  # of training; t is one of 0 .. 999
@@ -48,9 +48,7 @@ def train(model, clips, device, *, schedule, prediction, base_seed, base_iterati
         g = generator(base_seed, iteration, "base")
         chosen = torch.randint(len(clips), (base_batch,), generator=g).tolist()
         captions = datasets.draw_captions([clips[k] for k in chosen], g)
-        x_start = nn.utils.rnn.pad_sequence([encoded[k] for k in chosen], batch_first=True)  # b n c
-        counts = torch.tensor([len(encoded[k]) for k in chosen], device=device)
-        mask = torch.arange(x_start.shape[1], device=device)[None] < counts[:, None]
+        x_start, mask = padded([encoded[k] for k in chosen])  # b n c, b n
         timesteps = torch.randint(TIMESTEPS, (base_batch,), generator=g).to(device)
         noise = torch.randn(x_start.shape, generator=g).to(device)
         dropped = (torch.rand(base_batch, generator=g) < text_drop).to(device)

@@ -315,6 +315,13 @@ def length_mask(lengths, t):
     return torch.arange(t, device=lengths.device) < lengths[:, None]
 
 
+def padded(rows):
+    """Rows (n c), a list of b -> (b n c), zeros behind their ends, and mask (b n)."""
+    counts = torch.tensor([len(row) for row in rows], device=rows[0].device)
+    x = pad_sequence(rows, batch_first=True)
+    return x, length_mask(counts, x.shape[1])
+
+
 def masked(motion, lengths):
     """motion (b t d) with every row past its length set to zero, even if it holds NaN."""
     return motion.masked_fill(~length_mask(lengths, motion.shape[1])[..., None], 0.0)
@@ -661,11 +668,12 @@ def train_retrieval(model, clips, *, whitening=0.5, iterations=900, batch=96, lr
     idf = inverse_document_frequency(ids, len(model.words))
 
     model.train()
-    optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+    parameters = list(model.parameters())
+    optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
     schedule = rise_and_cosine(optimiser, iterations)
     curves = {"loss": [], "top1": []}
     bar = tqdm(range(iterations), desc=label, disable=not progress, mininterval=1.0)
-    for _ in bar:
+    for iteration in bar:
         rows = torch.randperm(len(clips), generator=generator)[:batch]
         draw = torch.rand(len(rows), generator=generator)
         lines = offsets[rows] + (draw * (offsets[rows + 1] - offsets[rows])).long()    # a random caption
@@ -679,13 +687,12 @@ def train_retrieval(model, clips, *, whitening=0.5, iterations=900, batch=96, lr
         text = model.encode_text(words, mask[lines].to(device))
         motion = model.encode_motion(motion, counts)
         value = loss(text, motion, duplicates) if loss else info_nce(text, motion, temperature, duplicates)
-        curves["loss"].append(runs.descend(value, list(model.parameters()), optimiser, schedule,
-                                           f"{label}, iteration {len(curves['loss'])}",
-                                           "huge values in the data?"))
+        curves["loss"].append(runs.descend(value, parameters, optimiser, schedule,
+                                           f"{label}, iteration {iteration}", "huge values in the data?"))
         with torch.no_grad():
             best = (F.normalize(motion, dim=-1) @ F.normalize(text, dim=-1).T).argmax(1)
             curves["top1"].append(duplicates[torch.arange(len(rows)), best].double().mean().item())
-        bar.set_postfix(loss=f"{value.item():.3f}", top1=f"{curves['top1'][-1]:.2f}", refresh=False)
+        bar.set_postfix(loss=f"{curves['loss'][-1]:.3f}", top1=f"{curves['top1'][-1]:.2f}", refresh=False)
     model.eval()
     return curves
 

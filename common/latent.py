@@ -20,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from common import datasets, evaluators, patches, runs
-from common.evaluators import TransformerLayer, gaussian_kl, length_mask, sinusoid
+from common.evaluators import TransformerLayer, gaussian_kl, length_mask, padded, sinusoid
 from common.runs import InputError, generator
 
 
@@ -33,14 +33,14 @@ class Skips(nn.Module):
         if len(layers) % 2 == 0:
             raise InputError(f"{len(layers)} layers: skips need an odd number")
         self.layers = nn.ModuleList(layers)
-        self.joins = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(len(layers) // 2))
+        self.skips = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(len(layers) // 2))
 
     def forward(self, x, *context):
         """x (b n w) and what else each layer reads: masks, text -> (b n w)"""
         kept, half = [], len(self.layers) // 2
         for number, layer in enumerate(self.layers):
             if number > half:
-                x = self.joins[number - half - 1](torch.cat([x, kept.pop()], -1))
+                x = self.skips[number - half - 1](torch.cat([x, kept.pop()], -1))
             x = layer(x, *context)
             if number < half:
                 kept.append(x)
@@ -89,7 +89,7 @@ class MotionVAE(nn.Module):
         """Tokens of a motion: k, however long it is."""
         return self.tokens
 
-    def mask(self, lengths, longest):
+    def mask(self, lengths, tokens):
         """Lengths (b) in frames -> mask (b k), all True: latents have no padding."""
         return torch.ones(len(lengths), self.tokens, dtype=torch.bool)
 
@@ -118,11 +118,6 @@ def train_vae(vae, clips, device, *, iterations, batch, lr, kl_weight, seed):
     optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-2)
     rates = evaluators.rise_and_cosine(optimiser, iterations)
     losses, bar = [], tqdm(range(iterations), desc="VAE", mininterval=1.0)
-
-    def padded(rows):
-        counts = torch.tensor([len(row) for row in rows], device=device)
-        x = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        return x, length_mask(counts, x.shape[1])
     for iteration in bar:
         g = generator(seed, iteration, "vae")
         x, mask = padded([encoded[k] for k in torch.randint(len(encoded), (batch,), generator=g).tolist()])

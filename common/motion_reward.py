@@ -28,7 +28,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from common import datasets, evaluators, features, patches, perception, representations, runs
-from common.evaluators import TransformerLayer, freeze, gaussian_kl, info_nce, length_mask, sinusoid
+from common.evaluators import TransformerLayer, freeze, gaussian_kl, info_nce, length_mask, padded, sinusoid
+from common.latent import Skips
 from common.patches import PatchCodec
 from common.perception import ranking_loss
 from common.representations import REPRESENTATIONS, convert_clips, features_of_joints, from_features
@@ -156,7 +157,7 @@ def mlp(*sizes):
     return nn.Sequential(*layers[:-1])
 
 
-class LatentEncoder(nn.Module):
+class LatentEncoder(Skips):
     """[global token, x (b n c)] and mask (b n) -> mean and log variance (b c) of a latent.
 
     A transformer with skips like a U-Net's [MR]: the last layers also read what the first ones wrote.
@@ -164,25 +165,14 @@ class LatentEncoder(nn.Module):
     """
 
     def __init__(self, width, latent, layers, heads, ff):
-        super().__init__()
-        if layers % 2 == 0:
-            raise ValueError(f"{layers} layers: skips need an odd number")
+        super().__init__([TransformerLayer(width, heads, ff) for _ in range(layers)], width)
         self.token = nn.Parameter(torch.zeros(width))  # its position tells it from the others
-        self.layers = nn.ModuleList(TransformerLayer(width, heads, ff) for _ in range(layers))
-        self.skips = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(layers // 2))
         self.head = nn.Linear(width, 2 * latent)
 
     def forward(self, x, mask):
         x = torch.cat([repeat(self.token, "c -> b 1 c", b=len(x)), x], 1)
         x, mask = x + sinusoid(x.shape[1], x.shape[2], x.device), F.pad(mask, (1, 0), value=True)
-        kept, half = [], len(self.layers) // 2
-        for number, layer in enumerate(self.layers):
-            if number > half:
-                x = self.skips[number - half - 1](torch.cat([x, kept.pop()], -1))
-            x = layer(x, mask)
-            if number < half:
-                kept.append(x)
-        return self.head(x[:, 0]).chunk(2, -1)
+        return self.head(super().forward(x, mask)[:, 0]).chunk(2, -1)
 
 
 class Backbone(nn.Module):
@@ -448,10 +438,7 @@ class Library:
 
     def motion(self, rows, name):
         """Tokens (b n k) and mask (b n) of clips in one representation."""
-        tokens = [self.tokens[name][row] for row in rows.tolist()]
-        counts = torch.tensor([len(row) for row in tokens], device=self.device)
-        tokens = pad_sequence(tokens, batch_first=True)
-        return tokens, length_mask(counts, tokens.shape[1])
+        return padded([self.tokens[name][row] for row in rows.tolist()])
 
     def noised(self, rows, name, noise, g):
         """The same from noised motions, and the levels (b), uniform in (0, .5]."""
@@ -568,13 +555,6 @@ def train_head(model, name, *, draw, loss, iterations, lr, seed):
         bar.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}", refresh=False)
     model.requires_grad_(False)
     return float(np.mean(losses[-max(1, iterations // 10):]))
-
-
-def padded(rows):
-    """Tokens (n k), a list of b -> (b n k), mask (b n)."""
-    counts = torch.tensor([len(row) for row in rows], device=rows[0].device)
-    tokens = pad_sequence(rows, batch_first=True)
-    return tokens, length_mask(counts, tokens.shape[1])
 
 
 def damage_pairs(model, motions, count, names, grades, seed, purpose):
@@ -734,7 +714,7 @@ def fit_motion_reward(domains, generated, *, representation="features", iteratio
         return {"model": model.export(), "notes": notes}
 
     code = [inspect.getsource(part) for part in
-            (sys.modules[__name__], patches, representations, evaluators, features, perception)]
+            (sys.modules[__name__], Skips, patches, representations, evaluators, features, perception)]
     key = [[domain.fingerprint for domain in (*domains, target)], iterations, spl, spl_iterations, seed,
            batch, sizes, [saw, representation] if noise else [], code]
     stored = runs.cached(cache_dir, key, semantics, "motion_reward", use_cache)

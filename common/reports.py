@@ -249,9 +249,8 @@ def strength_curve(path, source, target, scorers, sampler_at):
             row = evaluate(domain.splits["test"], scorers, sampler_at(strength), purpose=f"{title}_test",
                            benchmark=False)
             for name in PAIRED[:3]:
-                if name in row:
-                    log.setdefault(f"{title}_{name}", []).append(row[name][0])
-    groups = [(f"target_{name}", f"source_{name}") for name in PAIRED[:3] if f"target_{name}" in log]
+                log.setdefault(f"{title}_{name}", []).append(row[name][0])
+    groups = [(f"target_{name}", f"source_{name}") for name in PAIRED[:3]]
     columns = {name: np.array(values) for name, values in log.items()}
     render.safely(render.curves, path, columns, groups, "strength")
     return log
@@ -332,22 +331,26 @@ def controllability(table, names):
 # ---- 4. Pictures and exports -------------------------------------------------------------------------------
 
 
+def some(clips, count):
+    """`count` of the clips, or all: chosen by position, never by score."""
+    return [clips[k * len(clips) // count] for k in range(min(count, len(clips)))]
+
+
 def draw(folder, clips, scorers, samplers, curves, count=4):
     """Curves, a storyboard and GIFs of before | after | data for clips chosen by position, never by score.
 
     samplers: title -> sampler. curves: whether logs.csv is drawn.
     """
-    clips = [clips[k * len(clips) // count] for k in range(min(count, len(clips)))]
+    clips = some(clips, count)
     captions, attributes, lengths = questions(clips, 0)
     motions = {title: sampler(captions, lengths, "pictures", 0) for title, sampler in samplers.items()}
     if all(len(clip.features) for clip in clips):
         motions["data"] = datasets.collate(clips).motion, lengths
     panels = [[] for _ in clips]
     for title, (motion, made) in motions.items():
-        scores, _, _ = measure(motion, made, captions, attributes, scorers)
+        scores, _, verdicts = measure(motion, made, captions, attributes, scorers)
         for k, joints in enumerate(to_joints(motion, made, scorers.skeleton)):
-            ticks = oracle.oracle(joints, scorers.skeleton, attributes[k]) if attributes[k] else {}
-            note = render.clip_note(scores["reward"][k], ticks, scores["foot_skate"][k])
+            note = render.clip_note(scores["reward"][k], verdicts[k], scores["foot_skate"][k])
             panels[k].append({"joints": joints, "title": title, "note": note})
     for k, (caption, parts) in enumerate(zip(captions, panels)):
         name = f"before_after_{k}.gif" if k else "before_after.gif"
@@ -358,8 +361,8 @@ def draw(folder, clips, scorers, samplers, curves, count=4):
 
 
 def ab_pairs(folder, clips, scorers, base, tuned, count):
-    """A page on which people compare base and tuned on `count` clips' captions, chosen by position."""
-    clips = [clips[k * len(clips) // count] for k in range(min(count, len(clips)))]
+    """A page on which people compare base and tuned on the captions of `count` clips."""
+    clips = some(clips, count)
     captions, _, lengths = questions(clips, 0)
     motions = (to_joints(*sampler(captions, lengths, "people", 0), scorers.skeleton)
                for sampler in (base, tuned))

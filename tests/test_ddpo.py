@@ -510,13 +510,16 @@ def test_contrastive_reward():
         def embed_motion(self, motion, lengths):
             return 3 * motion[:, 0]
 
+        def embed_text(self, captions):
+            return torch.tensor([[2.0, 0.0]] * len(captions))
+
         def similarity(self, motion, lengths, captions):
             return motion[:, 0, 0]
 
     angles = torch.tensor([0.3, 1.1, 2.0])
     motion = torch.stack([angles.cos(), angles.sin()], -1)[:, None]
     others = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, -1.0], [-1.0, 0.0]])
-    reward = ddpo.retrieval_reward(Scorer(), motion, None, ["x"] * 3, others)
+    reward = ddpo.retrieval_reward(Scorer(), motion, torch.ones(3), ["x"] * 3, others)
     for k, angle in enumerate(angles.tolist()):
         cosines = [math.cos(angle), math.sin(angle), -math.sin(angle), -math.cos(angle)]
         expected = cosines[0] - 0.1 * math.log(sum(math.exp(10 * c) for c in cosines))

@@ -57,7 +57,7 @@ class Marked(nn.Module):
 def test_skips_join_mirror_images(layers):
     """Layer 3 of 5 also reads layer 1, layer 4 also layer 0; the middle one reads its neighbour alone."""
     part = latent.Skips([Marked(k) for k in range(layers)], 4)
-    for skip in part.joins:  # neighbour + 100 x mirror image
+    for skip in part.skips:  # neighbour + 100 x mirror image
         skip.weight.data = torch.cat([torch.eye(4), 100 * torch.eye(4)], 1)
         skip.bias.data.zero_()
     memory = torch.zeros(1, 2, 4)
