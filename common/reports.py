@@ -400,8 +400,8 @@ def export(folder, prompts, frames, limit, skeleton, samplers):
 # ---- 5. Several runs in one table: python -m common.reports RUN [RUN ...] ----------------------------------
 
 
-def read_results(paths):
-    """The results.json of finished runs, all of the same data; InputError otherwise."""
+def read_results(paths, same_data=True):
+    """The results.json of finished runs, all of the same data unless told otherwise; InputError if not."""
     results = []
     for path in paths:
         file = Path(path) / "results.json"
@@ -409,7 +409,7 @@ def read_results(paths):
             results.append(json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
             raise runs.InputError(f"{file}: cannot be read ({error}); name finished runs") from error
-        if "data" not in results[-1] or results[-1]["data"] != results[0]["data"]:
+        if "data" not in results[-1] or same_data and results[-1]["data"] != results[0]["data"]:
             raise runs.InputError(f"{file}: not of the data of {paths[0]}; put only its seeds into one table")
     return results
 
@@ -547,7 +547,8 @@ def until(paths, name, level):
 def one_row_each(paths, table):
     """Markdown that sets runs of different flags side by side, by one of their tables: distances of the tuned
     row, and what was gained +- half of its 95 % interval over prompts. Runs that differ in their seed alone
-    share a row: mean (standard deviation). InputError for no such table."""
+    share a row: mean (standard deviation). A setting that changes what it starts from, as a sampler does, has
+    its base above it. InputError for no such table."""
     results, rows = read_results(paths), {}
     for path, result in zip(paths, results):
         if table not in result:
@@ -559,9 +560,14 @@ def one_row_each(paths, table):
     gained = [name for name in PAIRED[:8] if name in results[0][table]["gain"]]
     headings = ["flags", *columns, *(f"{name}, gain" for name in gained)]
     headings += ["hypervolume, gain"] * ("fronts" in results[0])
-    known = [f"{base[name][0]:.3f}" for name in columns]
-    lines = [["base", *known, *["-"] * (len(headings) - 1 - len(known))]]
+    lines, bases = [], {}
     for flags, group in rows.items():
+        seed, base = group[0].get("seed"), group[0][table]["base"]
+        start = [f"{base[name][0]:.3f}" if name in base else "-" for name in columns]
+        if not lines or bases.get(seed, start) != start:  # other noise of another seed makes no other base
+            name = "base" if not lines else "base of the next"
+            lines.append([name, *start, *["-"] * (len(headings) - 1 - len(start))])
+        bases[seed] = start
         tuned, gain = ([result[table][row] for result in group] for row in ("tuned", "gain"))
         found = [[row[name] for row in tuned if name in row] for name in columns]
         gains = [[row[name] for row in gain if name in row] for name in gained]
@@ -588,6 +594,20 @@ def by_check(paths, table):
     return markdown(["asked for", "motions", *rows], lines)
 
 
+def costs(paths):
+    """Markdown of what finished runs took, of any data: minutes, in all and in the parts that only the first
+    run of its kind has to do (the cache keeps them), and peak memory in MB."""
+    once, lines, sums = ("data", "reward model and judge", "base"), [], np.zeros(2)
+    for result in read_results(paths, same_data=False):
+        seconds = result["seconds"]
+        minutes = np.array([sum(seconds.values()), sum(seconds.get(stage, 0.0) for stage in once)]) / 60
+        sums += minutes
+        lines.append([f"`{result['command']}`", *(f"{m:.1f}" for m in minutes),
+                      f"{result['peak_memory_mb']:.0f}"])
+    lines.append([f"sum of {len(lines)}", *(f"{m:.0f}" for m in sums), ""])
+    return markdown(["command", "minutes", "of them kept by the cache", "MB"], lines)
+
+
 def main(argv=None):
     """Print the summary of the run folders named on the command line; draw their curves."""
     parser = argparse.ArgumentParser(description="One table from several finished runs (seeds).")
@@ -597,6 +617,7 @@ def main(argv=None):
     parser.add_argument("--at", choices=AXES, help="instead looks at val at equal cost")
     parser.add_argument("--until", metavar="COLUMN=LEVEL",
                         help="instead the cost up to a look at val, such as val_reward=0.85")
+    parser.add_argument("--costs", action="store_true", help="instead minutes and memory of runs of any kind")
     parser.add_argument("--curves", help="PNG of their learning curves: mean, lowest and highest")
     args = parser.parse_args(argv)
     if args.until:
@@ -610,6 +631,8 @@ def main(argv=None):
         print(by_check(args.runs, args.checks))
     elif args.at:
         print(at_equal(args.runs, args.at))
+    elif args.costs:
+        print(costs(args.runs))
     else:
         print(summary(args.runs))
     if args.curves:

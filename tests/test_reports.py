@@ -430,6 +430,18 @@ def test_table_by_check(tmp_path, capsys):
         reports.main([str(tmp_path / "a"), "--checks", "other"])
 
 
+def test_costs_of_runs_of_any_data(tmp_path, capsys):
+    for name, rollout, kept in (("a", 60.0, 90.0), ("b", 120.0, 0.0)):
+        (tmp_path / name).mkdir()
+        runs.save_json(tmp_path / name / "results.json", {
+            "command": f"python x.py {name}", "data": name, "peak_memory_mb": 99.6,
+            "seconds": {"base": kept, "rollout": rollout}})
+    reports.main([str(tmp_path / "a"), str(tmp_path / "b"), "--costs"])
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| `python x.py a` | 2.5 | 1.5 | 100 |", "| `python x.py b` | 2.0 | 0.0 | 100 |",
+        "| sum of 2 | 4 | 2 |  |"]
+
+
 def test_one_row_each(tmp_path):
     for name, fid, flags in (("a", 0.25, "--lr 0"), ("b", 0.5, "--critic shared")):
         gain = {name: [0.1 * k, 0.01] for k, name in enumerate(reports.PAIRED[:4])}
@@ -443,6 +455,10 @@ def test_one_row_each(tmp_path):
     assert base == "| base | 0.125 | - | - | - | - |"
     assert first == "| `--lr 0` | 0.250 | +0.000 +-0.010 | +0.100 +-0.010 | +0.200 +-0.010 | +0.300 +-0.010 |"
     assert second.startswith("| `--critic shared` | 0.500 |")
+    file = tmp_path / "b" / "results.json"  # another sampler: where it starts is told too
+    file.write_text(file.read_text().replace("0.125", "0.0625"))
+    rows = reports.one_row_each([tmp_path / name for name in "ab"], "paired_test").splitlines()
+    assert rows[2:] == [base, first, "| base of the next | 0.062 | - | - | - | - |", second]
     with pytest.raises(runs.InputError, match="--each other: .*b has no such table"):
         reports.one_row_each([tmp_path / "b"], "other")
 
