@@ -503,8 +503,10 @@ def looks(paths, *needed):
 
 
 def markdown(headings, rows):
-    """A table of cells, all texts."""
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (headings, ["---"] * len(headings), *rows))
+    """A table of cells, all texts; a | in one, as in --lora-targets, would end it."""
+    lines = [[cell.replace("|", "\\|") for cell in cells] for cells in (headings, *rows)]
+    lines.insert(1, ["---"] * len(headings))
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def at_equal(paths, axis):

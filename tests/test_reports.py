@@ -434,11 +434,11 @@ def test_costs_of_runs_of_any_data(tmp_path, capsys):
     for name, rollout, kept in (("a", 60.0, 90.0), ("b", 120.0, 0.0)):
         (tmp_path / name).mkdir()
         runs.save_json(tmp_path / name / "results.json", {
-            "command": f"python x.py {name}", "data": name, "peak_memory_mb": 99.6,
+            "command": f"python x.py {name}|", "data": name, "peak_memory_mb": 99.6,
             "seconds": {"base": kept, "rollout": rollout}})
     reports.main([str(tmp_path / "a"), str(tmp_path / "b"), "--costs"])
     assert capsys.readouterr().out.splitlines()[2:] == [
-        "| `python x.py a` | 2.5 | 1.5 | 100 |", "| `python x.py b` | 2.0 | 0.0 | 100 |",
+        "| `python x.py a\\|` | 2.5 | 1.5 | 100 |", "| `python x.py b\\|` | 2.0 | 0.0 | 100 |",
         "| sum of 2 | 4 | 2 |  |"]
 
 
