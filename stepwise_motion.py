@@ -509,7 +509,7 @@ def start_noise(policy, lengths, seed, iteration, purpose, indices):
     """x_0 (b n c), zero on padding, and mask (b n). Each sample has a noise stream of its own, so it does not
     depend on its batch, device or process."""
     model = policy.tuned.model
-    mask = torch.arange(policy.tokens)[None] < (lengths // model.codec.patch)[:, None]
+    mask = model.codec.mask(lengths, policy.tokens)
     streams, shape = (generator(seed, iteration, purpose, k) for k in indices), (policy.tokens, model.dims)
     noise = torch.stack([torch.randn(shape, generator=stream) for stream in streams])
     return (noise * mask[..., None]).to(policy.device), mask.to(policy.device)

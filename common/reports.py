@@ -564,11 +564,11 @@ def one_row_each(paths, table):
     headings += ["hypervolume, gain"] * ("fronts" in results[0])
     lines, bases = [], {}
     for flags, group in rows.items():
-        seed, base = group[0].get("seed"), group[0][table]["base"]
-        start = [f"{base[name][0]:.3f}" if name in base else "-" for name in columns]
+        seed, own = group[0].get("seed"), group[0][table]["base"]
+        start = [f"{own[name][0]:.3f}" if name in own else "-" for name in columns]
         if not lines or bases.get(seed, start) != start:  # other noise of another seed makes no other base
-            name = "base" if not lines else "base of the next"
-            lines.append([name, *start, *["-"] * (len(headings) - 1 - len(start))])
+            title = "base of the next" if lines else "base"
+            lines.append([title, *start, *["-"] * (len(headings) - 1 - len(start))])
         bases[seed] = start
         tuned, gain = ([result[table][row] for result in group] for row in ("tuned", "gain"))
         found = [[row[name] for row in tuned if name in row] for name in columns]
