@@ -42,8 +42,9 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 
-from common import (datasets, denoising, evaluators, features, latent, lora, motion_reward, patches, reports,
-                    runs, samplers)
+from common import (
+    datasets, denoising, evaluators, features, latent, lora, motion_reward, patches, reports,
+    runs, samplers)
 from common.runs import InputError, arg, generator
 from common.tracker import PromptTracker
 

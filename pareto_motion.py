@@ -38,8 +38,9 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 
-from common import (datasets, diagnostics, evaluators, features, perception, published, reports, runs,
-                    token_policy, tokenizer)
+from common import (
+    datasets, diagnostics, evaluators, features, perception, published, reports, runs,
+    token_policy, tokenizer)
 from common.motion_gpt import Block
 from common.runs import InputError, NonFiniteError, arg, generator
 from common.token_policy import Policy

@@ -40,8 +40,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from common import (datasets, diagnostics, evaluators, features, prompts, reports, runs, token_policy,
-                    tokenizer)
+from common import (
+    datasets, diagnostics, evaluators, features, prompts, reports, runs, token_policy, tokenizer)
 from common.motion_gpt import Block
 from common.runs import InputError, arg, generator
 

@@ -41,8 +41,9 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from common import (datasets, denoising, evaluators, features, lora, memory, motion_reward, patches,
-                    reports, representations, runs, samplers)
+from common import (
+    datasets, denoising, evaluators, features, lora, memory, motion_reward, patches, reports,
+    representations, runs, samplers)
 from common.motion_reward import TERMS
 from common.runs import InputError, arg, generator
 

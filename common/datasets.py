@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from common import features as motion_features
-from common import synthetic, wording
+from common.embedded import movements, oracle, wording
 from common.features import KIT, SKELETONS, T2M, features_to_joints, joints_to_features
 from common.runs import InputError, atomic_write, fingerprint, make_folder, run_main
 
@@ -181,7 +181,7 @@ def _read_clip(root, name, skeleton, skipped):
     def clip(label, part, chosen):
         captions = [line.caption for line in chosen]
         return Clip(label, part, captions, [line.tokens for line in chosen],
-                    [synthetic.caption_attributes(caption) for caption in captions])
+                    [oracle.caption_attributes(caption) for caption in captions])
 
     whole = [line for line in lines if line.stop == 0.0]
     clips = [clip(name, motion, whole)] if whole else []
@@ -367,7 +367,7 @@ def load_pair(source, target, *, clips, left_out="", **options):
 
 def _embedded(domain, skeleton, flags, cache_dir, use_cache):
     """Build the embedded data, or read its cache file: one .npz, features end to end and the rest as JSON."""
-    sources = [Path(module.__file__).read_bytes() for module in (synthetic, wording, motion_features)]
+    sources = [Path(module.__file__).read_bytes() for module in (movements, wording, motion_features)]
     key = fingerprint(*sources, [VERSION, domain, skeleton.name, flags])[:16]
     make_folder(cache_dir, "--cache-dir")
     path = Path(cache_dir) / f"embedded-{domain}-{skeleton.name}-{key}.npz"
@@ -379,7 +379,7 @@ def _embedded(domain, skeleton, flags, cache_dir, use_cache):
             print(f"{path} is damaged ({error}): building the data again")
     if stored is None:
         try:
-            built = synthetic.build(domain, skeleton, **flags)
+            built = movements.build(domain, skeleton, **flags)
         except ValueError as error:
             raise InputError(f"embedded {domain} data: {error}") from error
         rows = [trimmed(joints_to_features(clip.joints, skeleton, fix_heading_flip=True)) for clip in built]

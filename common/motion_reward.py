@@ -28,7 +28,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from common import datasets, evaluators, features, patches, perception, representations, runs
-from common.evaluators import TransformerLayer, freeze, gaussian_kl, info_nce, length_mask, padded, sinusoid
+from common.evaluators import (
+    TransformerLayer, freeze, gaussian_kl, info_nce, length_mask, padded, sinusoid)
 from common.latent import Skips
 from common.patches import PatchCodec
 from common.perception import ranking_loss

@@ -26,8 +26,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common import datasets, wording
-from common.oracle import COUNTED, caption_attributes, one_counterclockwise
+from common import datasets
+from common.embedded import wording
+from common.embedded.oracle import COUNTED, caption_attributes, one_counterclockwise
 from common.runs import InputError, atomic_write, generator, mix, run_main
 
 

@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import ab_page, datasets, evaluators, features, oracle, render, runs
+from common import ab_page, datasets, evaluators, features, render, runs
+from common.embedded import oracle
 
 COLUMNS = ("reward", "judge", "oracle", "oracle_all", "text", "quality", "preference", "authenticity",
            "r_precision_top1", "r_precision_top3", "fid", "mm_dist", "diversity", "multimodality", "distinct",

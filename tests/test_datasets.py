@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from common import datasets as D
-from common import features as F
-from common import synthetic
+from common import datasets as D, features as F
+from common.embedded import movements
 from common.runs import InputError
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -214,7 +213,7 @@ def test_embedded_data_cached_rebuilt_and_native(tmp_path, capsys, monkeypatch):
         assert part and all(len(c.features) % 4 == 0 and 4 <= len(c.features) <= 196 for c in part)
         assert all(len(c.captions) == len(c.tokens) == len(c.attributes) for c in part)
     with monkeypatch.context() as patch:
-        patch.setattr(synthetic, "build", None)                          # a second load does not build
+        patch.setattr(movements, "build", None)                          # a second load does not build
         assert load().fingerprint == first.fingerprint
     stored.write_bytes(stored.read_bytes()[:-2000])
     assert load().fingerprint == first.fingerprint and "damaged" in capsys.readouterr().out
@@ -382,7 +381,7 @@ def test_leave_out_takes_the_recording_and_keeps_the_captions_that_speak_of_it()
 def test_nothing_of_an_action_stays_behind(domain):
     """Of the embedded data it is known what each clip shows: no synonym, mirror image or sequence leaks."""
     splits, shows = {split: [] for split in D.SPLITS}, {}
-    for made in synthetic.build(domain, F.T2M, clips=2000):
+    for made in movements.build(domain, F.T2M, clips=2000):
         shows[made.name] = {"run" if action == "jog_back" else action for action in made.actions}
         nothing = np.zeros((4, 263), np.float32)
         splits[made.split].append(D.Clip(made.name, nothing, made.captions, made.tokens, made.attributes))

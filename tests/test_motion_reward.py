@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common import datasets, evaluators, features, lora, motion_reward, perception, representations, runs
+from common import (
+    datasets, evaluators, features, lora, motion_reward, perception, representations, runs)
 from common.representations import REPRESENTATIONS, from_features
 from common.runs import InputError, NonFiniteError, generator
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from common import datasets, evaluators, features, motion_critic, perception, published, runs, tokenizer
+from common import (
+    datasets, evaluators, features, motion_critic, perception, published, runs, tokenizer)
 from common.runs import InputError, NonFiniteError, generator
 
 KIT, T2M, CPU = features.KIT, features.T2M, torch.device("cpu")

@@ -8,7 +8,7 @@ import pytest
 
 from common import datasets, prompts
 from common.datasets import Clip
-from common.oracle import caption_attributes
+from common.embedded.oracle import caption_attributes
 from common.prompts import MetaMotion, Prompt, compose, conjugate, decompose, novel_prompts, split
 from common.runs import InputError, run_main
 

@@ -16,7 +16,8 @@ import torch
 
 import ddpo_motion
 from common import runs
-from common.runs import CsvLog, InputError, NonFiniteError, RunFolder, load_checkpoint, save_checkpoint
+from common.runs import (
+    CsvLog, InputError, NonFiniteError, RunFolder, load_checkpoint, save_checkpoint)
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = {"iteration": 3, "lora": {"a": torch.arange(600.0), "b": torch.ones(2, 2).long()}, "note": "x"}

@@ -163,7 +163,7 @@ def _phrase(template, attributes, dialect, form):
 
 
 def caption(rng, parts, dialect, reserved):
-    """One caption of the parts of a clip (see synthetic.py) -> (text, tokens 'lemma/POS').
+    """One caption of the parts of a clip (see movements.py) -> (text, tokens 'lemma/POS').
 
     reserved: use the phrases that are kept for the test split.
     """

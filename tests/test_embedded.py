@@ -6,19 +6,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common import synthetic, wording
-from common.features import KIT, T2M, features_to_joints, joints_to_features, mirror, physical_metrics
-from common.oracle import caption_attributes, oracle
+from common.embedded import movements, wording
+from common.embedded.oracle import caption_attributes, oracle
+from common.features import (
+    KIT, T2M, features_to_joints, joints_to_features, mirror, physical_metrics)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-BOTH = [(domain, skeleton) for domain in synthetic.DOMAINS for skeleton in (T2M, KIT)]
+BOTH = [(domain, skeleton) for domain in movements.DOMAINS for skeleton in (T2M, KIT)]
 NAMES = [f"{domain}-{skeleton.name}" for domain, skeleton in BOTH]
 COUNT = 240
 
 
 @pytest.fixture(scope="module")
 def data():
-    return {(domain, skeleton): synthetic.build(domain, skeleton, clips=COUNT) for domain, skeleton in BOTH}
+    return {(domain, skeleton): movements.build(domain, skeleton, clips=COUNT) for domain, skeleton in BOTH}
 
 
 @pytest.fixture(scope="module")
@@ -75,15 +76,15 @@ def test_standing_feet_do_not_slide_and_knees_bend_forward(data, skeleton):
 
 def test_a_clip_depends_on_nothing_but_its_number(data):
     for domain, skeleton in BOTH:
-        alone = synthetic.make_clip(domain, 7, skeleton)
+        alone = movements.make_clip(domain, 7, skeleton)
         assert digest(alone) == digest(data[domain, skeleton][7])
-        assert digest(alone) != digest(synthetic.make_clip(domain, 7, skeleton, seed=1))
-    again = synthetic.build("kit", T2M, clips=20)
+        assert digest(alone) != digest(movements.make_clip(domain, 7, skeleton, seed=1))
+    again = movements.build("kit", T2M, clips=20)
     assert [digest(clip) for clip in again] == [digest(clip) for clip in data["kit", T2M][:20]]
 
 
 def test_the_format_is_independent_of_the_domain(data):
-    for domain in synthetic.DOMAINS:
+    for domain in movements.DOMAINS:
         for metres, units in zip(data[domain, T2M], data[domain, KIT]):
             assert (metres.captions, metres.split) == (units.captions, units.split)
             assert metres.attributes == units.attributes
@@ -106,16 +107,16 @@ def test_oracle_agrees_with_the_data(data, recovered, domain, skeleton):
 
 
 @pytest.mark.parametrize("skeleton", [T2M, KIT], ids=["t2m", "kit"])
-@pytest.mark.parametrize("action", synthetic.ACTIONS)
+@pytest.mark.parametrize("action", movements.ACTIONS)
 def test_every_action_passes_its_own_oracle(action, skeleton):
     passed, index = [], 0
     while len(passed) < 12:
         domain = ("humanml3d", "kit")[index % 2]
         # the plan is drawn first: looking at it alone is cheaper than making every clip
-        rng = np.random.default_rng([synthetic.VERSION, 0, index % 2, index])
-        parts = synthetic._draw_parts(rng, index % 2)
+        rng = np.random.default_rng([movements.VERSION, 0, index % 2, index])
+        parts = movements._draw_parts(rng, index % 2)
         if [name for part in parts for name, _ in part] == [action]:
-            clip = synthetic.make_clip(domain, index, skeleton)
+            clip = movements.make_clip(domain, index, skeleton)
             if clip.actions == (action,):
                 passed.append(all_hold(clip.joints, skeleton, clip.attributes[0]))
         index += 1
@@ -224,8 +225,8 @@ def test_numbers_and_sides_stand_in_the_words(data):
 
 def test_vocabulary_is_small_and_known():
     words = {}
-    for domain in synthetic.DOMAINS:
-        for clip in synthetic.build(domain, T2M):
+    for domain in movements.DOMAINS:
+        for clip in movements.build(domain, T2M):
             for caption in clip.captions:
                 found = words.setdefault((domain, clip.split == "test"), set())
                 found.update(re.findall(r"\w+", caption.lower()))
@@ -238,8 +239,8 @@ def test_vocabulary_is_small_and_known():
 
 
 def test_splits_and_reserved_parts():
-    for domain in synthetic.DOMAINS:
-        clips = synthetic.build(domain, KIT, clips=600)
+    for domain in movements.DOMAINS:
+        clips = movements.build(domain, KIT, clips=600)
         train, val, test = ({clip.subject for clip in clips if clip.split == split}
                             for split in ("train", "val", "test"))
         assert (len(train), len(val), len(test), len(train | val | test)) == (48, 3, 9, 60)
@@ -252,18 +253,18 @@ def test_splits_and_reserved_parts():
         for clip in clips:
             asked = clip.attributes[0]
             parts = asked.values() if "first" in asked else [asked]
-            unseen = any(rule.items() <= part.items() for rule in synthetic.UNSEEN for part in parts)
+            unseen = any(rule.items() <= part.items() for rule in movements.UNSEEN for part in parts)
             assert unseen == ("unseen_combination" in clip.tags)
 
 
 def test_names_it_does_not_know():
     with pytest.raises(ValueError, match="unknown amass; .* the domains .* and the gaps"):
-        synthetic.build("amass", KIT, clips=2)
+        movements.build("amass", KIT, clips=2)
 
 
 def test_gaps_can_be_switched_off_one_by_one():
     def profile(gaps):
-        clips = synthetic.build("kit", T2M, clips=200, gaps=gaps)
+        clips = movements.build("kit", T2M, clips=200, gaps=gaps)
         feet = [np.ptp(c.joints[0, [T2M.index["l_ankle"], T2M.index["r_ankle"]], 0]) for c in clips]
         target = [a for c in clips for a in c.actions].count("punch")
         return target > 15, any("human" in c.captions[0] for c in clips), bool(np.mean(feet) > .183)
@@ -272,24 +273,24 @@ def test_gaps_can_be_switched_off_one_by_one():
     assert profile(("actions",)) == (True, False, False)
     assert profile(("wording",)) == (False, True, False)
     assert profile(("style",)) == (False, False, True)
-    assert profile(synthetic.GAPS) == (True, True, True)
+    assert profile(movements.GAPS) == (True, True, True)
 
 
 def test_mix_of_the_domains():
     shares = {}
-    for domain in synthetic.DOMAINS:
-        clips = synthetic.build(domain, KIT, clips=800)
+    for domain in movements.DOMAINS:
+        clips = movements.build(domain, KIT, clips=800)
         pairs = [clip for clip in clips if len(clip.actions) == 2 and "first" not in clip.attributes[0]]
-        wanted = synthetic.SHARES["pair"][synthetic.DOMAINS[domain]]
+        wanted = movements.SHARES["pair"][movements.DOMAINS[domain]]
         assert abs(len(pairs) / len(clips) - wanted) < .05
         # gestures go with every locomotion: nothing ties a raised hand to walking straight
-        assert {clip.actions[0] for clip in pairs} == set(synthetic.LOCOMOTION)
-        for action in synthetic.ACTIONS:
+        assert {clip.actions[0] for clip in pairs} == set(movements.LOCOMOTION)
+        for action in movements.ACTIONS:
             shares[domain, action] = np.mean([action in clip.actions for clip in clips])
     for action in ("walk_diagonal", "jog_back", "hop", "bow", "punch", "stomp"):
         assert .002 < shares["humanml3d", action] < .06
         assert shares["kit", action] > 1.3 * shares["humanml3d", action]
-    assert len(synthetic.ACTIONS) >= 16
+    assert len(movements.ACTIONS) >= 16
 
 
 @pytest.mark.parametrize("caption, attributes", [
@@ -323,14 +324,14 @@ def test_attributes_of_free_captions(caption, attributes):
 def test_attributes_of_our_own_captions(data):
     """Silence is allowed, a wrong promise is not."""
     found = 0
-    for domain in synthetic.DOMAINS:
+    for domain in movements.DOMAINS:
         for clip in data[domain, KIT]:
             for caption, asked in zip(clip.captions, clip.attributes):
                 guess = caption_attributes(caption, flat_floor=True)
                 known = {(key, value) for _, key, value in flat(asked)}
                 assert {(key, value) for _, key, value in flat(guess)} <= known, (caption, guess)
                 found += bool(guess)
-    total = sum(len(clip.captions) for domain in synthetic.DOMAINS for clip in data[domain, KIT])
+    total = sum(len(clip.captions) for domain in movements.DOMAINS for clip in data[domain, KIT])
     assert found > .95 * total
 
 

@@ -18,9 +18,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common import wording
-from common.oracle import caption_attributes, oracle        # noqa: F401 - the data come with their check
-from common.wording import SOURCE, TARGET
+from common.embedded import wording
+from common.embedded.wording import SOURCE, TARGET
 
 VERSION = 6  # part of every seed: raise it when the data change (wording.py counts)
 DOMAINS = {"humanml3d": SOURCE, "kit": TARGET}
