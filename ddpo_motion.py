@@ -43,8 +43,8 @@ from einops import rearrange, repeat
 from torch import nn
 
 from common import (
-    datasets, denoising, evaluators, features, latent, lora, motion_reward, patches, reports,
-    runs, samplers)
+    datasets, denoising, evaluators, features, lora, motion_reward, patches, reports, runs,
+    samplers, vae)
 from common.runs import InputError, arg, generator
 from common.tracker import PromptTracker
 
@@ -284,8 +284,8 @@ class LatentDiffusion(MotionDiffusion):
 
     def __init__(self, args, vocabulary, feature_dim):
         super().__init__(replace(args, patch_dims=args.latent_dims), vocabulary, feature_dim)
-        self.layers = nn.ModuleList([latent.Skips(self.layers, args.width)])
-        self.codec = latent.MotionVAE(
+        self.layers = nn.ModuleList([vae.Skips(self.layers, args.width)])
+        self.codec = vae.MotionVAE(
             feature_dim, patch=args.patch, patch_dims=args.patch_dims, width=args.width, heads=args.heads,
             tokens=args.latents, dims=args.latent_dims).requires_grad_(False)
 
@@ -298,7 +298,7 @@ SPACES = {"joint": MotionDiffusion, "latent": LatentDiffusion}
 
 def build_base(args, source, device):
     """The pretrained denoiser, from the source's train split alone -> model, notes. The training loops are in
-    common/denoising.py and common/latent.py. Cached; a new network, a new base."""
+    common/denoising.py and common/vae.py. Cached; a new network, a new base."""
     clips, skeleton = source.splits["train"], source.skeleton
     vocabulary = datasets.Vocabulary.from_captions([c for clip in clips for c in clip.captions])
     model = SPACES[args.space](args, vocabulary, skeleton.feature_dim)
@@ -306,8 +306,8 @@ def build_base(args, source, device):
     parts, shape = [sinusoid, Attention, Layer, MotionDiffusion], [source.fingerprint, args.patch, args.heads]
     cache = dict(cache_dir=args.cache_dir, cache=args.cache)
     if args.space == "latent":
-        parts, shape = parts + [latent, LatentDiffusion], shape + [args.vae_iterations]
-        fit_codec = partial(latent.fit_vae, model.codec, clips, weights, device, shaped_by=source.fingerprint,
+        parts, shape = parts + [vae, LatentDiffusion], shape + [args.vae_iterations]
+        fit_codec = partial(vae.fit_vae, model.codec, clips, weights, device, shaped_by=source.fingerprint,
                             seed=args.base_seed, iterations=args.vae_iterations, **cache)
     return model, denoising.fit(model, clips, weights, device, parts=parts, shaped_by=shape, **cache,
                                 fit_codec=fit_codec, **runs.arguments_of(denoising.train, args))
@@ -730,7 +730,7 @@ def main(argv):
             "args": runs.shaping_args(args), "lora": lora.lora_state(model), **kept})
     with watch.stage("evaluation"):
         base, tuned = policy_sampler(args, policy, 0.0), policy_sampler(args, policy)
-        rows = {"VAE": partial(latent.reconstruction, policy.model.codec)} if args.space == "latent" else {}
+        rows = {"VAE": partial(vae.reconstruction, policy.model.codec)} if args.space == "latent" else {}
         if args.references:
             other = make_policy(args, build_base(args, target, device)[0], longest, device)
             rows["target base"] = lambda clips: policy_sampler(args, other, 0.0)

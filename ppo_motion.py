@@ -41,7 +41,7 @@ from einops import rearrange
 from torch import nn
 
 from common import (
-    datasets, diagnostics, evaluators, features, prompts, reports, runs, token_policy, tokenizer)
+    compose, datasets, diagnostics, evaluators, features, reports, runs, token_policy, tokenizer)
 from common.motion_gpt import Block
 from common.runs import InputError, arg, generator
 
@@ -575,10 +575,10 @@ def main(argv):
         data = datasets.load_dataset(
             args.dataset, space="native", clips=args.clips, seed=args.base_seed, data_root=args.data_root,
             cache_dir=args.cache_dir, use_cache=args.cache)
-        sets, counted = prompts.composed_sets(data, args.composed, seed=args.base_seed,
+        sets, counted = compose.composed_sets(data, args.composed, seed=args.base_seed,
                                               three_parts=args.three_parts, together=args.together)
     if args.write_prompts:
-        prompts.write_sets(args.write_prompts, sets, counted)
+        compose.write_sets(args.write_prompts, sets, counted)
         return
     folder = start.open_folder()
     print(f"{device}, {start.threads} CPU thread(s)\n  data: {data.label}\n  composed captions: {counted}")

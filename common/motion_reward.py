@@ -30,11 +30,11 @@ from tqdm import tqdm
 from common import datasets, evaluators, features, patches, perception, representations, runs
 from common.evaluators import (
     TransformerLayer, freeze, gaussian_kl, info_nce, length_mask, padded, sinusoid)
-from common.latent import Skips
 from common.patches import PatchCodec
 from common.perception import ranking_loss
 from common.representations import REPRESENTATIONS, convert_clips, features_of_joints, from_features
 from common.runs import InputError, generator
+from common.vae import Skips
 
 # ---- 1. Losses ---------------------------------------------------------------------------------------------
 

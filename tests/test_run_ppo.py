@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import ppo_motion as ppo
-from common import datasets, features, prompts, render, runs, token_policy
+from common import compose, datasets, features, render, runs, token_policy
 from tests import run_helpers as helpers
 from tests.run_helpers import all_finite, equal, log_rows, products
 
@@ -190,7 +190,7 @@ def published_files(finished, folder, keep=lambda caption: True):
     policy = load_policy(args, stored)
     data = datasets.load_dataset("kit", space="native", clips=args.clips, seed=0, data_root=args.data_root,
                                  cache_dir=args.cache_dir)
-    sets, _ = prompts.composed_sets(data, args.composed, seed=0, three_parts=args.three_parts,
+    sets, _ = compose.composed_sets(data, args.composed, seed=0, three_parts=args.three_parts,
                                     together=args.together)
     clips = [clip for part in (data.splits | sets).values() for clip in part]
     captions = [c for c in sorted({c for clip in clips for c in clip.captions}) if keep(c)]
@@ -226,13 +226,13 @@ def test_text_features_without_a_caption(finished, tmp_path):
     """Vectors of the data set's captions only: the first rollout asks for composed ones."""
     composed = set()
     with pytest.MonkeyPatch.context() as patch:
-        sets_of = prompts.composed_sets
+        sets_of = compose.composed_sets
 
         def noted(*args, **options):
             sets, counted = sets_of(*args, **options)
             composed.update(clip.captions[0] for clips in sets.values() for clip in clips)
             return sets, counted
-        patch.setattr(prompts, "composed_sets", noted)
+        patch.setattr(compose, "composed_sets", noted)
         flags, captions = published_files(finished, tmp_path, lambda caption: caption not in composed)
     line = refused(*finished.flags, *flags, "--out-dir", tmp_path / "run")
     assert "text.npz: holds no vector for" in line

@@ -12,7 +12,7 @@ parts of speech. Here rules do all of it, and a seed fixes the outcome:
 
 The rules throw away rather than guess: a part that they do not understand costs data, a wrong one quality.
 
-    python -m common.prompts captions.txt --count 2000 --seed 0 --show 20 --out novel.txt
+    python -m common.compose captions.txt --count 2000 --seed 0 --show 20 --out novel.txt
 """
 
 import argparse
@@ -607,7 +607,7 @@ def read_list(path):
 
 def main(argv=None):
     """The command line above; InputError for a list without captions, a number or a folder that is wrong."""
-    parser = argparse.ArgumentParser(prog="python -m common.prompts", description="New prompts of captions.")
+    parser = argparse.ArgumentParser(prog="python -m common.compose", description="New prompts of captions.")
     parser.add_argument("lists", nargs="+", metavar="LIST", help="one caption a line, text or text#length#id")
     parser.add_argument("--count", type=int, default=2000, help="prompts to compose (default 2000)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other combinations (default 0)")

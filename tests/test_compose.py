@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from common import datasets, prompts
+from common import compose as composing
+from common import datasets
+from common.compose import MetaMotion, Prompt, compose, conjugate, decompose, novel_prompts, split
 from common.datasets import Clip
 from common.embedded.oracle import caption_attributes
-from common.prompts import MetaMotion, Prompt, compose, conjugate, decompose, novel_prompts, split
 from common.runs import InputError, run_main
 
 LISTS = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "prompts"
@@ -77,7 +78,7 @@ def test_verb_forms(verb, present, ing, past):
     assert [conjugate(verb, form) for form in ("present", "ing", "past")] == [present, ing, past]
     assert conjugate(verb, "base") == verb
     for form, word in (("present", present), ("ing", ing), ("past", past)):
-        assert prompts.VERBS[word][0] == verb, (form, word)
+        assert composing.VERBS[word][0] == verb, (form, word)
 
 
 # ---- from a caption to its parts ----
@@ -177,15 +178,15 @@ def test_same_lemmas_are_one_meta_motion():
 
 def test_possessives_follow_the_majority():
     items = [("a person lifts her arm", {}), ("a person kicks his leg", {}), ("a man rubs his head", {})]
-    assert prompts.usual_words([caption for caption, _ in items]) == ("a person", "his")
+    assert composing.usual_words([caption for caption, _ in items]) == ("a person", "his")
     assert [meta.text for meta in decompose(items)[0]] == ["kicks his leg", "lifts his arm", "rubs his head"]
     subjects = ["A human walks.", "a human runs", "someone waves", "someone hops", "a man bows"]
-    assert prompts.usual_words(subjects)[0] == "a human"            # "someone" is no noun with an article
-    assert prompts.usual_words([]) == ("a person", "their")
+    assert composing.usual_words(subjects)[0] == "a human"            # "someone" is no noun with an article
+    assert composing.usual_words([]) == ("a person", "their")
 
 
 def test_a_word_seen_once_in_a_long_list_is_a_misspelling():
-    items = [(f"a person walks {n} meters", {}) for n in range(prompts.LONG_LIST - 2)]
+    items = [(f"a person walks {n} meters", {}) for n in range(composing.LONG_LIST - 2)]
     items += [("a person walks slwoly to the left", {})]
     assert "spelling" not in decompose(items)[1]
     items += [("a person walks slwoly to the right", {})]           # its mirror image does not confirm it
@@ -278,11 +279,11 @@ def test_limbs():
                 "waves": "hands", "raises both arms": "hands", "lifts the left hand": "hands",
                 "walks with both arms raised": "", "claps over the knee": "", "bows": "", "swims": "",
                 "crawls on the hands": "", "sits down": "", "picks something up with the left hand": ""}
-    assert {meta.text: prompts.limbs(meta) for meta in metas(*expected)} == expected
+    assert {meta.text: composing.limbs(meta) for meta in metas(*expected)} == expected
 
 
 def test_at_once_only_hands_and_feet(pool, many):
-    limbs = {meta.key: prompts.limbs(meta) for meta in pool}
+    limbs = {meta.key: composing.limbs(meta) for meta in pool}
     at_once = [prompt for prompt in many if " then " not in prompt.caption]
     assert 100 < len(at_once) < 180                                 # 2/3 of what has two parts, if found
     assert len([p for p in compose(pool, 300, seed=3, together=0) if " then " not in p.caption]) == 0
@@ -353,7 +354,7 @@ def test_word_tags_are_the_most_common_ones():
              clip("He turns left", ["he/PRON", "turn/VERB", "left/ADJ"]),
              clip("the left turns", ["the/DET", "left/ADJ", "turn/NOUN"]),
              clip("a zig-zag line", ["a/X", "zig-zag/NOUN", "line/NOUN"])]           # words and tokens differ
-    assert prompts.word_tags(clips) == {
+    assert composing.word_tags(clips) == {
         "a": ("a", "DET"), "he": ("he", "PRON"), "left": ("left", "ADJ"), "person": ("person", "NOUN"),
         "the": ("the", "DET"), "turns": ("turn", "VERB")}
 
@@ -373,7 +374,7 @@ def test_tokens():
 
 def test_prompt_line_is_read_back(many):
     for prompt in many:
-        line = datasets.parse_text_line(prompts.prompt_line(prompt))
+        line = datasets.parse_text_line(composing.prompt_line(prompt))
         assert (line.caption, line.tokens, line.start, line.stop) == (prompt.caption, prompt.tokens, 0.0, 0.0)
 
 
@@ -432,7 +433,7 @@ def test_main(tmp_path, capsys):
     path, out = tmp_path / "list.txt", tmp_path / "novel.txt"
     path.write_text("\n".join(CAPTIONS) + "\n\n")
     command = [str(path), str(path), "--count", "200", "--seed", "4", "--show", "3", "--out", str(out)]
-    prompts.main(command)
+    composing.main(command)
     printed = capsys.readouterr().out.splitlines()
     assert printed[:3] == [
         "captions: 20, decomposed 19", "meta motions: 24",
@@ -443,7 +444,7 @@ def test_main(tmp_path, capsys):
     assert all(datasets.parse_text_line(line) for line in train + retained)
     assert printed[4].startswith("  " + train[0].split("#")[0])
     before = out.read_bytes()
-    prompts.main(command)
+    composing.main(command)
     assert out.read_bytes() == before
     known = {" ".join(datasets.words(caption.partition("#")[0])) for caption in CAPTIONS}
     assert not known & {" ".join(datasets.words(line.split("#")[0])) for line in train + retained}
@@ -459,9 +460,9 @@ def test_bad_input_is_one_line(tmp_path, capsys, name, flags, message):
     (tmp_path / "latin.txt").write_bytes(b"a person walks \xe9l\xe9gamment\n")
     (tmp_path / "list.txt").write_text("a person walks\n")
     with pytest.raises(InputError, match=re.escape(message)):
-        prompts.main([str(tmp_path / name), *flags])
+        composing.main([str(tmp_path / name), *flags])
     with pytest.raises(SystemExit) as stopped:
-        run_main(prompts.main, [str(tmp_path / name), *flags])
+        run_main(composing.main, [str(tmp_path / name), *flags])
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
@@ -470,7 +471,7 @@ def test_bad_input_is_one_line(tmp_path, capsys, name, flags, message):
 @pytest.mark.skipif(not LISTS.is_dir(), reason="the lists of real captions are not here")
 @pytest.mark.parametrize("name, least", [("kit_train", 1800), ("kit_test", 350), ("humanml3d_test", 1800)])
 def test_real_captions(name, least):
-    captions = prompts.read_list(LISTS / f"{name}_prompts.txt")
+    captions = composing.read_list(LISTS / f"{name}_prompts.txt")
     found, why = decompose([(caption, {}) for caption in captions])
     assert len(found) >= least
     assert why["nothing left"] < .35 * len(set(captions))

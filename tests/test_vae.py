@@ -1,4 +1,4 @@
-"""common/latent.py: the VAE, and the skips of its transformer."""
+"""common/vae.py: the VAE, and the skips of its transformer."""
 import inspect
 
 import numpy as np
@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from common import datasets, features, latent, runs
+from common import datasets, features, runs
+from common import vae as vae_room
 from common.features import T2M
 from common.runs import InputError, NonFiniteError, generator
 
@@ -30,9 +31,9 @@ def clips(count=24):
 def fit(folder, count=24, **changes):
     """A small VAE and its notes; the clips it has learnt from."""
     with torch.random.fork_rng(devices=[]):  # constructors draw from the global stream
-        vae, part = latent.MotionVAE(263, **SMALL), clips(count)
+        vae, part = vae_room.MotionVAE(263, **SMALL), clips(count)
     options = dict(shaped_by="test", seed=0, cache_dir=folder, cache=False, iterations=150, batch=16)
-    notes = latent.fit_vae(vae, part, torch.ones(263), "cpu", **{**options, **changes})
+    notes = vae_room.fit_vae(vae, part, torch.ones(263), "cpu", **{**options, **changes})
     return vae, notes["vae"], part
 
 
@@ -56,7 +57,7 @@ class Marked(nn.Module):
 @pytest.mark.parametrize("layers", (1, 3, 5, 7))
 def test_skips_join_mirror_images(layers):
     """Layer 3 of 5 also reads layer 1, layer 4 also layer 0; the middle one reads its neighbour alone."""
-    part = latent.Skips([Marked(k) for k in range(layers)], 4)
+    part = vae_room.Skips([Marked(k) for k in range(layers)], 4)
     for skip in part.skips:  # neighbour + 100 x mirror image
         skip.weight.data = torch.cat([torch.eye(4), 100 * torch.eye(4)], 1)
         skip.bias.data.zero_()
@@ -67,12 +68,12 @@ def test_skips_join_mirror_images(layers):
         wanted = k - 1 + (100 * (layers - 1 - k) if k > half else 0)
         assert (layer.read == wanted).all() and layer.memory is memory
     with pytest.raises(InputError, match="4 layers: skips need an odd number"):
-        latent.Skips([Marked(k) for k in range(4)], 4)
+        vae_room.Skips([Marked(k) for k in range(4)], 4)
 
 
 def test_padding_has_no_say():
     """Neither in the latents nor in what comes back."""
-    vae = latent.MotionVAE(263, **SMALL)
+    vae = vae_room.MotionVAE(263, **SMALL)
     runs.initialise(vae, generator(0, 0, "weights"))
     vae.patches.basis.copy_(torch.linalg.qr(normal(4 * 263, 12))[0])
     motion = normal(2, 32, 263)
@@ -120,7 +121,7 @@ def test_what_a_denoiser_needs_of_its_codec(fitted):
     mask = vae.mask(torch.tensor([4, 196]), 99)
     assert mask.shape == (2, 3) and mask.all() and (vae.patch, vae.dims) == (4, 5)
     part = clips(3)
-    motion, lengths = latent.reconstruction(vae, part)(None, torch.tensor([24, 28, 32]), "x", 0)
+    motion, lengths = vae_room.reconstruction(vae, part)(None, torch.tensor([24, 28, 32]), "x", 0)
     whole = datasets.collate(part).motion
     assert motion.shape == whole.shape and lengths.tolist() == [24, 28, 32]
     one = vae.decode(vae.encode(torch.from_numpy(part[0].features)[None]), torch.tensor([24]))
@@ -137,7 +138,7 @@ def test_training_repeats_itself_and_is_cached(tmp_path, monkeypatch):
 
     def never(*args, **options):
         raise RuntimeError("trained again")
-    monkeypatch.setattr(latent, "train_vae", never)
+    monkeypatch.setattr(vae_room, "train_vae", never)
     stored, read, _ = fit(tmp_path, iterations=3, cache=True)
     assert read == notes
     assert all(torch.equal(value, stored.state_dict()[key]) for key, value in vae.state_dict().items())
@@ -155,12 +156,12 @@ def test_a_loss_that_is_not_finite(tmp_path):
 def test_the_weights_of_the_features_count(tmp_path):
     """The patches are those of the joint space: what matters little is left out first."""
     weights = torch.from_numpy(np.asarray(features.block_weights(T2M, features.PATCH_WEIGHTS)))
-    vae = latent.MotionVAE(263, **SMALL)
-    latent.fit_vae(vae, clips(), weights, "cpu", shaped_by="test", seed=0, cache_dir=tmp_path, cache=False,
+    vae = vae_room.MotionVAE(263, **SMALL)
+    vae_room.fit_vae(vae, clips(), weights, "cpu", shaped_by="test", seed=0, cache_dir=tmp_path, cache=False,
                    iterations=1)
     plain, *_ = fit(tmp_path, iterations=1)
     assert not torch.equal(vae.patches.std, plain.patches.std)
 
 
 def test_the_docstring_names_the_differences():
-    assert "Not in the paper" in inspect.getdoc(latent)
+    assert "Not in the paper" in inspect.getdoc(vae_room)
