@@ -43,9 +43,9 @@ from einops import rearrange, repeat
 from torch import nn
 
 from common import (
-    datasets, denoising, evaluators, features, lora, motion_reward, patches, reports, runs,
-    samplers, vae)
-from common.runs import InputError, arg, generator
+    InputError, datasets, denoising, features, generator, lora, motion_reward, patches, reports,
+    retrieval, runs, samplers, vae)
+from common.runs import arg
 from common.tracker import PromptTracker
 
 # ---- 2. Arguments ------------------------------------------------------------------------------------------
@@ -322,7 +322,7 @@ def retrieval_reward(scorer, motion, lengths, captions, others=None):
     others (m c), embeddings of captions: less how well the motion fits the best of them, as in InfoNCE."""
     if others is None:
         return scorer.similarity(motion, lengths, captions)
-    seen, asked = evaluators.embed(scorer, motion, lengths, captions)
+    seen, asked = retrieval.embed(scorer, motion, lengths, captions)
     return (seen * asked).sum(-1) - 0.1 * torch.logsumexp(seen @ others.T / 0.1, -1)
 
 
@@ -334,10 +334,10 @@ def build_reward(args, source, target, device):
     options = dict(iterations=args.reward_iterations, seed=args.base_seed, cache_dir=args.cache_dir,
                    use_cache=args.cache, device=device)
     if args.reward != "motion-reward":
-        *models, judge, notes = evaluators.rewards_and_judge(
+        *models, judge, notes = retrieval.rewards_and_judge(
             seen, judged, target=target, saw=args.reward_data, families=families, **options)
-        return evaluators.Mean(models) if models[1:] else models[0], judge, notes
-    judge, notes = evaluators.rewards_and_judge([], judged, target=target, saw="", losses=(), **options)
+        return retrieval.Mean(models) if models[1:] else models[0], judge, notes
+    judge, notes = retrieval.rewards_and_judge([], judged, target=target, saw="", losses=(), **options)
     model, notes["reward"] = motion_reward.fit_motion_reward(seen, [], head_iterations=0, saw=[], **options)
     return model, judge, notes
 
@@ -631,7 +631,7 @@ def train(start, policy, scorers, source, target, folder):
     args, (rank, processes) = start.args, runs.world(policy.device)
     prompts = sorted({c for clip in target.splits["train"] for c in clip.captions})  # text, no motion
     table = datasets.length_table(source.splits["train"])
-    wrong, contrastive = evaluators.wrong_captions(prompts, args.seed), args.reward == "contrastive"
+    wrong, contrastive = retrieval.wrong_captions(prompts, args.seed), args.reward == "contrastive"
     others = F.normalize(scorers.reward_model.embed_text(prompts), dim=-1) if contrastive else None
     parameters = list(lora.lora_parameters(policy.model))
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)

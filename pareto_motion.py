@@ -38,11 +38,12 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 
+from common import published
 from common import (
-    datasets, diagnostics, evaluators, features, perception, published, reports, runs,
-    token_policy, tokenizer)
+    InputError, NonFiniteError, datasets, diagnostics, features, generator, perception, reports,
+    retrieval, runs, token_policy, tokenizer)
 from common.motion_gpt import Block
-from common.runs import InputError, NonFiniteError, arg, generator
+from common.runs import arg
 from common.token_policy import Policy
 
 REWARDS = ("text", "quality", "preference")  # MotionRL: <mt>, <mm>, <perception>
@@ -220,7 +221,7 @@ class Rewards(NamedTuple):
     @torch.no_grad()
     def __call__(self, motion, lengths, captions, clips):
         """Motions (b t d) raw, lengths (b), their captions and real clips (b) -> R (b k), by Eq. (12)."""
-        embedded = [evaluators.embed_pairs(encoder, motion, lengths, captions, clips)
+        embedded = [retrieval.embed_pairs(encoder, motion, lengths, captions, clips)
                     for encoder in self.encoders]
         f_text, f_motion, f_real = (torch.stack(parts) for parts in zip(*embedded))  # i b c
         R = torch.stack([distance_reward(f_text, f_motion, self.lambdas),
@@ -241,7 +242,7 @@ def calibrate(args, policy, encoders, critic, clips):
     captions = datasets.draw_captions(chosen, g)
     made = generate(policy, policy.reference, read_text(policy, captions), args.base_seed, 0, "calibration",
                     range(len(chosen)), args.temperature)[:2]
-    embedded = (evaluators.embed_pairs(encoder, *made, captions, chosen) for encoder in encoders)
+    embedded = (retrieval.embed_pairs(encoder, *made, captions, chosen) for encoder in encoders)
     distances = torch.stack([(text - motion).square().sum(-1) for text, motion, _ in embedded])
     raw = Rewards(encoders, critic, 1 / distances.std(1).clamp(min=1e-6), 0.0, 1.0)
     R = raw(*made, captions, chosen)
@@ -451,7 +452,7 @@ def make_tokens(policy, clips):
 @torch.no_grad()
 def read_text(policy, captions, tokens=None, weights=None, alpha=0.0):
     """Text features (b d) of captions, mixed with reward tokens by weights (k) or (b k), if any."""
-    f_t = evaluators.once(policy.text, captions)
+    f_t = retrieval.once(policy.text, captions)
     f_t = F.pad(f_t, (0, policy.gpt.trans_base["cond_emb"].in_features - f_t.shape[1]))
     return f_t if tokens is None else mix(f_t, f_t + torch.as_tensor(weights).to(f_t) @ tokens, alpha)
 
@@ -700,8 +701,8 @@ def main(argv):
     folder = start.open_folder()
     print(f"{device}, {start.threads} CPU thread(s)\n  data: {data.label}")
     with watch.stage("reward encoders and judge"):
-        losses = evaluators.INFO_NCE, (f"margin {args.margin}", evaluators.margin_pairs(args.margin))
-        *encoders, judge, notes = evaluators.rewards_and_judge(
+        losses = retrieval.INFO_NCE, (f"margin {args.margin}", retrieval.margin_pairs(args.margin))
+        *encoders, judge, notes = retrieval.rewards_and_judge(
             [data], [data], saw=data.label, losses=losses, iterations=args.reward_iterations,
             seed=args.base_seed, cache_dir=args.cache_dir, use_cache=args.cache, device=device)
     if stored:

@@ -41,9 +41,10 @@ from einops import rearrange
 from torch import nn
 
 from common import (
-    compose, datasets, diagnostics, evaluators, features, reports, runs, token_policy, tokenizer)
+    InputError, compose, datasets, diagnostics, features, generator, reports, retrieval, runs,
+    token_policy, tokenizer)
 from common.motion_gpt import Block
-from common.runs import InputError, arg, generator
+from common.runs import arg
 
 # ---- 2. Arguments ------------------------------------------------------------------------------------------
 
@@ -346,7 +347,7 @@ def collect(args, policy, clips, composed, iteration, rank, processes):
     drawn, size = draw_prompts(args, clips, composed, iteration), args.samples_per_prompt
     index = [k for k in range(len(drawn)) if k // size * processes // args.batch_prompts == rank]
     captions, pairs = zip(*(drawn[k] for k in index))
-    text = evaluators.once(policy.text, captions)
+    text = retrieval.once(policy.text, captions)
     motion, lengths, tokens = generate(policy, policy.gpt, text, args.seed, iteration, "rollout", index,
                                        args.temperature)
     mask = F.pad(tokens[:, :-1] < policy.gpt.end, (1, 0), value=True)  # codes and the end
@@ -363,7 +364,7 @@ def score(args, policy, reward_model, batch, wrong, iteration):
         return r, {"text_term": 0.0, "motion_term": 0.0, "pseudo_score": 0.0}
     asked = [wrong[c] for c in batch["captions"]] if args.reward == "shuffled" else batch["captions"]
     paired = torch.tensor([clip is not None for clip in batch["pairs"]], device=policy.device)
-    unit = evaluators.embed_pairs(reward_model, batch["motion"], batch["lengths"], asked, batch["pairs"])
+    unit = retrieval.embed_pairs(reward_model, batch["motion"], batch["lengths"], asked, batch["pairs"])
     distances = [runs.all_gather_rows(d) for d in reward_terms(*unit)]
     r, pseudo = motion_reward(*distances, runs.all_gather_rows(paired), args.lambda_t, args.lambda_m)
     runs.check_rewards(r[batch["index"]], batch["captions"], f"iteration {iteration}: reward")
@@ -480,7 +481,7 @@ def train(start, policy, scorers, clips, sets, folder):
     args, (rank, processes) = start.args, runs.world(policy.device)
     composed = [clip.captions[0] for clip in sets["composed_train"]]
     known = sorted({c for clip in clips for c in clip.captions} | set(composed))
-    wrong = evaluators.wrong_captions(known, args.seed)
+    wrong = retrieval.wrong_captions(known, args.seed)
     critic = Critic(policy.gpt, args.critic, generator(args.seed, 0, "critic")).to(policy.device)
     policy.gpt.requires_grad_(True)
     optimizer = torch.optim.AdamW([{"params": list(policy.gpt.parameters()), "lr": args.lr},
@@ -536,7 +537,7 @@ def policy_sampler(args, policy, gpt):
     """A GPT as a sampler for common/reports.py; it chooses its own lengths. Sample k of a call always uses
     the same draws: base and tuned are compared in pairs."""
     def sample(captions, lengths, rows, purpose, repeat):
-        text = evaluators.once(policy.text, captions)
+        text = retrieval.once(policy.text, captions)
         return generate(policy, gpt, text, args.seed, repeat, purpose, rows, args.temperature)[:2]
     return reports.in_chunks(sample)
 
@@ -583,10 +584,10 @@ def main(argv):
     folder = start.open_folder()
     print(f"{device}, {start.threads} CPU thread(s)\n  data: {data.label}\n  composed captions: {counted}")
     with watch.stage("reward model and judge"):
-        loss = evaluators.INFO_NCE
+        loss = retrieval.INFO_NCE
         if args.reward_loss == "margin":
-            loss = f"margin {args.margin}", evaluators.margin_pairs(args.margin)
-        reward_model, judge, notes = evaluators.rewards_and_judge(
+            loss = f"margin {args.margin}", retrieval.margin_pairs(args.margin)
+        reward_model, judge, notes = retrieval.rewards_and_judge(
             [data], [data], saw=data.label, losses=[loss], iterations=args.reward_iterations,
             seed=args.base_seed, cache_dir=args.cache_dir, use_cache=args.cache, device=device)
     scorers = reports.Scorers(reward_model, judge, data.skeleton)

@@ -42,10 +42,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from common import (
-    datasets, denoising, evaluators, features, lora, memory, motion_reward, patches, reports,
-    representations, runs, samplers)
+    InputError, datasets, denoising, features, generator, lora, memory, motion_reward, patches,
+    reports, representations, retrieval, runs, samplers)
 from common.motion_reward import TERMS
-from common.runs import InputError, arg, generator
+from common.runs import arg
 
 # ---- 2. Arguments ------------------------------------------------------------------------------------------
 
@@ -615,7 +615,7 @@ def train(start, policy, scorers, source, target, folder):
     clips = {caption: clip for clip in target.splits["train"] for caption in clip.captions}
     prompts = sorted(clips.items(), key=lambda pair: pair[0])  # the clip is for --w-m2m alone
     table = datasets.length_table(source.splits["train"])
-    wrong = evaluators.wrong_captions([caption for caption, _ in prompts], args.seed)
+    wrong = retrieval.wrong_captions([caption for caption, _ in prompts], args.seed)
     updates, watch, shown, best, calls = Updates(args, policy.tuned.parameters()), start.watch, {}, None, 0.0
     origin = {"data read": source.fingerprint + target.fingerprint}
     print(f"  {len(prompts)} prompts, {args.batch} a batch; {args.method}, {args.steps} steps; "
@@ -680,7 +680,7 @@ def build_reward(args, source, target, policy, base, device):
     """MotionReward, whose heads know the base's own motions, and the judge; they share no clip."""
     seen, model = [source] if args.reward_data == "source" else [source, target], policy.tuned.model
     options = dict(seed=args.base_seed, cache_dir=args.cache_dir, use_cache=args.cache, device=device)
-    judge, notes = evaluators.rewards_and_judge([], [source, target], saw="", losses=(),
+    judge, notes = retrieval.rewards_and_judge([], [source, target], saw="", losses=(),
                                                 iterations=args.reward_iterations, **options)
     sampler = policy_sampler(args, policy, adapted=False, seed=args.base_seed)
 

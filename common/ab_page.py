@@ -16,8 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import render, runs
-from common.runs import InputError
+from common import InputError, generator, render, runs
 
 QUESTIONS = ("realism", "text")
 SCORES = {"tuned": 1.0, "equal": 0.5, "base": 0.0}
@@ -25,7 +24,7 @@ SCORES = {"tuned": 1.0, "equal": 0.5, "base": 0.0}
 
 def write(path, captions, base, tuned, skeleton, seed):
     """Write the page: base and tuned are lists of joints (t j 3) in metres, one of each for every caption."""
-    g = runs.generator(seed, 0, "ab page")
+    g = generator(seed, 0, "ab page")
     order = torch.randperm(len(captions), generator=g).tolist()
     swapped = (torch.randperm(len(captions), generator=g) % 2 == 0).tolist()  # half of them
 

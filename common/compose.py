@@ -26,10 +26,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common import datasets
+from common import InputError, datasets, generator, mix
 from common.embedded import wording
 from common.embedded.oracle import COUNTED, caption_attributes, one_counterclockwise
-from common.runs import InputError, atomic_write, generator, mix, run_main
+from common.runs import atomic_write, run_main
 
 
 class MetaMotion(NamedTuple):

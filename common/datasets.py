@@ -28,10 +28,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common import features as motion_features
+from common import InputError, features as motion_features
 from common.embedded import movements, oracle, wording
 from common.features import KIT, SKELETONS, T2M, features_to_joints, joints_to_features
-from common.runs import InputError, atomic_write, fingerprint, make_folder, run_main
+from common.runs import atomic_write, fingerprint, make_folder, run_main
 
 VERSION = 1             # of the embedded data's cache file
 MAX_LENGTH = 196        # frames; the longest clip of the benchmark
@@ -523,12 +523,6 @@ def draw_lengths(table, captions, generator):
         pool = table[min(table, key=lambda known: (abs(known - count), known))]
         lengths.append(pool[int(u * len(pool))])
     return torch.tensor(lengths)
-
-
-def official_tokens(tokens, max_tokens=20):
-    """(tokens, count) as the official text encoder reads them: sos, at most 20, eos; then 'unk' to 22."""
-    framed = ["sos/OTHER", *tokens[:max_tokens], "eos/OTHER"]
-    return framed + ["unk/OTHER"] * (max_tokens + 2 - len(framed)), len(framed)
 
 
 # ---- 6. Batches --------------------------------------------------------------------------------------------

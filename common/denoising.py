@@ -9,9 +9,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import datasets, features, patches, runs, samplers
-from common.evaluators import padded
-from common.runs import generator
+from common import datasets, features, generator, padded, patches, runs, samplers
 
 TIMESTEPS = 1000  # of training; t is one of 0 .. 999
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from einops import rearrange
 
-from common.runs import InputError
+from common import InputError
 
 
 # ---- 1. Skeletons ------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import re
 import torch
 from torch import nn
 
-from common.runs import InputError
+from common import InputError
 
 
 class _Adapter(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch import nn
 
-from common.evaluators import sinusoid
+from common import sinusoid
 
 
 class CausalAttention(nn.Module):

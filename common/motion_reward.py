@@ -27,14 +27,14 @@ from torch.func import functional_call
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from common import datasets, evaluators, features, patches, perception, representations, runs
-from common.evaluators import (
-    TransformerLayer, freeze, gaussian_kl, info_nce, length_mask, padded, sinusoid)
+from common import (
+    InputError, TransformerLayer, datasets, features, generator, length_mask, padded, patches,
+    perception, representations, retrieval, runs, sinusoid)
 from common.patches import PatchCodec
 from common.perception import ranking_loss
 from common.representations import REPRESENTATIONS, convert_clips, features_of_joints, from_features
-from common.runs import InputError, generator
-from common.vae import Skips
+from common.retrieval import freeze, info_nce
+from common.vae import Skips, gaussian_kl
 
 # ---- 1. Losses ---------------------------------------------------------------------------------------------
 
@@ -142,7 +142,7 @@ def p_real(logits):
 
 # ---- 2. Network --------------------------------------------------------------------------------------------
 # No dropout anywhere (.1 in [MR]): the reward is one function, in training and in use. Noise on the input
-# tokens and dropped words are the regularisers, as in evaluators.train_retrieval.
+# tokens and dropped words are the regularisers, as in retrieval.train_retrieval.
 
 # "tiny" of [MR], the released scripts' size: width 256, latent 128, 3 layers, 4 heads, ff 512
 SIZES = dict(width=64, latent=64, layers=3, heads=4, ff=128, components=64, max_words=32, rank=16, alpha=32)
@@ -387,7 +387,7 @@ class MotionReward(nn.Module):
 # ---- 3. Semantics ------------------------------------------------------------------------------------------
 
 # Features divide the std of numbers of the whole body by this, so that turning and walking are not lost among
-# the limbs (see evaluators.fit_retrieval); in joints the path is large as it is.
+# the limbs (see retrieval.fit_retrieval); in joints the path is large as it is.
 ROOT_BIAS = {"features": 5.0, "joints": 1.0, "rotations": 5.0}
 WHITENING = 0.5
 
@@ -413,8 +413,8 @@ class Library:
         self.ids, self.mask = model.vocabulary.encode([c for clip in clips for c in clip.captions],
                                                       model.config["max_words"])
         self.offsets = torch.tensor([0] + [len(clip.captions) for clip in clips]).cumsum(0)
-        self.signatures = [evaluators.signature(a) for clip in clips for a in clip.attributes]
-        self.idf = evaluators.inverse_document_frequency(self.ids, len(model.vocabulary))
+        self.signatures = [retrieval.signature(a) for clip in clips for a in clip.attributes]
+        self.idf = retrieval.inverse_document_frequency(self.ids, len(model.vocabulary))
 
     def _tokens(self, motion, name):
         motion = motion[None].to(self.device)
@@ -425,7 +425,7 @@ class Library:
         rows = torch.randperm(len(self.raw), generator=g)[:batch]
         draw = torch.rand(len(rows), generator=g)
         lines = self.offsets[rows] + (draw * (self.offsets[rows + 1] - self.offsets[rows])).long()
-        duplicates = evaluators.duplicate_pairs(
+        duplicates = retrieval.duplicate_pairs(
             self.ids[lines], [self.signatures[line] for line in lines.tolist()], self.idf)
         return rows, lines, duplicates.to(self.device)
 
@@ -467,7 +467,7 @@ def train_semantics(model, library, *, stage, iterations, batch, seed, represent
     parameters = [parameter for part in (model.backbone, model.words, model.text_encoder, model.decoder)
                   for parameter in part.parameters()]
     optimiser = torch.optim.AdamW(parameters, lr=LR[stage], weight_decay=weight_decay)
-    rates, losses, failed = evaluators.rise_and_cosine(optimiser, iterations), [], []
+    rates, losses, failed = retrieval.rise_and_cosine(optimiser, iterations), [], []
     bar = tqdm(range(iterations), desc=f"motion reward, {stage}", mininterval=1.0)
     for iteration in bar:
         g = generator(seed, iteration, f"motion_reward {stage}")
@@ -506,7 +506,7 @@ def train_semantics(model, library, *, stage, iterations, batch, seed, represent
 
 
 class Reading:
-    """A MotionReward that is asked with features and reads them as a representation, for evaluators.py."""
+    """A MotionReward that is asked with features and reads them as a representation, for retrieval.py."""
 
     def __init__(self, model, representation):
         self.model, self.representation = model, representation
@@ -522,9 +522,9 @@ class Reading:
         return self.model.embed_text(captions)
 
 
-def retrieval(model, clips):
-    """{representation: evaluators.retrieval_score of the clips read as it}."""
-    return {name: evaluators.retrieval_score(Reading(model, name), clips) for name in REPRESENTATIONS}
+def retrieval_of(model, clips):
+    """{representation: retrieval.retrieval_score of the clips read as it}."""
+    return {name: retrieval.retrieval_score(Reading(model, name), clips) for name in REPRESENTATIONS}
 
 
 # ---- 4. Heads ----------------------------------------------------------------------------------------------
@@ -545,7 +545,7 @@ def train_head(model, name, *, draw, loss, iterations, lr, seed):
     for parameter in parameters:
         parameter.requires_grad_(True)
     optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-2)
-    rates, losses = evaluators.rise_and_cosine(optimiser, iterations), []
+    rates, losses = retrieval.rise_and_cosine(optimiser, iterations), []
     bar = tqdm(range(iterations), desc=f"motion reward, {name}", mininterval=1.0)
     for iteration in bar:
         representation = REPRESENTATIONS[iteration % len(REPRESENTATIONS)]
@@ -707,15 +707,15 @@ def fit_motion_reward(domains, generated, *, representation="features", iteratio
         notes = {"stage 1": train_semantics(model, library, stage="stage 1", iterations=iterations,
                                             **options)}
         with torch.no_grad():
-            notes["before"] = retrieval(model, target.splits["val"])
+            notes["before"] = retrieval_of(model, target.splits["val"])
         if spl != "off" and spl_iterations:
             notes["spl"] = train_semantics(model, library, stage="SPL", iterations=spl_iterations, spl=spl,
                                            **options)
-        notes["after"] = retrieval(model, target.splits["val"])
+        notes["after"] = retrieval_of(model, target.splits["val"])
         return {"model": model.export(), "notes": notes}
 
     code = [inspect.getsource(part) for part in
-            (sys.modules[__name__], Skips, patches, representations, evaluators, features, perception)]
+            (sys.modules[__name__], Skips, patches, representations, retrieval, features, perception)]
     key = [[domain.fingerprint for domain in (*domains, target)], iterations, spl, spl_iterations, seed,
            batch, sizes, [saw, representation] if noise else [], code]
     stored = runs.cached(cache_dir, key, semantics, "motion_reward", use_cache)

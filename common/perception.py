@@ -21,10 +21,10 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from common import datasets, features, motion_critic, runs
-from common.evaluators import freeze, length_mask
-from common.motion_critic import MotionCritic
-from common.runs import InputError, NonFiniteError, generator
+from common import InputError, NonFiniteError, datasets, features, generator, length_mask, runs
+from common.published import motion_critic
+from common.published.motion_critic import MotionCritic
+from common.retrieval import freeze
 
 # ---- 1. The critic -----------------------------------------------------------------------------------------
 

@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import datasets, motion_gpt, text
-from common.evaluators import length_mask
-from common.runs import cached, descend, generator, initialise
+from common import datasets, generator, length_mask, motion_gpt, text
+from common.runs import cached, descend, initialise
 
 
 def sequence_loss(logits, target, counts):

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from PIL import Image  # installed with matplotlib, which needs it itself
 
-from common.runs import InputError
+from common import InputError
 
 RED, BLUE, BLACK, ORANGE = "#d62728", "#1f5fbf", "#1a1a1a", "#ff8c00"
 GREY, SHADOW, FLOOR = "#8a8a8a", "#cdd1d6", "#eef0f2"

@@ -13,15 +13,18 @@ import argparse
 import json
 import math
 import re
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from tqdm import tqdm
 
-from common import ab_page, datasets, evaluators, features, render, runs
+from common import (
+    InputError, ab_page, datasets, features, generator, metrics, render, retrieval, runs)
 from common.embedded import oracle
 
 COLUMNS = ("reward", "judge", "oracle", "oracle_all", "text", "quality", "preference", "authenticity",
@@ -38,8 +41,8 @@ PAIRED = ("reward", "judge", "oracle", "oracle_all", "text", "quality", "prefere
 
 class Scorers(NamedTuple):
     """Who measures: the optimised model, the independent one, and the skeleton of the features."""
-    reward_model: evaluators.RetrievalModel
-    judge: evaluators.RetrievalModel
+    reward_model: retrieval.RetrievalModel
+    judge: retrieval.RetrievalModel
     skeleton: features.Skeleton
     columns: object = None  # (motion, lengths, captions, clips) -> {further column: one value a motion (b)}
 
@@ -73,7 +76,7 @@ def measure(motion, lengths, captions, attributes, scorers, clips=None, seed=0):
     device = next(scorers.judge.parameters()).device
     moved, each = (motion.to(device), lengths.to(device)), {}
     for name, scorer in (("reward", scorers.reward_model), ("judge", scorers.judge)):
-        seen, asked = evaluators.embed(scorer, *moved, captions)
+        seen, asked = retrieval.embed(scorer, *moved, captions)
         each[name] = (seen * asked).sum(-1).double().cpu().numpy()
     joints = to_joints(motion, lengths, scorers.skeleton)
     verdicts = [oracle.oracle(j, scorers.skeleton, a) if a else {} for j, a in zip(joints, attributes)]
@@ -85,10 +88,35 @@ def measure(motion, lengths, captions, attributes, scorers, clips=None, seed=0):
     if clips is None:
         return each, {}, verdicts
     real = datasets.collate(clips)
-    whole = evaluators.benchmark(
+    whole = benchmark(
         scorers.judge, (*moved, captions), (real.motion.to(device), real.lengths.to(device)),
-        generator=runs.generator(seed, 0, "benchmark"), pairs=min(300, len(clips) // 2))
+        generator=generator(seed, 0, "benchmark"), pairs=min(300, len(clips) // 2))
     return each, {name: value for name, value in whole.items() if name not in each}, verdicts
+
+
+def benchmark(judge, generated, real, *, generator, pool=32, pairs=300):
+    """One repeat: dict metric -> float; `judge` is the mean cosine of the motions with their captions.
+
+    generated: (raw features (n t d), lengths (n), captions); real: (raw features, lengths), the set that FID
+    compares with. The ground-truth row of a table is the real set in both places. Embeddings are scaled to
+    unit length, so distances order pairs as cosines do; FID lies in 0..4. Repeat with other generators and
+    sampling seeds, then summarise().
+    """
+    features, lengths, captions = generated
+    motion, text = retrieval.embed(judge, features, lengths, captions)
+    target, _ = retrieval.embed(judge, *real[:2])
+    if min(len(motion), len(target)) < 2 * motion.shape[1]:
+        warnings.warn(f"FID of {len(motion)} against {len(target)} motions in {motion.shape[1]} dimensions "
+                      "is biased upward; compare it only with runs of the same size", stacklevel=2)
+    return metrics.benchmark_embeddings(text, motion, target, generator=generator, pool=pool, pairs=pairs) | {
+        "judge": (text * motion).sum(-1).mean().item()}
+
+
+def benchmark_multimodality(judge, features, lengths, *, generator, times=10):
+    """Multimodality of raw features (p g t d), lengths (p g): g samples of each of p prompts (100 x 30)."""
+    motion, _ = retrieval.embed(judge, rearrange(features, "p g t d -> (p g) t d"), rearrange(lengths, "p g -> (p g)"))
+    motion = rearrange(motion, "(p g) c -> p g c", p=len(features))
+    return metrics.multimodality(motion, *metrics.draw_pairs(motion.shape[1], times, generator))
 
 
 def tally(checks, verdicts, attributes):
@@ -129,7 +157,7 @@ def evaluate(clips, scorers, sampler=None, *, purpose="", repeats=1, benchmark=T
             each["length_error"] = (lengths - asked).abs().double().numpy()
         results.append((each, whole))
     flat = [{name: mean(values) for name, values in each.items()} | whole for each, whole in results]
-    row = {name: [float(y) for y in evaluators.mean_interval([f[name] for f in flat])] for name in flat[0]}
+    row = {name: [float(y) for y in metrics.mean_interval([f[name] for f in flat])] for name in flat[0]}
     repeats_of = {name: np.stack([each[name] for each, _ in results], 1)  # clips, repeats
                   for name in PAIRED if name in results[0][0]}
     row["_prompts"] = {name: np.array([mean(v) for v in table]) for name, table in repeats_of.items()}
@@ -181,9 +209,9 @@ def variety(clips, scorers, sampler, *, prompts=32, samples=10, seed=0):
     motion = side_by_side([motion for motion, _ in made]).transpose(0, 1)  # p g t d
     lengths = torch.stack([own for _, own in made], 1)  # p g
     device = next(scorers.judge.parameters()).device
-    value = evaluators.benchmark_multimodality(
+    value = benchmark_multimodality(
         scorers.judge, motion.to(device), lengths.to(device),
-        generator=runs.generator(seed, 0, "multimodality"), times=samples // 2)
+        generator=generator(seed, 0, "multimodality"), times=samples // 2)
     # Equal up to rounding: a batch of another size may round its last bits another way.
     limit = 1e-3 * scorers.skeleton.units_per_metre
     differ = (motion[:, :, None] - motion[:, None]).abs().amax((-1, -2)) > limit
@@ -259,11 +287,11 @@ def strength_curve(path, source, target, scorers, sampler_at):
 
 def print_table(title, rows):
     """Print rows {name: {metric: [mean, half width]}} under the benchmark's names."""
-    columns = [c for c in COLUMNS if any(c in metrics for metrics in rows.values())]
+    columns = [c for c in COLUMNS if any(c in row for row in rows.values())]
     headings = [name.replace("r_precision_", "r_") for name in columns]
     print(f"\n{title}\n" + " " * 10 + "".join(f" {heading:>16s}" for heading in headings))
-    for name, metrics in rows.items():
-        known = [metrics[c] if c in metrics and math.isfinite(metrics[c][0]) else None for c in columns]
+    for name, row in rows.items():
+        known = [row[c] if c in row and math.isfinite(row[c][0]) else None for c in columns]
         print(f"{name:10s}" + "".join(f" {f'{y[0]:.3f} +-{y[1]:.3f}' if y else '-':>16s}" for y in known))
 
 
@@ -286,7 +314,7 @@ def front_points(samplers, clips, scorers, names):
 
 def hypervolumes(points):
     """Volume over the reference point 0 of each prompt's motions: (p s k) -> (p)"""
-    return np.array([evaluators.hypervolume(each, np.zeros(each.shape[1])) for each in points])
+    return np.array([metrics.hypervolume(each, np.zeros(each.shape[1])) for each in points])
 
 
 def over_prompts(values):
@@ -385,7 +413,7 @@ def export(folder, prompts, frames, limit, skeleton, samplers):
     samplers: title -> sampler.
     """
     if frames % 4 or frames > limit:
-        raise runs.InputError(f"--length {frames}: a multiple of 4 frames (20 a second), at most {limit}")
+        raise InputError(f"--length {frames}: a multiple of 4 frames (20 a second), at most {limit}")
     lengths = torch.full((len(prompts),), frames)
     made = {title: to_joints(*sampler(prompts, lengths, "prompt", 0), skeleton)
             for title, sampler in samplers.items()}
@@ -409,9 +437,9 @@ def read_results(paths, same_data=True):
         try:
             results.append(json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
-            raise runs.InputError(f"{file}: cannot be read ({error}); name finished runs") from error
+            raise InputError(f"{file}: cannot be read ({error}); name finished runs") from error
         if "data" not in results[-1] or same_data and results[-1]["data"] != results[0]["data"]:
-            raise runs.InputError(f"{file}: not of the data of {paths[0]}; put only its seeds into one table")
+            raise InputError(f"{file}: not of the data of {paths[0]}; put only its seeds into one table")
     return results
 
 
@@ -497,7 +525,7 @@ def looks(paths, *needed):
         log = render.read_csv(Path(path) / "logs.csv")
         for name in (*needed, "val_judge"):
             if name not in log:
-                raise runs.InputError(f"{path}: its log has no column {name}")
+                raise InputError(f"{path}: its log has no column {name}")
         seen = np.isfinite(log["val_judge"])
         found.append((flags_of(result), {name: values[seen] for name, values in log.items()}))
     return found
@@ -519,7 +547,7 @@ def at_equal(paths, axis):
     columns = [axis] + [name for name in found[0][1] if name.startswith("val_")]
     for (flags, log), path in zip(found, paths):
         if not (log[axis] <= limit).any():
-            raise runs.InputError(f"--at {axis}: {path} had no look before {limit:g}; lower its --eval-every")
+            raise InputError(f"--at {axis}: {path} had no look before {limit:g}; lower its --eval-every")
         last = np.flatnonzero(log[axis] <= limit)[-1]
         rows.setdefault(flags, []).append([float(log[name][last]) if name in log else math.nan
                                            for name in columns])
@@ -555,7 +583,7 @@ def one_row_each(paths, table):
     results, rows = read_results(paths), {}
     for path, result in zip(paths, results):
         if table not in result:
-            raise runs.InputError(f"--each {table}: {path} has no such table")
+            raise InputError(f"--each {table}: {path} has no such table")
         rows.setdefault(flags_of(result), []).append(result)
     base = results[0][table]["base"]
     wanted = ("fid", "r_precision_top1", "length_error") + (("distinct", "speed") if "text" in base else ())
@@ -588,7 +616,7 @@ def by_check(paths, table):
     for path, result in zip(paths, read_results(paths)):
         tables.append({name: row["checks"] for name, row in result.get(table, {}).items() if "checks" in row})
         if not tables[-1]:
-            raise runs.InputError(f"--checks {table}: {path} has no checks in such a table")
+            raise InputError(f"--checks {table}: {path} has no checks in such a table")
     rows = [name for name in tables[0] if all(name in run for run in tables)]
     counts = {check: count for check, (_, count) in tables[0][rows[0]].items()}
     for check in sorted(counts, key=counts.get, reverse=True):
@@ -626,7 +654,7 @@ def main(argv=None):
     if args.until:
         name, _, level = args.until.partition("=")
         if not re.fullmatch(r"-?\d*\.?\d+", level):
-            raise runs.InputError(f"--until {args.until}: COLUMN=LEVEL, such as val_reward=0.85")
+            raise InputError(f"--until {args.until}: COLUMN=LEVEL, such as val_reward=0.85")
         print(until(args.runs, name, float(level)))
     elif args.each:
         print(one_row_each(args.runs, args.each))

@@ -16,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from common import features as motion_features
+from common import InputError, NonFiniteError, features as motion_features
 from common.features import features_to_joints, joints_to_features, recover_root
-from common.runs import InputError, NonFiniteError
 
 REPRESENTATIONS = ("features", "joints", "rotations")
 TILT = 1e-4  # metres, added to every joint where a bone of a generated motion has no direction

@@ -25,7 +25,6 @@ import signal
 import subprocess
 import sys
 import time
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,17 +33,10 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-MASK64 = (1 << 64) - 1
+from common import InputError, NonFiniteError
+
 DISK_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 RUN_SUFFIXES = (".json", ".csv", ".png", ".gif", ".pt", ".npy", ".bvh", ".html")  # --overwrite may delete
-
-
-class InputError(ValueError):
-    """The user's mistake. The message is one line that names the file or flag and the fix; scripts exit 2."""
-
-
-class NonFiniteError(RuntimeError):
-    """A loss, gradient or reward is NaN or infinite; scripts exit 3 without touching the last checkpoint."""
 
 
 class Interrupted(Exception):
@@ -56,30 +48,6 @@ class Interrupted(Exception):
 
 
 # ---- 1. Random numbers -------------------------------------------------------------------------------------
-
-
-def mix(*ints):
-    """Mix integers into one 63-bit seed (splitmix64 finaliser, Steele et al. 2014); their order matters.
-
-    Python's hash() is salted per process, so it would make a resumed run differ.
-    """
-    state = 0
-    for value in ints:
-        state = (state + 0x9E3779B97F4A7C15 + (int(value) & MASK64)) & MASK64
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & MASK64
-        state ^= state >> 31
-    return state >> 1
-
-
-def generator(seed, iteration, purpose, index=0, device="cpu"):
-    """A fresh torch.Generator that depends on its arguments only; `purpose` is a fixed name such as "noise".
-
-    Nothing depends on what was drawn before, so a resumed run, or one that is split over processes, sees the
-    same numbers without any stored generator state.
-    """
-    number = mix(seed, iteration, zlib.crc32(purpose.encode()), index)
-    return torch.Generator(device=device).manual_seed(number)
 
 
 def initialise(model, g):

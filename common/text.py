@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from common.evaluators import TMREncoder
-from common.runs import InputError
+from common import InputError
+from common.retrieval import TMREncoder
 
 
 class TextEncoder(nn.Module):

@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 import torch
 
-from common import pretraining, published, tokenizer
+from common import published
+from common import InputError, pretraining, tokenizer
 from common.datasets import Vocabulary
-from common.evaluators import freeze
 from common.motion_gpt import MotionGPT
-from common.runs import InputError
+from common.published import t2m_gpt
+from common.retrieval import freeze
 from common.text import TextEncoder, text_features as text_source
 from common.tokenizer import VQVAE
 
@@ -83,7 +84,7 @@ def published_gpt(path, features, vq, heads, device):
     """The GPT of a T2M-GPT checkpoint, and its text features (see common/text.py) -> both, notes."""
     text, text_dim = text_source(features, device)
     stored = published.read_state(path, "trans")
-    sizes = published.gpt_sizes(stored, path, heads, PUBLISHED_BLOCK)
+    sizes = t2m_gpt.gpt_sizes(stored, path, heads, PUBLISHED_BLOCK)
     if (sizes["codes"], sizes["text_dim"]) != (len(vq.quantizer.codebook), text_dim):
         raise InputError(f"{path}: for {sizes['codes']} codes, {sizes['text_dim']} text features; here "
                          f"are {len(vq.quantizer.codebook)} and {text_dim}")
@@ -103,8 +104,8 @@ def state(policy):
 def load(stored, device, *, load, width, text_layers, heads, text_features):
     """The policy whose state() is in `stored`, read from the file `load` -> Policy, frozen; a published one
     needs its text features as well. The keywords are the scripts' flags. InputError for other sizes."""
-    vq = VQVAE(**published.tokenizer_sizes(stored["vq"], load))
-    sizes = published.gpt_sizes(stored["gpt"], load, stored["heads"], stored["block_size"])
+    vq = VQVAE(**t2m_gpt.tokenizer_sizes(stored["vq"], load))
+    sizes = t2m_gpt.gpt_sizes(stored["gpt"], load, stored["heads"], stored["block_size"])
     parts = {"vq": vq, "gpt": MotionGPT(**sizes), "reference": MotionGPT(**sizes)}
     if stored["words"]:
         parts["text"] = TextEncoder(Vocabulary(stored["words"]), width, text_layers, heads)

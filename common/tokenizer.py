@@ -13,9 +13,11 @@ from einops import rearrange
 from torch import nn
 from tqdm import tqdm
 
-from common import datasets, features, patches, published, runs
-from common.evaluators import freeze, length_mask
-from common.runs import InputError, NonFiniteError, generator
+from common import published
+from common import (
+    InputError, NonFiniteError, datasets, features, generator, length_mask, patches, runs)
+from common.published import t2m_gpt
+from common.retrieval import freeze
 
 # ---- 1. The network ----------------------------------------------------------------------------------------
 
@@ -242,10 +244,10 @@ def build(dataset, *, codes, width, frames_per_token, iterations, batch, seed, c
 def load_published(path, statistics, feature_dim, device):
     """The published tokenizer of a T2M-GPT checkpoint, with its own mean and std -> frozen VQVAE, notes."""
     state = published.read_state(path, "net")
-    vq = VQVAE(**published.tokenizer_sizes(state, path))
+    vq = VQVAE(**t2m_gpt.tokenizer_sizes(state, path))
     if len(vq.mean) != feature_dim:
         raise InputError(f"{path}: codes features of width {len(vq.mean)}, the data have {feature_dim}")
     published.load_strict(vq, state, path, free=("mean", "std"))
-    for own, given in zip((vq.mean, vq.std), published.read_statistics(statistics, feature_dim)):
+    for own, given in zip((vq.mean, vq.std), t2m_gpt.read_statistics(statistics, feature_dim)):
         own.copy_(given)
     return freeze(vq.to(device)), {"published": str(path)}

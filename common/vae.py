@@ -19,9 +19,15 @@ from einops import repeat
 from torch import nn
 from tqdm import tqdm
 
-from common import datasets, evaluators, patches, runs
-from common.evaluators import TransformerLayer, gaussian_kl, length_mask, padded, sinusoid
-from common.runs import InputError, generator
+from common import (
+    InputError, TransformerLayer, datasets, generator, length_mask, padded, patches, retrieval,
+    runs, sinusoid)
+
+
+def gaussian_kl(mu_q, logvar_q, mu_p, logvar_p):
+    """KL(q || p) of diagonal Gaussians, averaged over all elements."""
+    ratio = logvar_q - logvar_p
+    return 0.5 * (ratio.exp() + (mu_p - mu_q).square() / logvar_p.exp() - 1 - ratio).mean()
 
 
 class Skips(nn.Module):
@@ -116,7 +122,7 @@ def train_vae(vae, clips, device, *, iterations, batch, lr, kl_weight, seed):
     parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
     encoded = [vae.patches.encode(torch.from_numpy(clip.features)[None].to(device))[0] for clip in clips]
     optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-2)
-    rates = evaluators.rise_and_cosine(optimiser, iterations)
+    rates = retrieval.rise_and_cosine(optimiser, iterations)
     losses, bar = [], tqdm(range(iterations), desc="VAE", mininterval=1.0)
     for iteration in bar:
         g = generator(seed, iteration, "vae")
@@ -158,7 +164,7 @@ def fit_vae(vae, clips, weights, device, *, shaped_by, seed, cache_dir, cache, i
     key = [shaped_by, shape, vae.patch, weights.tolist(), iterations, batch, lr, kl_weight, seed, code]
     stored = runs.cached(cache_dir, key, build, "vae", cache)
     vae.load_state_dict(stored.pop("vae"))
-    evaluators.freeze(vae.to(device))
+    retrieval.freeze(vae.to(device))
     print(f"  VAE: {vae.tokens} latents of {vae.dims}; loss {stored['loss']:.4f}")
     return {"vae": stored}
 

@@ -37,7 +37,8 @@ import ddpo_motion as ddpo
 import pareto_motion as pareto
 import ppo_motion as ppo
 import stepwise_motion as stepwise
-from common import datasets, features, lora, motion_gpt, motion_reward, render, runs
+from common import (
+    InputError, datasets, features, generator, lora, motion_gpt, motion_reward, render, runs)
 
 WORDS = "a person walks forward slowly then turns left and waves with the right hand"
 FEATURE_DIM = 263
@@ -61,7 +62,7 @@ class CountedCalls:
 def prepare(args, tokens):
     """A denoiser with random weights and fresh adapters, ready to roll out -> ddpo_motion.Policy."""
     model = ddpo.MotionDiffusion(args, datasets.Vocabulary.from_captions([WORDS]), FEATURE_DIM)
-    runs.initialise(model, runs.generator(args.base_seed, 0, "initialise"))
+    runs.initialise(model, generator(args.base_seed, 0, "initialise"))
     return ddpo.make_policy(args, model, tokens * args.patch, torch.device("cpu"))
 
 
@@ -120,7 +121,7 @@ def make_gpt(args, tokens):
     """The GPT of default size with random weights, for so many tokens."""
     gpt = motion_gpt.MotionGPT(args.codes, args.width, args.width, args.heads, args.base_layers,
                                args.head_layers, tokens + 1)
-    runs.initialise(gpt, runs.generator(args.base_seed, 0, "gpt"))
+    runs.initialise(gpt, generator(args.base_seed, 0, "gpt"))
     return gpt.eval()
 
 
@@ -136,7 +137,7 @@ def recompute(gpt, text, uniform, shortest, temperature):
 
 def time_cache(args, batch, tokens, rounds):
     """Print the comparison A / B of token sampling; the end token is not allowed, so both do equal work."""
-    gpt, g = make_gpt(args, tokens), runs.generator(0, 0, "bench")
+    gpt, g = make_gpt(args, tokens), generator(0, 0, "bench")
     text, uniform = torch.randn(batch, args.width, generator=g), torch.rand(batch, tokens, generator=g)
 
     def whole():
@@ -155,7 +156,7 @@ def time_cache(args, batch, tokens, rounds):
 
 def time_selection(args, tokens, rounds):
     """Print the comparison A / B of the selection."""
-    gpt, g, (p, c, n) = make_gpt(args, tokens), runs.generator(0, 0, "bench"), (64, 3, 32)
+    gpt, g, (p, c, n) = make_gpt(args, tokens), generator(0, 0, "bench"), (64, 3, 32)
     R, motions = torch.randn(p, c, n, 3, generator=g), p * c * n // 16
     text, uniform = torch.randn(motions, args.width, generator=g), torch.rand(motions, tokens, generator=g)
 
@@ -182,7 +183,7 @@ def one_update(flags, steps, batch, tokens):
     flags = {**flags, "window": min(flags.get("window", 0), steps)}
     args = stepwise.Args(steps=steps, batch=batch, beta_anchor=0.0, prediction="epsilon", **flags)
     model = stepwise.MotionDiffusion(args, datasets.Vocabulary.from_captions([WORDS]), FEATURE_DIM)
-    runs.initialise(model, runs.generator(0, 0, "initialise"))
+    runs.initialise(model, generator(0, 0, "initialise"))
     policy = stepwise.make_policy(args, model, tokens, torch.device("cpu"))
     with torch.random.fork_rng(devices=[]):
         reward = motion_reward.MotionReward(model.vocabulary, features.T2M, has_heads=True,
@@ -190,7 +191,7 @@ def one_update(flags, steps, batch, tokens):
     lengths = torch.full((batch,), tokens * args.patch)
     noise, mask = stepwise.start_noise(policy, lengths, 0, 0, "bench", range(batch))
     asked = dict(captions=[WORDS] * batch, real=None, noise=noise, mask=mask, lengths=lengths,
-                 route=runs.generator(0, 0, "route"))
+                 route=generator(0, 0, "route"))
     updates = stepwise.Updates(args, policy.tuned.parameters())
     loop, start = SimpleNamespace(check=lambda: None, rewards=None), time.perf_counter()
     log = stepwise.update(args, policy, reward, asked, [WORDS] * batch, updates, 1.0, loop, 0)
@@ -240,7 +241,7 @@ def snr_law(steps, picture=None):
         policy = prepare(args, 12)
         for k, parameter in enumerate(policy.model.parameters()):
             if parameter.requires_grad:  # of the adapters
-                parameter.data += 0.02 * torch.randn(parameter.shape, generator=runs.generator(0, k, "bench"))
+                parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator(0, k, "bench"))
         table = policy.transition
         law[name] = (table.m_coef * table.q / table.std).square()[:-1].double().numpy() / 2
         states, mask = ddpo.sample(args, policy, [WORDS] * 4, torch.full((4,), 48), 0, "bench", range(4))
@@ -281,7 +282,7 @@ def main(argv=None):
     parser.add_argument("--guidance-scale", type=float, default=1.0, help="1.0: one forward a step; else two")
     options = parser.parse_args(argv)
     if options.rounds < 5:
-        raise runs.InputError("--rounds: at least 5, or the minimum says little")
+        raise InputError("--rounds: at least 5, or the minimum says little")
     runs.pick_threads(options.threads)
     if options.what == "memory":
         measure_memory((1, 2, 5, 10, 20, 50), 32, options.tokens, options.picture)

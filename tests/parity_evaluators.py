@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import evaluators as ev
+from common import length_mask, metrics, retrieval as ev, vae
 from common.datasets import Statistics
+from common.published import evaluator, tmr
 
 
 def error(ours, theirs, relative=False):
@@ -37,11 +38,11 @@ def shapes_error(full_size_keys, modules):
 
 def check_metrics(z):
     text, motion, weak = z["text"], z["motion"], z["motion_weak"]
-    rows = [("dist", error(ev.pairwise_distance(text, motion), z["dist"]), 1e-3)]
+    rows = [("dist", error(metrics.pairwise_distance(text, motion), z["dist"]), 1e-3)]
     hits, tied = [], []
     for start in range(0, len(text) // 32 * 32, 32):
         part = slice(start, start + 32)
-        hit, tie = ev.hit_chance(ev.pairwise_distance(text[part], motion[part]), (1, 2, 3))
+        hit, tie = metrics.hit_chance(metrics.pairwise_distance(text[part], motion[part]), (1, 2, 3))
         hits.append(hit)
         tied.append(tie)
     # Where two motions are equally near, the official result is whatever its sort did and ours the expected
@@ -55,28 +56,28 @@ def check_metrics(z):
     rows += [("topk_mat (rows without ties)", error(settled, reference), 1e-9),
              ("tied rows", float(wrong_ties), 0.0),
              ("r_precision", error(settled.mean(0), z["r_precision"]), 1e-9),
-             ("r_precision_weak", error(ev.r_precision(text, weak)["top"], z["r_precision_weak"]), 1e-9),
+             ("r_precision_weak", error(metrics.r_precision(text, weak)["top"], z["r_precision_weak"]), 1e-9),
              ("matching_score_vec",
               error(np.linalg.norm(np.float64(text) - motion, axis=1), z["matching_score_vec"]), 1e-3),
-             ("mm_dist", error(ev.mm_dist(text, motion), z["mm_dist"], relative=True), 1e-5)]
-    case = ev.pairwise_distance(z["nan_case"], z["nan_case"])
+             ("mm_dist", error(metrics.mm_dist(text, motion), z["mm_dist"], relative=True), 1e-5)]
+    case = metrics.pairwise_distance(z["nan_case"], z["nan_case"])
     apart = ~np.eye(len(case), dtype=bool)          # the official values are only sound off the diagonal
     rows += [("nan_case_dist (off diagonal)", error(case[apart], z["nan_case_dist"][apart]), 0.05),
              ("nan_case (diagonal is 0)", error(case.diagonal(), np.zeros(len(case))), 0.0)]
     for name in ("full", "deficient"):
         x, y = z[f"fid_{name}_x"], z[f"fid_{name}_y"]
         # 1e-6 for eigh64 too: its means were taken in float32
-        rows += [(f"fid_{name}_{way}", error(ev.fid(x, y), z[f"fid_{name}_{way}"], relative=True), 1e-6)
+        rows += [(f"fid_{name}_{way}", error(metrics.fid(x, y), z[f"fid_{name}_{way}"], relative=True), 1e-6)
                  for way in ("official", "eigh64")]
-        rows += [(f"fid_{name}_self_official", error(ev.fid(x, x), z[f"fid_{name}_self_official"]), 1e-4)]
-    between = ev.fid(text, motion)
+        rows += [(f"fid_{name}_self_official", error(metrics.fid(x, x), z[f"fid_{name}_self_official"]), 1e-4)]
+    between = metrics.fid(text, motion)
     rows += [("fid_text_motion_official", error(between, z["fid_text_motion_official"], relative=True), 1e-6),
              ("fid_text_motion_eigh64", error(between, z["fid_text_motion_eigh64"], relative=True), 1e-6),
              ("diversity",
-              error(ev.diversity(motion, z["div_first"], z["div_second"]), z["diversity"]), 1e-4),
-             ("multimodality", error(ev.multimodality(z["mm_act"], z["mm_first"], z["mm_second"]),
+              error(metrics.diversity(motion, z["div_first"], z["div_second"]), z["diversity"]), 1e-4),
+             ("multimodality", error(metrics.multimodality(z["mm_act"], z["mm_first"], z["mm_second"]),
                                      z["multimodality"]), 1e-4)]
-    mean, half = ev.mean_interval(z["rep_values"])
+    mean, half = metrics.mean_interval(z["rep_values"])
     return rows + [("rep_mean", error(mean, z["rep_mean"]), 1e-12),
                    ("rep_ci95", error(half, z["rep_ci95"]), 1e-12)]
 
@@ -90,12 +91,12 @@ def check_guo(z):
                     for name in ("movement_encoder", "motion_encoder", "text_encoder")}
         # mean 0 and std 1: the reference motions are normalised already
         plain = Statistics(torch.zeros(motions.shape[2]), torch.ones(motions.shape[2]), "scorer")
-        judge = ev.freeze(ev.OfficialEvaluator(networks, plain, max_length=motions.shape[1]))
+        judge = ev.freeze(evaluator.OfficialEvaluator(networks, plain, max_length=motions.shape[1]))
         text = judge.embed_text(get("word_embs"), get("pos_onehot"), get("cap_lens"))
         movements = judge.movement_encoder(motions[..., :-4])
         motion = judge.embed_motion(motions, lengths)
-        full = {"movement_encoder": ev.MovementEncoder(motions.shape[2] - 4),
-                "motion_encoder": ev.MotionEncoderBiGRU(), "text_encoder": ev.TextEncoderBiGRU()}
+        full = {"movement_encoder": evaluator.MovementEncoder(motions.shape[2] - 4),
+                "motion_encoder": ev.MotionEncoderBiGRU(), "text_encoder": evaluator.TextEncoderBiGRU()}
         rows += [(f"{kind}_movements", error(movements, get("movements")), 1e-5),
                  (f"{kind}_text_embedding", error(text, get("text_embedding")), 1e-5),
                  (f"{kind}_motion_embedding", error(motion, get("motion_embedding")), 1e-5),
@@ -130,19 +131,19 @@ def check_tmr(z):
     size = {word: float(value) for word, value in re.findall(r"(\w+) ([\d.]*\d)", str(z["config"]))}
     latent, ff, layers, heads = (int(size[word]) for word in ("latent", "ff", "layers", "heads"))
     motion, text, sentences = (torch.from_numpy(z[key]) for key in ("motion_x", "text_x", "sent_emb"))
-    motion_mask = ev.length_mask(torch.from_numpy(z["motion_len"]), motion.shape[1])
-    text_mask = ev.length_mask(torch.from_numpy(z["text_len"]), text.shape[1])
+    motion_mask = length_mask(torch.from_numpy(z["motion_len"]), motion.shape[1])
+    text_mask = length_mask(torch.from_numpy(z["text_len"]), text.shape[1])
     motion_encoder = ev.TMREncoder(motion.shape[2], latent, ff, layers, heads)
     text_encoder = ev.TMREncoder(text.shape[2], latent, ff, layers, heads)
-    decoder = ev.TMRDecoder(motion.shape[2], latent, ff, layers, heads)
+    decoder = tmr.TMRDecoder(motion.shape[2], latent, ff, layers, heads)
     for name, part in (("motion_encoder", motion_encoder), ("text_encoder", text_encoder),
                        ("motion_decoder", decoder)):
-        part.load_state_dict(ev.from_official_tmr(state(z, f"sd/{name}/")))
+        part.load_state_dict(tmr.from_official_tmr(state(z, f"sd/{name}/")))
         ev.freeze(part)
     m, t = motion_encoder(motion, motion_mask), text_encoder(text, text_mask)
-    losses = ev.tmr_losses(t, m, decoder, motion, motion_mask, sentences, size["temperature"],
+    losses = tmr.tmr_losses(t, m, decoder, motion, motion_mask, sentences, size["temperature"],
                            size["threshold"])
-    score = ev.tmr_score(t[:, 0], m[:, 0])
+    score = tmr.tmr_score(t[:, 0], m[:, 0])
     rows = [("motion_tokens", error(m, z["motion_tokens"]), 1e-5),
             ("text_tokens", error(t, z["text_tokens"]), 1e-5),
             ("decoded_from_motion_mu",
@@ -151,21 +152,21 @@ def check_tmr(z):
     rows += [(f"loss_{key}", error(value, z[f"loss_{key}"], relative=True), 1e-5)
              for key, value in losses.items()]
     unfiltered = ev.info_nce(t[:, 0], m[:, 0], size["temperature"])
-    kl = ev.gaussian_kl(t[:, 0], t[:, 1], m[:, 0], m[:, 1])
+    kl = vae.gaussian_kl(t[:, 0], t[:, 1], m[:, 0], m[:, 1])
     rows += [("infonce_filtered", error(losses["contrastive"], z["infonce_filtered"], relative=True), 1e-5),
              ("infonce_unfiltered", error(unfiltered, z["infonce_unfiltered"], relative=True), 1e-5),
              ("kl_text_motion", error(kl, z["kl_text_motion"], relative=True), 1e-5)]
     same = torch.from_numpy(z["ret_emb"] @ z["ret_emb"].T) > 2 * 0.95 - 1
-    retrieval = {"normal": ev.retrieval_metrics(z["ret_sim"]),
-                 "thr095": ev.retrieval_metrics(z["ret_sim"], same),
-                 "tie": ev.retrieval_metrics(z["ret_sim_tie"])}
+    retrieval = {"normal": tmr.retrieval_metrics(z["ret_sim"]),
+                 "thr095": tmr.retrieval_metrics(z["ret_sim"], same),
+                 "tie": tmr.retrieval_metrics(z["ret_sim_tie"])}
     for key in z.files:
         if found := re.fullmatch(r"ret_(normal|thr095|tie)_([tm]2[tm])_(\w+)", key):
             ours = retrieval[found[1]]["len" if found[3] == "len" else f"{found[2]}_{found[3]}"]
             rows.append((key, error(ours, z[key]), 0.0051))      # the reference is rounded to two decimals
     full = {"motion_encoder": official_names(ev.TMREncoder(motion.shape[2]), "seqTransEncoder"),
             "text_encoder": official_names(ev.TMREncoder(768), "seqTransEncoder"),
-            "motion_decoder": official_names(ev.TMRDecoder(motion.shape[2]), "seqTransDecoder")}
+            "motion_decoder": official_names(tmr.TMRDecoder(motion.shape[2]), "seqTransDecoder")}
     return rows + [("full_size_keys", shapes_error(z["full_size_keys"], full), 0.0)]
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import evaluators, motion_reward, perception
+from common import metrics, motion_reward, perception, retrieval
 from tests.parity_ddpo import Rows
 
 TOLERANCE = 1e-9
@@ -35,8 +35,8 @@ def check_infonce(result, ref):
     t, m, temp = ref["t"].clone().requires_grad_(), ref["m"].clone().requires_grad_(), float(ref["temp"])
     sentences = F.normalize(ref["sent"], dim=-1)
     alike = sentences @ sentences.T > 2 * float(ref["thr"]) - 1
-    with_gradient(result, ref, "infonce", evaluators.info_nce(t, m, temp, alike), _t=t, _m=m)
-    result.compare("infonce_nofilter", evaluators.info_nce(t, m, temp), ref["infonce_nofilter"], TOLERANCE)
+    with_gradient(result, ref, "infonce", retrieval.info_nce(t, m, temp, alike), _t=t, _m=m)
+    result.compare("infonce_nofilter", retrieval.info_nce(t, m, temp), ref["infonce_nofilter"], TOLERANCE)
 
 
 def check_spl(result, ref):
@@ -72,7 +72,7 @@ def check_scores(result, ref):
     result.compare("grad_p_real", gradient, ref["grad_p_real"], TOLERANCE)
     similarity, _, _ = motion_reward.mine(ref["t"], ref["m"], 1)
     result.compare("cos_tm", similarity.diagonal(), ref["cos_tm"], TOLERANCE)
-    hits, _ = evaluators.hit_chance(-similarity, (1, 2, 3, 5, 10))
+    hits, _ = metrics.hit_chance(-similarity, (1, 2, 3, 5, 10))
     result.compare("recall", hits.mean(0), ref["recall"], TOLERANCE)
 
 

@@ -6,7 +6,9 @@ load them as they are.
 import numpy as np
 import torch
 
-from common import evaluators, motion_critic, perception, published
+from common import published
+from common import metrics, perception
+from common.published import motion_critic
 from tests.parity_ddpo import Rows
 
 
@@ -29,7 +31,7 @@ def check_critic(result, ref):
     result.compare("motion", motion, ref["motion"], 2e-3)  # the public float32 quaternions lose digits
     result.compare("motion (99 %)", error.quantile(0.99), 0.0, 1e-4)
     state = {key.removeprefix("sd/"): value for key, value in ref.items() if key.startswith("sd/")}
-    net = motion_critic.MotionCritic(**published.critic_sizes(state, "reference", 4))
+    net = motion_critic.MotionCritic(**motion_critic.critic_sizes(state, "reference", 4))
     published.load_strict(net, state, "reference")
     scores = net(ref["motion"])
     result.compare("score", scores[:, None], ref["score"], 1e-5)
@@ -69,7 +71,7 @@ def check_hypervolume(result, ref):
     """Two and three rewards, with ties, duplicates and points below the reference."""
     for key in (key for key in ref if key.endswith("/hypervolume")):
         case = key.removesuffix("/hypervolume")
-        volume = evaluators.hypervolume(ref[f"{case}/rewards"], ref[f"{case}/ref"])
+        volume = metrics.hypervolume(ref[f"{case}/rewards"], ref[f"{case}/ref"])
         result.compare("hypervolume (relative)", torch.tensor(volume, dtype=torch.float64) / ref[key].clamp(
             min=1e-300), ref[key].sign(), 1e-9)
 

@@ -7,7 +7,9 @@ import numpy as np
 import torch
 from einops import rearrange
 
-from common import diagnostics, evaluators, motion_gpt, pretraining, published, tokenizer
+from common import published
+from common import diagnostics, motion_gpt, pretraining, retrieval, tokenizer
+from common.published import t2m_gpt
 from tests.parity_ddpo import Rows
 
 
@@ -25,7 +27,7 @@ def check(path):
 def check_tokenizer(result, ref):
     """VQVAE of common/tokenizer.py with the published names of weights."""
     state = {key.removeprefix("sd/vqvae."): value for key, value in ref.items() if key.startswith("sd/")}
-    vq = tokenizer.VQVAE(**published.tokenizer_sizes(state, "reference"))
+    vq = tokenizer.VQVAE(**t2m_gpt.tokenizer_sizes(state, "reference"))
     published.load_strict(vq, state, "reference", free=("mean", "std"))
     motion = ref["motion"]
     lengths = torch.full((len(motion),), motion.shape[1])
@@ -93,7 +95,7 @@ def check_gpt(result, ref):
     state = {key.removeprefix("sd/"): value for key, value in ref.items() if key.startswith("sd/")}
     table = state["trans_base.pos_embed.embed"]
     state = {key: value for key, value in state.items() if not published.NO_WEIGHTS.search(key)}
-    gpt = motion_gpt.MotionGPT(**published.gpt_sizes(state, "reference", 4, len(table)))
+    gpt = motion_gpt.MotionGPT(**t2m_gpt.gpt_sizes(state, "reference", 4, len(table)))
     published.load_strict(gpt, state, "reference")
     result.compare("positions", gpt.positions, table[:, 0], 1e-6)
     prefix, text = ref["prefix"], ref["text_feature"][: len(ref["prefix"])]
@@ -230,13 +232,13 @@ def check_rewards(result, ref):
 
     f_t, f_m = ref["contrastive/ft"], ref["contrastive/fm"].clone().requires_grad_()
     wrong, margin = ref["contrastive/mismatched"] > 0, ref["contrastive/margin"].item()
-    each = torch.stack([evaluators.margin_loss(f_t[k], f_m[k], wrong[k], margin) for k in range(len(f_t))])
+    each = torch.stack([retrieval.margin_loss(f_t[k], f_m[k], wrong[k], margin) for k in range(len(f_t))])
     result.compare("contrastive/loss_each", each, ref["contrastive/loss_each"], 1e-10)
-    loss = evaluators.margin_loss(f_t, f_m, wrong, margin)
+    loss = retrieval.margin_loss(f_t, f_m, wrong, margin)
     result.compare("contrastive/loss_mean", loss, ref["contrastive/loss_mean"], 1e-10)
     loss.backward()
     result.compare("contrastive/grad_fm", f_m.grad, ref["contrastive/grad_fm"], 1e-10)
-    cosine = 2 * evaluators.info_nce(ref["infonce/ft"], ref["infonce/fm"], ref["infonce/tau"].item())
+    cosine = 2 * retrieval.info_nce(ref["infonce/ft"], ref["infonce/fm"], ref["infonce/tau"].item())
     result.compare("infonce/loss_cosine", cosine, ref["infonce/loss_cosine"], 1e-10)
     distances = ppo.reward_terms(ref["eq2/ft"], ref["eq2/fm_pred"], ref["eq2/fm_gt"])
     weights = ref["eq2/lambda_t"].item(), ref["eq2/lambda_m"].item()

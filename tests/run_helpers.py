@@ -15,7 +15,7 @@ import ddpo_motion
 import pareto_motion
 import ppo_motion
 import stepwise_motion
-from common import datasets, evaluators, pretraining, render, runs
+from common import datasets, pretraining, render, retrieval, runs
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -213,7 +213,7 @@ def only_cached(monkeypatch):
         asked.append(name)
         return cached(folder, key, lambda: pytest.fail(f"{name} is built again"), name, *options)
 
-    for module in (runs, evaluators, pretraining):
+    for module in (runs, retrieval, pretraining):
         monkeypatch.setattr(module, "cached", stored)
     monkeypatch.setattr(datasets, "joints_to_features", lambda *args, **options: pytest.fail("built again"))
     return asked

@@ -8,9 +8,8 @@ import subprocess
 import numpy as np
 import pytest
 
-from common import ab_page
+from common import InputError, ab_page
 from common.features import T2M
-from common.runs import InputError
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 CAPTIONS = ["a person walks", 'she says "stop" & </script><b>turns</b>', "waves, twice", "a person kicks"]

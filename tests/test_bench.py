@@ -5,7 +5,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ddpo_motion as ddpo
 import ppo_motion as ppo
-from common.runs import InputError
+from common import InputError
 from tests import bench
 
 BATCH, TOKENS = 3, 6

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from common import compose as composing
-from common import datasets
+from common import InputError, compose as composing, datasets
 from common.compose import MetaMotion, Prompt, compose, conjugate, decompose, novel_prompts, split
 from common.datasets import Clip
 from common.embedded.oracle import caption_attributes
-from common.runs import InputError, run_main
+from common.runs import run_main
 
 LISTS = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "prompts"
 

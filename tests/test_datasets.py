@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from common import datasets as D, features as F
+from common import InputError, datasets as D, features as F
 from common.embedded import movements
-from common.runs import InputError
+from common.published import evaluator
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 mini = pytest.mark.skipif(not DATA.is_dir(), reason="the mini data sets are not here")
@@ -280,9 +280,9 @@ def test_words_survive_anything():
 
 
 def test_official_tokens_are_framed_and_padded():
-    tokens, count = D.official_tokens(["a/DET"] * 3)
+    tokens, count = evaluator.official_tokens(["a/DET"] * 3)
     assert count == 5 and len(tokens) == 22 and tokens[4:6] == ["eos/OTHER", "unk/OTHER"]
-    tokens, count = D.official_tokens(["a/DET"] * 30)
+    tokens, count = evaluator.official_tokens(["a/DET"] * 30)
     assert count == 22 and tokens[-1] == "eos/OTHER"
 
 

@@ -10,8 +10,7 @@ import torch
 from einops import rearrange
 
 import ddpo_motion as ddpo
-from common import datasets, evaluators, lora, runs, samplers
-from common.runs import generator
+from common import NonFiniteError, datasets, generator, lora, retrieval, runs, samplers
 
 CAPTIONS = ["a person walks forward", "someone turns left slowly", "a man waves",
             "a person jumps twice and claps"]
@@ -470,9 +469,9 @@ def test_samples_do_not_depend_on_batch_or_process_count():
 
 def test_wrong_prompts_is_a_fixed_assignment_without_fixed_points():
     prompts = [f"prompt {k}" for k in range(50)]
-    wrong = evaluators.wrong_captions(prompts, 3)
+    wrong = retrieval.wrong_captions(prompts, 3)
     assert sorted(wrong.values()) == sorted(prompts) and all(a != b for a, b in wrong.items())
-    assert wrong == evaluators.wrong_captions(prompts, 3) != evaluators.wrong_captions(prompts, 4)
+    assert wrong == retrieval.wrong_captions(prompts, 3) != retrieval.wrong_captions(prompts, 4)
 
 
 def test_rewards_stay_with_their_samples():
@@ -499,7 +498,7 @@ def test_rewards_stay_with_their_samples():
         def similarity(self, motion, lengths, captions):
             return torch.tensor([0.1, float("nan"), 0.2, 0.3])
 
-    with pytest.raises(runs.NonFiniteError, match="someone turns left slowly"):
+    with pytest.raises(NonFiniteError, match="someone turns left slowly"):
         ddpo.score(args, policy, Broken(), batch, {}, None, 0)
 
 

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import features as F
-from common.runs import InputError
+from common import InputError, features as F
 from tests.parity_features import check
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from common import lora
-from common.runs import InputError
+from common import InputError, lora
 from tests import parity_ddpo
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"

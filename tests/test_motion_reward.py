@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from common import (
-    datasets, evaluators, features, lora, motion_reward, perception, representations, runs)
+    InputError, NonFiniteError, datasets, features, generator, length_mask, lora, motion_reward,
+    perception, representations, retrieval, runs, vae)
 from common.representations import REPRESENTATIONS, from_features
-from common.runs import InputError, NonFiniteError, generator
 
 KIT, T2M = features.KIT, features.T2M
 SMALL = dict(width=16, latent=12, layers=3, heads=2, ff=24, components=20, max_words=16, rank=3, alpha=6)
@@ -85,7 +85,7 @@ def random_model(skeleton=T2M, has_heads=True, k=0):
         width = representations.width(name, skeleton)
         codec.mean.copy_(0.1 * normal(width, k=k))
         codec.basis.copy_(torch.linalg.qr(normal(4 * width, SMALL["components"], k=k))[0])
-    return evaluators.freeze(model)
+    return retrieval.freeze(model)
 
 
 def batch_of(dataset, representation, lengths=(24, 12, 20, 8)):
@@ -127,9 +127,9 @@ def test_terms_of_the_first_stage():
     torch.testing.assert_close(terms["nce"], expected)
     assert motion_reward.weighted_sum({"a": 3.0, "b": 5.0}, {"a": 2.0, "b": 0.0}) == 6.0
     cross = motion_reward.cross_losses(z_t, z_m, gauss_t, gauss_m)
-    torch.testing.assert_close(cross["nce"], evaluators.info_nce(z_t, z_m))
-    torch.testing.assert_close(cross["kl"], evaluators.gaussian_kl(*gauss_t, *gauss_m)
-                               + evaluators.gaussian_kl(*gauss_m, *gauss_t))
+    torch.testing.assert_close(cross["nce"], retrieval.info_nce(z_t, z_m))
+    torch.testing.assert_close(cross["kl"], vae.gaussian_kl(*gauss_t, *gauss_m)
+                               + vae.gaussian_kl(*gauss_m, *gauss_t))
 
 
 def angles(*degrees):
@@ -226,7 +226,7 @@ def test_padding_and_neighbours_have_no_say(representation, kit, native):
         model = random_model(dataset.skeleton, representation)
         motion, lengths = batch_of(dataset, representation)
         real = tuple(reversed([motion.flip(0), lengths.flip(0)]))[::-1]
-        outside = ~evaluators.length_mask(lengths, 24)[..., None]
+        outside = ~length_mask(lengths, 24)[..., None]
         results = []
         for garbage in (None, 0.0, 1e3, float("nan"), float("inf")):
             x = motion.clone() if garbage is None else motion.masked_fill(outside, garbage)
@@ -238,7 +238,7 @@ def test_padding_and_neighbours_have_no_say(representation, kit, native):
             assert (x.grad[:, :24].masked_select(outside) == 0).all() and (x.grad[:, 24:] == 0).all()
             results.append((terms, x.grad[:, :24]))
         assert set(results[0][0]) == {*ALL, "total"}
-        inside = evaluators.length_mask(lengths, 24)
+        inside = length_mask(lengths, 24)
         assert (results[0][1].abs().sum(-1)[inside] > 0).all()  # every real frame counts
         for terms, gradient in results[1:]:
             torch.testing.assert_close(gradient, results[0][1])
@@ -417,7 +417,7 @@ def test_terms_without_weight_are_not_computed(kit, monkeypatch):
 
 def test_an_exported_model_is_the_same():
     model, before = random_model(KIT), torch.get_rng_state()
-    again = evaluators.freeze(motion_reward.MotionReward.load(model.export()))
+    again = retrieval.freeze(motion_reward.MotionReward.load(model.export()))
     assert torch.equal(torch.get_rng_state(), before)
     assert again.has_heads and again.skeleton is KIT and again.config == model.config
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())

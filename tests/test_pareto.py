@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import pareto_motion as pareto
-from common import evaluators, runs, token_policy
-from common.runs import InputError, NonFiniteError, generator
+from common import InputError, NonFiniteError, generator, metrics, retrieval, runs, token_policy
 from tests.token_helpers import (CAPTIONS, Never, normal, plans, retrieval_model, tiny_clips, tiny_policy,
                                  uniforms)
 
@@ -363,7 +362,7 @@ def test_the_three_rewards_by_hand():
     for k, (captions, pairs) in enumerate(((CAPTIONS[:3], clips[:3]),)):
         expected = torch.zeros(2, 3)
         for weight, encoder in zip((2.0, 0.5), judge.encoders):
-            text, made, real = evaluators.embed_pairs(encoder, motion, lengths, captions, pairs)
+            text, made, real = retrieval.embed_pairs(encoder, motion, lengths, captions, pairs)
             expected -= weight * torch.stack([(text - made).square().sum(1), (real - made).square().sum(1)])
     torch.testing.assert_close(R[:, 0], (expected[0] + 3) / 3)
     torch.testing.assert_close(R[:, 1], (expected[1] + 2) / 3)
@@ -444,19 +443,19 @@ def test_hypervolume_laws():
     """A dominated point adds nothing, a new front point never lowers it, order plays no part, and stretched
     axes stretch it. Checked by random points as well."""
     points, zero = uniforms(12, 3).double(), torch.zeros(3)
-    volume = evaluators.hypervolume(points, zero)
-    assert evaluators.hypervolume(points.flip(0), zero) == pytest.approx(volume, abs=1e-12)
+    volume = metrics.hypervolume(points, zero)
+    assert metrics.hypervolume(points.flip(0), zero) == pytest.approx(volume, abs=1e-12)
     worse = torch.cat([points, 0.9 * points[:1]])
-    assert evaluators.hypervolume(worse, zero) == pytest.approx(volume, abs=1e-12)
+    assert metrics.hypervolume(worse, zero) == pytest.approx(volume, abs=1e-12)
     better = torch.cat([points, points.max(0).values[None]])
     corner = points.max(0).values.prod().item()
-    assert evaluators.hypervolume(better, zero) == pytest.approx(corner) and corner > volume
+    assert metrics.hypervolume(better, zero) == pytest.approx(corner) and corner > volume
     factors = torch.tensor([2.0, 0.5, 3.0])
-    assert evaluators.hypervolume(points * factors, zero) == pytest.approx(3.0 * volume)
+    assert metrics.hypervolume(points * factors, zero) == pytest.approx(3.0 * volume)
     inside = (uniforms(200000, 1, 3, k=1) <= points).all(-1).any(-1).double()
     assert volume == pytest.approx(inside.mean().item(), abs=4 * inside.std().item() / math.sqrt(200000))
-    assert evaluators.hypervolume(-points, zero) == 0.0
-    assert evaluators.hypervolume([[2.0, 3.0]], [1.0, 1.0]) == 2.0
+    assert metrics.hypervolume(-points, zero) == 0.0
+    assert metrics.hypervolume([[2.0, 3.0]], [1.0, 1.0]) == 2.0
 
 
 # ---- does it learn? ----------------------------------------------------------------------------------------

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from common import published
 from common import (
-    datasets, evaluators, features, motion_critic, perception, published, runs, tokenizer)
-from common.runs import InputError, NonFiniteError, generator
+    InputError, NonFiniteError, datasets, features, generator, length_mask, perception, retrieval,
+    runs, tokenizer)
+from common.published import motion_critic
 
 KIT, T2M, CPU = features.KIT, features.T2M, torch.device("cpu")
 
@@ -38,7 +40,7 @@ def vq(data, one_thread):
     runs.initialise(vq, generator(0, 0, "tokenizer"))
     tokenizer.train_tokenizer(vq, data.splits["train"], KIT, iterations=120, lr=3e-3, batch=16,
                               patch_weight=1.0, seed=0, device="cpu")
-    return evaluators.freeze(vq)
+    return retrieval.freeze(vq)
 
 
 def random_critic(skeleton=KIT):
@@ -47,7 +49,7 @@ def random_critic(skeleton=KIT):
     for k, value in enumerate(critic.state_dict().values()):
         value.copy_(normal(*value.shape, k=k) * 0.3)
     critic.std.abs_().add_(0.5)
-    return evaluators.freeze(critic)
+    return retrieval.freeze(critic)
 
 
 def real_motions(data, count=4):
@@ -63,7 +65,7 @@ def real_motions(data, count=4):
 def test_padding_and_neighbours_have_no_say(data):
     """In attention, mean, statistics and integration over time; whatever stands behind the ends."""
     critic, (motion, lengths) = random_critic(), real_motions(data)
-    outside = ~evaluators.length_mask(lengths, 24)[..., None]
+    outside = ~length_mask(lengths, 24)[..., None]
     alone = torch.cat([critic.score(row[None, :n], n[None]) for row, n in zip(motion, lengths)])
     assert alone.std() > 1e-3
     for garbage in (0.0, 1e3, float("nan"), float("inf")):
@@ -84,7 +86,7 @@ def test_frames_that_fill_no_patch_are_left_out(data):
 def test_every_frame_counts_and_gradients_reach_the_features(data):
     """Also where padding is not a number."""
     critic, (motion, lengths) = random_critic(), real_motions(data)
-    inside = evaluators.length_mask(lengths, 24)
+    inside = length_mask(lengths, 24)
     x = motion.masked_fill(~inside[..., None], float("nan")).requires_grad_()
     critic.score(x, lengths).sum().backward()
     assert torch.isfinite(x.grad).all() and (x.grad[~inside] == 0).all()
@@ -395,7 +397,7 @@ def random_net(**changes):
     net = motion_critic.MotionCritic(**{**SIZES, **changes})
     for k, value in enumerate(net.state_dict().values()):
         value.copy_(normal(*value.shape, k=k) * 0.3)
-    return evaluators.freeze(net)
+    return retrieval.freeze(net)
 
 
 @pytest.mark.parametrize("wrap", (True, False))
@@ -487,7 +489,7 @@ def test_targets_rebuild_the_pose(data):
 
 def test_the_published_critic_scores_by_windows_of_sixty_frames(data, monkeypatch):
     g = motion_critic.JointsToRotations()
-    critic = evaluators.freeze(motion_critic.PublishedCritic(g, random_net(), KIT))
+    critic = retrieval.freeze(motion_critic.PublishedCritic(g, random_net(), KIT))
     seen, net = [], critic.net.forward
     monkeypatch.setattr(critic.net, "forward", lambda x: seen.append(x) or net(x))
     motion = torch.cat([walk(data), walk(data), walk(data)])[None].repeat(2, 1, 1)

@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import ppo_motion as ppo
-from common import datasets, diagnostics, evaluators, runs, token_policy
-from common.runs import NonFiniteError, generator
+from common import NonFiniteError, datasets, diagnostics, generator, retrieval, runs, token_policy
 from tests.token_helpers import (CAPTIONS, COMPOSED, WIDTH, Never, normal, plans, retrieval_model, small_gpt,
                                  tiny_clips, tiny_policy, uniforms)
 
@@ -263,7 +262,7 @@ def test_rewards_stay_with_their_samples():
 
 def test_the_shuffled_reward_asks_for_other_texts_and_other_motions():
     everything = sorted({c for clip in tiny_clips() for c in clip.captions} | set(COMPOSED))
-    wrong = evaluators.wrong_captions(everything, 0)
+    wrong = retrieval.wrong_captions(everything, 0)
     assert sorted(wrong.values()) == everything and all(a != b for a, b in wrong.items())
     s = scored("shuffled", wrong=wrong)
     clips = s.batch["pairs"][:3]
@@ -858,5 +857,5 @@ def test_each_distinct_item_is_computed_once():
         asked.append(list(items))
         return torch.tensor([[float(item)] for item in items])
     a, b = "1.5", "2.5"
-    assert evaluators.once(embed, [b, a, a, b, a]).flatten().tolist() == [2.5, 1.5, 1.5, 2.5, 1.5]
+    assert retrieval.once(embed, [b, a, a, b, a]).flatten().tolist() == [2.5, 1.5, 1.5, 2.5, 1.5]
     assert asked == [[b, a]]

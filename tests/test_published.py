@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from common import evaluators, published, runs, text, tokenizer
+from common import published
+from common import InputError, generator, retrieval, runs, text, tokenizer
 from common.motion_gpt import MotionGPT
-from common.runs import InputError, generator
+from common.published import t2m_gpt
 
 WIDTH = 9
 
@@ -24,13 +25,13 @@ def own_vq(halvings=1):
     vq = tokenizer.VQVAE(WIDTH, 6, 5, 7, halvings)
     runs.initialise(vq, generator(0, 0, "vq"))
     vq.quantizer.codebook.copy_(normal(7, 5))
-    return evaluators.freeze(vq)
+    return retrieval.freeze(vq)
 
 
 def own_gpt():
     gpt = MotionGPT(7, 10, 8, 2, 3, 2, 6)
     runs.initialise(gpt, generator(0, 0, "gpt"))
-    return evaluators.freeze(gpt)
+    return retrieval.freeze(gpt)
 
 
 def vq_state(vq):
@@ -66,7 +67,7 @@ def message(function, *args, **options):
 def test_a_tokenizer_comes_back_with_its_sizes(halvings, prefix, tmp_path):
     vq = own_vq(halvings)
     path = save(tmp_path / "vq.pth", net={prefix + key: value for key, value in vq_state(vq).items()})
-    sizes = published.tokenizer_sizes(published.read_state(path, "net"), path)
+    sizes = t2m_gpt.tokenizer_sizes(published.read_state(path, "net"), path)
     assert sizes == dict(feature_dim=WIDTH, width=6, halvings=halvings, code_dim=5, codes=7)
     loaded, notes = tokenizer.load_published(path, statistics(tmp_path), WIDTH, torch.device("cpu"))
     vq.mean.copy_(torch.arange(WIDTH))
@@ -88,7 +89,7 @@ def test_a_gpt_comes_back_with_its_sizes(prefix, tmp_path):
         "trans_base.pos_embed.embed", "trans_head.pos_embed.embed")}
     path = save(tmp_path / "gpt.pth", trans=state | {prefix + key: value for key, value in extra.items()})
     state = published.read_state(path, "trans")
-    sizes = published.gpt_sizes(state, path, 2, 6)
+    sizes = t2m_gpt.gpt_sizes(state, path, 2, 6)
     assert sizes == dict(codes=7, text_dim=10, width=8, heads=2, base_layers=3, head_layers=2, block_size=6)
     loaded = MotionGPT(**sizes)
     published.load_strict(loaded, state, path)
@@ -168,9 +169,9 @@ def test_files_of_the_other_kind(tmp_path):
     other = save(tmp_path / "other.pth", net=torch.ones(2))
     assert "holds no 'net'" in message(published.read_state, other, "net")
     mixed = published.read_state(save(tmp_path / "mixed.pth", net=own_gpt().state_dict()), "net")
-    assert "has no encoder.model.0.weight" in message(published.tokenizer_sizes, mixed, "mixed.pth")
+    assert "has no encoder.model.0.weight" in message(t2m_gpt.tokenizer_sizes, mixed, "mixed.pth")
     mixed = published.read_state(save(tmp_path / "mixed.pth", trans=vq_state(own_vq())), "trans")
-    assert "has no trans_base.cond_emb.weight" in message(published.gpt_sizes, mixed, "mixed.pth", 2, 6)
+    assert "has no trans_base.cond_emb.weight" in message(t2m_gpt.gpt_sizes, mixed, "mixed.pth", 2, 6)
 
 
 @pytest.mark.parametrize("content", [b"", b"not weights", b"PK\x03\x04 half a zip"])
@@ -211,7 +212,7 @@ def test_code_in_a_file_is_refused_and_not_executed(tmp_path):
         assert "weights_only=True" in message(published.read_state, path, "net")
     np.save(tmp_path / "Mean.npy", np.array([Payload()], dtype=object), allow_pickle=True)
     np.save(tmp_path / "Std.npy", np.ones(1))
-    message(published.read_statistics, tmp_path, 1)
+    message(t2m_gpt.read_statistics, tmp_path, 1)
     np.savez(tmp_path / "text.npz", captions=np.array([Payload()], dtype=object), vectors=np.ones((1, 2)))
     message(text.file_features, tmp_path / "text.npz")
     assert not marker.exists()
@@ -222,29 +223,29 @@ def test_code_in_a_file_is_refused_and_not_executed(tmp_path):
 
 @pytest.mark.parametrize("names", [("Mean.npy", "Std.npy"), ("mean.npy", "std.npy")])
 def test_statistics_of_either_spelling(tmp_path, names):
-    mean, std = published.read_statistics(statistics(tmp_path, names=names), WIDTH)
+    mean, std = t2m_gpt.read_statistics(statistics(tmp_path, names=names), WIDTH)
     assert mean.tolist() == list(range(WIDTH)) and std.tolist() == list(range(1, WIDTH + 1))
     assert mean.dtype == std.dtype == torch.float32
 
 
 def test_statistics_that_do_not_fit_are_named(tmp_path):
-    found = message(published.read_statistics, tmp_path / "nothing", WIDTH)
+    found = message(t2m_gpt.read_statistics, tmp_path / "nothing", WIDTH)
     assert "needs mean.npy of the tokenizer, 9 finite numbers" in found
     np.save(tmp_path / "Mean.npy", np.zeros(WIDTH))
-    assert "needs std.npy of the tokenizer, 9" in message(published.read_statistics, tmp_path, WIDTH)
+    assert "needs std.npy of the tokenizer, 9" in message(t2m_gpt.read_statistics, tmp_path, WIDTH)
     for broken in (np.ones(WIDTH + 1), np.ones((1, WIDTH)), np.full(WIDTH, np.nan), np.full(WIDTH, np.inf)):
         folder = statistics(tmp_path, std=broken)
-        assert "needs std.npy" in message(published.read_statistics, folder, WIDTH)
+        assert "needs std.npy" in message(t2m_gpt.read_statistics, folder, WIDTH)
         folder = statistics(tmp_path, mean=broken)
-        assert "needs mean.npy" in message(published.read_statistics, folder, WIDTH)
+        assert "needs mean.npy" in message(t2m_gpt.read_statistics, folder, WIDTH)
     for content in (b"", b"\x93NUMPY\x01\x00", b"no array"):
         (statistics(tmp_path) / "Std.npy").write_bytes(content)
-        assert "needs std.npy" in message(published.read_statistics, tmp_path, WIDTH)
+        assert "needs std.npy" in message(t2m_gpt.read_statistics, tmp_path, WIDTH)
 
 
 @pytest.mark.parametrize("std", [np.zeros(WIDTH), -np.ones(WIDTH), np.array(["a"] * WIDTH)])
 def test_a_std_that_divides_by_nothing(tmp_path, std):
-    assert "needs std.npy" in message(published.read_statistics, statistics(tmp_path, std=std), WIDTH)
+    assert "needs std.npy" in message(t2m_gpt.read_statistics, statistics(tmp_path, std=std), WIDTH)
 
 
 # ---- text features -----------------------------------------------------------------------------------------

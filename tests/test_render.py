@@ -9,9 +9,8 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from common import render
+from common import InputError, render
 from common.features import KIT, T2M
-from common.runs import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import evaluators, features, reports, runs
+from common import InputError, features, generator, metrics, reports, retrieval, runs
 from common.datasets import Clip, Statistics, Vocabulary, collate
 
 
@@ -30,9 +30,9 @@ def clips():
 def scorers(clips):
     vocabulary = Vocabulary.from_captions([caption for clip in clips for caption in clip.captions])
     statistics = Statistics.from_clips(clips, "scorer")
-    models = [evaluators.RetrievalModel(family, vocabulary, statistics, width=16, components=8, seed=seed)
+    models = [retrieval.RetrievalModel(family, vocabulary, statistics, width=16, components=8, seed=seed)
               for seed, family in enumerate(("transformer", "bigru"))]
-    return reports.Scorers(*map(evaluators.freeze, models), features.T2M)
+    return reports.Scorers(*map(retrieval.freeze, models), features.T2M)
 
 
 class Sampler:
@@ -43,7 +43,7 @@ class Sampler:
 
     def __call__(self, captions, lengths, purpose, repeat):
         self.calls.append((captions, lengths.tolist(), purpose, repeat))
-        g = runs.generator(0, repeat, f"{self.name} {purpose}")
+        g = generator(0, repeat, f"{self.name} {purpose}")
         return torch.randn(len(captions), int(lengths.max()), 263, generator=g), lengths
 
 
@@ -167,7 +167,7 @@ def test_best_of_motions_of_different_lengths(clips, scorers):
 
     def sampler(captions, asked, purpose, repeat):
         made = asked + 4 * int(purpose[-1])
-        g = runs.generator(0, repeat, purpose)
+        g = generator(0, repeat, purpose)
         return torch.randn(len(captions), int(made.max()), 263, generator=g), made
 
     best, made = reports.best_of(sampler, 3, scorers.reward_model)(captions, lengths, "test", 0)
@@ -208,8 +208,8 @@ def test_multimodality_is_a_distance_within_prompts(clips, scorers):
     assert asked == [(3, "multimodality", n) for n in range(4)]
     captions, _, lengths = reports.questions(clips[:3], 0)
     motions = [Sampler("base")(captions, lengths, "multimodality", n)[0] for n in range(4)]
-    latents = torch.stack([evaluators.embed(scorers.judge, m, lengths)[0] for m in motions])  # g p c
-    first, second = evaluators.draw_pairs(4, 2, runs.generator(0, 0, "multimodality"))
+    latents = torch.stack([retrieval.embed(scorers.judge, m, lengths)[0] for m in motions])  # g p c
+    first, second = metrics.draw_pairs(4, 2, generator(0, 0, "multimodality"))
     distance = float((latents[first] - latents[second]).norm(dim=-1).mean())
     assert distance > 0.1 and value == [pytest.approx(distance, abs=1e-6), 0.0]
     assert found["distinct"] == [1.0, 0.0]
@@ -426,7 +426,7 @@ def test_table_by_check(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == [
         "| asked for | motions | base | tuned |", "| --- | --- | --- | --- |",
         "| gait walk | 6 | 0.38 | 0.38 |", "| bow True | 4 | 0.00 | 1.00 |"]
-    with pytest.raises(runs.InputError, match="--checks other: .*a has no checks in such a table"):
+    with pytest.raises(InputError, match="--checks other: .*a has no checks in such a table"):
         reports.main([str(tmp_path / "a"), "--checks", "other"])
 
 
@@ -459,7 +459,7 @@ def test_one_row_each(tmp_path):
     file.write_text(file.read_text().replace("0.125", "0.0625"))
     rows = reports.one_row_each([tmp_path / name for name in "ab"], "paired_test").splitlines()
     assert rows[2:] == [base, first, "| base of the next | 0.062 | - | - | - | - |", second]
-    with pytest.raises(runs.InputError, match="--each other: .*b has no such table"):
+    with pytest.raises(InputError, match="--each other: .*b has no such table"):
         reports.one_row_each([tmp_path / "b"], "other")
 
 
@@ -513,13 +513,13 @@ def test_looks_at_equal_cost(three_runs):
     assert head == "| flags | calls | val_judge |"
     assert refl == "| `--method refl` | 60 | 5.500 (0.707) |"
     assert draft == "| `--method draft` | 50 | 1.000 |", "its next look, at 100, is beyond 60"
-    with pytest.raises(runs.InputError, match="a: its log has no column kl"):
+    with pytest.raises(InputError, match="a: its log has no column kl"):
         reports.at_equal([a], "kl")
     (a / "logs.csv").write_text("iteration,calls,val_judge,val_fid\n0,200,1,2\n")
     (c / "logs.csv").write_text("iteration,calls,val_judge\n0,50,1\n1,200,4\n")
     assert reports.at_equal([a, c], "calls").splitlines()[-1] == "| `--method draft` | 200 | 4.000 | - |"
     (c / "logs.csv").write_text("iteration,calls,val_judge\n0,201,1\n")
-    with pytest.raises(runs.InputError, match="--at calls: .*c had no look before 200"):
+    with pytest.raises(InputError, match="--at calls: .*c had no look before 200"):
         reports.at_equal([a, c], "calls")
 
 
@@ -532,12 +532,12 @@ def test_cost_of_a_level(three_runs, capsys):
     assert [line.split(" | ")[1:] for line in capsys.readouterr().out.splitlines()[2:]] == [
         ["5 (5 to 5)", "10 (10 to 10)", "60 (60 to 60)", "1 of 2 |"], ["-", "-", "-", "0 of 1 |"]]
     for wrong in ("val_judge", "val_judge=high"):
-        with pytest.raises(runs.InputError, match="--until .*: COLUMN=LEVEL"):
+        with pytest.raises(InputError, match="--until .*: COLUMN=LEVEL"):
             reports.main([str(three_runs[0]), "--until", wrong])
-    with pytest.raises(runs.InputError, match="a: its log has no column val_oracle"):
+    with pytest.raises(InputError, match="a: its log has no column val_oracle"):
         reports.main([str(three_runs[0]), "--until", "val_oracle=1"])
     (three_runs[0] / "logs.csv").write_text("iteration,val_judge\n0,9\n")
-    with pytest.raises(runs.InputError, match="a: its log has no column samples"):
+    with pytest.raises(InputError, match="a: its log has no column samples"):
         reports.until(three_runs[:1], "val_judge", 1.0)
 
 
@@ -552,7 +552,7 @@ def test_a_diagonal_of_equals_wins_nothing(tmp_path):
 def test_summary_of_an_unfinished_run_is_one_line(tmp_path, content):
     if content is not None:
         (tmp_path / "results.json").write_text(content)
-    with pytest.raises(runs.InputError, match="results.json: cannot be read") as caught:
+    with pytest.raises(InputError, match="results.json: cannot be read") as caught:
         reports.summary([tmp_path])
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
 
@@ -561,7 +561,7 @@ def test_command_line(tmp_path, capsys):
     folder = write_results(tmp_path / "a", 7, 0.2, [0.30, 0.05], [0.5, 0.0], 1.0, 1.0)
     reports.main([str(folder)])
     assert "1 run(s), seeds 7" in capsys.readouterr().out
-    with pytest.raises(runs.InputError, match="--each nothing"):
+    with pytest.raises(InputError, match="--each nothing"):
         reports.main([str(folder), "--each", "nothing"])
     columns = ["iteration"] + [name for names in reports.CURVES for name in names]
     (folder / "logs.csv").write_text("\n".join([",".join(columns)] + [

@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from common import datasets, features, representations
+from common import InputError, NonFiniteError, datasets, features, generator, representations
 from common.representations import REPRESENTATIONS, from_features, to_features, to_joints, width
-from common.runs import InputError, NonFiniteError, generator
 
 KIT, T2M = features.KIT, features.T2M
 pytestmark = pytest.mark.usefixtures("one_thread")

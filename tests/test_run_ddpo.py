@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import ddpo_motion as ddpo
-from common import datasets, evaluators, features, render, runs
+from common import datasets, features, render, retrieval, runs
 from tests import run_helpers as helpers
 from tests.run_helpers import all_finite, log_rows, products
 
@@ -262,7 +262,7 @@ class Untouchable:
 
 def test_base_and_training_never_see_a_target_motion(finished, tmp_path, monkeypatch, no_evaluation):
     """The captions of the target's train split are all that is used."""
-    scorers_of, train, score = evaluators.rewards_and_judge, ddpo.train, ddpo.retrieval_reward
+    scorers_of, train, score = retrieval.rewards_and_judge, ddpo.train, ddpo.retrieval_reward
     asked, lengths, parts = [], [], {}
 
     def then_hide(seen, domains, **options):
@@ -284,7 +284,7 @@ def test_base_and_training_never_see_a_target_motion(finished, tmp_path, monkeyp
         lengths.extend(frames.tolist())
         return score(scorer, motion, frames, captions, others)
 
-    monkeypatch.setattr(evaluators, "rewards_and_judge", then_hide)
+    monkeypatch.setattr(retrieval, "rewards_and_judge", then_hide)
     monkeypatch.setattr(ddpo, "train", hide_all)
     monkeypatch.setattr(ddpo, "retrieval_reward", listen)
     flags = ["--iterations", 8, "--prompts-per-iteration", 16, "--base-iterations", 25, "--eval-every", 4,
@@ -310,7 +310,7 @@ def shared_cache(finished, tmp_path):
 
 def train_scorers(finished, cache, monkeypatch, *flags):
     """Train both scorers -> [(family, clips they saw)], source, target, reward model, their cache keys."""
-    fit, saw, keys, cached = evaluators.fit_retrieval, [], {}, runs.cached
+    fit, saw, keys, cached = retrieval.fit_retrieval, [], {}, runs.cached
 
     def watched(family, clips, **options):
         saw.append((family, clips))
@@ -321,8 +321,8 @@ def train_scorers(finished, cache, monkeypatch, *flags):
         return cached(folder, key, build, name, use_cache)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluators, "fit_retrieval", watched)
-        patch.setattr(evaluators, "cached", noted)
+        patch.setattr(retrieval, "fit_retrieval", watched)
+        patch.setattr(runs, "cached", noted)
         args = parse(*finished.flags, "--cache-dir", cache, *flags)
         source, target = datasets.load_pair(
             args.source, args.dataset, clips=(args.source_clips, args.target_clips), data_root=args.data_root,
@@ -454,7 +454,7 @@ def test_latent_space_wants_an_odd_number_of_layers(finished, tmp_path):
 
 def test_what_is_left_out_is_seen_by_none(finished, tmp_path, monkeypatch, no_evaluation):
     """Base, judge and, in the strict reading, the reward model learn from clips without the action."""
-    saw, fit, train = {}, evaluators.fit_retrieval, ddpo.denoising.train
+    saw, fit, train = {}, retrieval.fit_retrieval, ddpo.denoising.train
 
     def fitted(family, clips, **options):
         saw[family] = [c for clip in clips for c in clip.captions]
@@ -464,7 +464,7 @@ def test_what_is_left_out_is_seen_by_none(finished, tmp_path, monkeypatch, no_ev
     def trained(model, clips, *rest, **options):
         saw["base"] = [c for clip in clips for c in clip.captions]
         return train(model, clips, *rest, **options)
-    monkeypatch.setattr(evaluators, "fit_retrieval", fitted)
+    monkeypatch.setattr(retrieval, "fit_retrieval", fitted)
     monkeypatch.setattr(ddpo.denoising, "train", trained)
     asked, collect = set(), ddpo.collect
 

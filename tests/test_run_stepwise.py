@@ -9,7 +9,7 @@ import torch
 
 import ddpo_motion
 import stepwise_motion as sw
-from common import datasets, runs
+from common import InputError, datasets, runs
 from tests import run_helpers as helpers
 from tests.run_helpers import all_finite, log_rows
 
@@ -218,5 +218,5 @@ def test_two_processes_equal_one(finished, tmp_path, no_evaluation):
 
 
 def test_the_kind_of_the_product(finished):
-    with pytest.raises(runs.InputError):
+    with pytest.raises(InputError):
         runs.load_checkpoint(finished.product, kind="ddpo-adapter")

@@ -15,9 +15,8 @@ import pytest
 import torch
 
 import ddpo_motion
-from common import runs
-from common.runs import (
-    CsvLog, InputError, NonFiniteError, RunFolder, load_checkpoint, save_checkpoint)
+from common import InputError, NonFiniteError, generator, mix, runs
+from common.runs import CsvLog, RunFolder, load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = {"iteration": 3, "lora": {"a": torch.arange(600.0), "b": torch.ones(2, 2).long()}, "note": "x"}
@@ -34,25 +33,25 @@ def python(code, *args, **env):
 
 
 def test_mix_is_fixed_and_spreads():
-    assert runs.mix(1, 2) == 6804074658870690613 and runs.mix(2, 1) == 8085905411993364802
-    many = {runs.mix(*numbers) for numbers in itertools.product(range(20), repeat=3)}
+    assert mix(1, 2) == 6804074658870690613 and mix(2, 1) == 8085905411993364802
+    many = {mix(*numbers) for numbers in itertools.product(range(20), repeat=3)}
     assert len(many) == 8000 and all(0 <= value < 2**63 for value in many)
-    assert len({runs.mix(1), runs.mix(1, 0), runs.mix(0, 1), runs.mix(-1)}) == 4
-    low_bits = [runs.mix(0, n) & 1 for n in range(4000)]
+    assert len({mix(1), mix(1, 0), mix(0, 1), mix(-1)}) == 4
+    low_bits = [mix(0, n) & 1 for n in range(4000)]
     assert abs(np.mean(low_bits) - 0.5) < 0.04
 
 
 def test_generators_depend_on_their_arguments_only():
-    first = torch.randn(4, generator=runs.generator(1, 2, "noise", 3))
-    torch.rand(5, generator=runs.generator(9, 9, "other"))
-    assert torch.equal(first, torch.randn(4, generator=runs.generator(1, 2, "noise", 3)))
+    first = torch.randn(4, generator=generator(1, 2, "noise", 3))
+    torch.rand(5, generator=generator(9, 9, "other"))
+    assert torch.equal(first, torch.randn(4, generator=generator(1, 2, "noise", 3)))
     for other in ((2, 2, "noise", 3), (1, 3, "noise", 3), (1, 2, "length", 3), (1, 2, "noise", 4)):
-        assert not torch.equal(first, torch.randn(4, generator=runs.generator(*other)))
+        assert not torch.equal(first, torch.randn(4, generator=generator(*other)))
 
 
 def test_numbers_do_not_depend_on_the_hash_seed():
     code = ("import torch; from common import runs; "
-            "print(torch.rand(2, generator=runs.generator(3, 1, 'noise')).tolist(), "
+            "print(torch.rand(2, generator=generator(3, 1, 'noise')).tolist(), "
             "runs.fingerprint({'b': 1, 'a': [1.5, 'z']}))")
     first, second = (python(code, PYTHONHASHSEED=seed).stdout for seed in "12")
     assert first == second and first.strip()
@@ -327,7 +326,7 @@ def rows(path):
 def test_minibatches_split_the_named_samples_over_processes():
     """Every sample is in one minibatch of one process; both processes agree on the sizes."""
     samples = [0, 2, 3, 5, 6, 7, 8, 11]
-    plans = [runs.minibatches(samples, 2, index, 3, runs.generator(0, 0, "shuffle"))
+    plans = [runs.minibatches(samples, 2, index, 3, generator(0, 0, "shuffle"))
              for index in (list(range(6)), list(range(6, 12)))]
     for plan in plans:
         assert [size for size, _ in plan] == [4, 4]
@@ -336,7 +335,7 @@ def test_minibatches_split_the_named_samples_over_processes():
              for n in (0, 1) for rank in (0, 1)]
     assert sorted(sum(found, [])) == samples
     assert len(found[0]) + len(found[1]) == len(found[2]) + len(found[3]) == 4
-    whole = runs.minibatches(samples, 2, list(range(12)), 0, runs.generator(0, 0, "shuffle"))
+    whole = runs.minibatches(samples, 2, list(range(12)), 0, generator(0, 0, "shuffle"))
     assert sorted(whole[0][1][0]) == sorted(found[0] + found[1])
     assert sorted(whole[1][1][0]) == sorted(found[2] + found[3])
 
@@ -344,8 +343,8 @@ def test_minibatches_split_the_named_samples_over_processes():
 def test_minibatches_keep_samples_apart():
     """In the same minibatches as without, but in no chunk with the others."""
     samples, index, apart = [0, 2, 3, 5, 6, 7, 8, 11], list(range(12)), {2, 6, 7}
-    plan = runs.minibatches(samples, 2, index, 2, runs.generator(0, 0, "shuffle"), apart)
-    whole = runs.minibatches(samples, 2, index, 0, runs.generator(0, 0, "shuffle"))
+    plan = runs.minibatches(samples, 2, index, 2, generator(0, 0, "shuffle"), apart)
+    whole = runs.minibatches(samples, 2, index, 0, generator(0, 0, "shuffle"))
     for (size, chunks), (_, [rows]) in zip(plan, whole):
         assert sorted(sum(chunks, [])) == sorted(rows) and size == 4
         assert all(len({row in apart for row in chunk}) == 1 and len(chunk) <= 2 for chunk in chunks)

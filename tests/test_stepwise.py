@@ -7,8 +7,7 @@ import pytest
 import torch
 
 import stepwise_motion as sw
-from common import datasets, denoising, lora, memory, runs, samplers
-from common.runs import generator
+from common import InputError, datasets, denoising, generator, lora, memory, runs, samplers
 
 STEPS, CAPTIONS = 6, ["a person walks forward", "someone turns left slowly", "a man waves"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -436,7 +435,7 @@ def test_saved_bytes_counts_storages_once_and_lets_go():
     (["--width", "30", "--heads", "4"], ["--width"]), (["--patch", "3"], ["--patch"]),
     (["--representation", "joints", "--patch-dims", "300"], ["--patch-dims"])])
 def test_settings_that_cannot_work(flags, words):
-    with pytest.raises(runs.InputError) as error:
+    with pytest.raises(InputError) as error:
         sw.check_args(settings(*flags))
     assert all(word in str(error.value) for word in words)
 

@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import datasets, features, runs, tokenizer
-from common.runs import NonFiniteError, generator
+from common import NonFiniteError, datasets, features, generator, runs, tokenizer
 
 WIDTH = 251  # features of a KIT frame
 LENGTHS = (12, 28, 4, 20)

@@ -6,10 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from common import datasets, features, runs
-from common import vae as vae_room
+from common import InputError, NonFiniteError, datasets, features, generator, runs, vae as vae_room
 from common.features import T2M
-from common.runs import InputError, NonFiniteError, generator
 
 SMALL = dict(patch_dims=12, width=16, heads=2, layers=3, tokens=3, dims=5)
 

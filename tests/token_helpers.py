@@ -4,9 +4,8 @@ import copy
 import numpy as np
 import torch
 
-from common import datasets, evaluators, runs, token_policy, tokenizer
+from common import datasets, generator, retrieval, runs, token_policy, tokenizer
 from common.motion_gpt import MotionGPT
-from common.runs import generator
 from common.text import TextEncoder
 
 WIDTH = 251  # features of a KIT frame
@@ -41,9 +40,9 @@ def tiny_clips():
 def retrieval_model(clips):
     vocabulary = datasets.Vocabulary.from_captions(CAPTIONS + COMPOSED)
     statistics = datasets.Statistics.from_clips(clips, "scorer")
-    model = evaluators.RetrievalModel("transformer", vocabulary, statistics, width=16, layers=1, heads=2,
+    model = retrieval.RetrievalModel("transformer", vocabulary, statistics, width=16, layers=1, heads=2,
                                       components=8)
-    return evaluators.freeze(model)
+    return retrieval.freeze(model)
 
 
 def tiny_policy(halvings=1, shift=0.2):
@@ -53,14 +52,14 @@ def tiny_policy(halvings=1, shift=0.2):
     text = TextEncoder(vocabulary, 16, 1, 2)
     for k, part in enumerate((vq, text)):
         runs.initialise(part, generator(0, k, "parts"))
-        evaluators.freeze(part)
+        retrieval.freeze(part)
     vq.quantizer.codebook.copy_(normal(12, 4))
     reference = small_gpt()
     gpt = copy.deepcopy(reference)
     for k, weight in enumerate(gpt.parameters()):
         weight.data.add_(shift * normal(*weight.shape, k=k))
-    return token_policy.Policy(vq=vq, text=text, gpt=evaluators.freeze(gpt), shortest=4 // 2**halvings,
-                               reference=evaluators.freeze(reference), device=torch.device("cpu"))
+    return token_policy.Policy(vq=vq, text=text, gpt=retrieval.freeze(gpt), shortest=4 // 2**halvings,
+                               reference=retrieval.freeze(reference), device=torch.device("cpu"))
 
 
 class Never:

@@ -19,9 +19,9 @@ from einops import rearrange, repeat
 from torch import nn
 from tqdm import tqdm
 
-from common import features, published, runs
-from common.evaluators import freeze
-from common.runs import InputError, NonFiniteError, generator
+from common import InputError, NonFiniteError, features, generator, runs
+from common.published import load_strict, read_state, size
+from common.retrieval import freeze
 
 # ---- 1. The network ----------------------------------------------------------------------------------------
 
@@ -276,13 +276,27 @@ class PublishedCritic(nn.Module):
         return torch.stack(scores).to(motion.device)
 
 
+def critic_sizes(state, path, heads):
+    """The arguments of motion_critic.MotionCritic that fit the weights. The file does not tell the heads: the
+    published model has 8."""
+    def of(key, axis=0):
+        return size(state, path, key, axis)
+    width = of("dstran.joints_embed.weight")
+    if width % heads:
+        raise InputError(f"{path}: a width of {width} does not split into {heads} heads")
+    return dict(inputs=of("dstran.joints_embed.weight", 1), joints=of("dstran.pos_embed", 1), width=width,
+                rep=of("dstran.pre_logits.fc.weight"), heads=heads, score_hidden=of("mlp.fc1.weight"),
+                hidden=of("dstran.blocks_st.0.mlp_s.fc1.weight"), maxlen=of("dstran.temp_embed", 1),
+                depth=len({key.split(".")[2] for key in state if key.startswith("dstran.blocks_st.")}))
+
+
 def load_published(path, heads=8):
     """The network of a MotionCritic checkpoint ("model_state_dict", or a bare state dict); strict."""
-    state = published.read_state(path, "model_state_dict", bare=True)
-    sizes = published.critic_sizes(state, path, heads)
+    state = read_state(path, "model_state_dict", bare=True)
+    sizes = critic_sizes(state, path, heads)
     with torch.random.fork_rng(devices=[]):
         net = MotionCritic(**sizes)
-    published.load_strict(net, state, path)
+    load_strict(net, state, path)
     return net
 
 

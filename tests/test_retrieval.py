@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from common import evaluators as ev
+from common import InputError, NonFiniteError, length_mask, metrics, reports, retrieval as ev
 from common.datasets import Clip, Statistics, Vocabulary, collate, load_dataset
-from common.runs import InputError, NonFiniteError
+from common.published import evaluator, tmr
 from tests.parity_evaluators import check
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
@@ -58,27 +58,27 @@ def test_fid_of_samples_with_known_moments():
     s1, s2 = torch.tensor([1.0, 2, 3, 1, 0.5, 0]).double(), torch.tensor([2.0, 2, 1, 0, 1.5, 1]).double()
     shift = torch.arange(6).double()
     expected = (s1 - s2).square().sum().item() + shift.square().sum().item()
-    assert ev.fid(x * s1, x * s2 + shift) == pytest.approx(expected, rel=1e-9)
+    assert metrics.fid(x * s1, x * s2 + shift) == pytest.approx(expected, rel=1e-9)
     rotation = torch.linalg.qr(normal(6, 6, seed=1).double())[0]
-    assert ev.fid(x * s1 @ rotation, (x * s2 + shift) @ rotation) == pytest.approx(expected, rel=1e-7)
+    assert metrics.fid(x * s1 @ rotation, (x * s2 + shift) @ rotation) == pytest.approx(expected, rel=1e-7)
 
 
 def test_identical_embeddings_are_perfect():
     x = normal(70, 24) * 30 + 100           # far from the origin: the expanded distance formula breaks here
-    assert ev.fid(x, x) < 1e-4
-    assert torch.diagonal(ev.pairwise_distance(x, x)).abs().max() == 0
-    ranked = ev.r_precision(x, x)
+    assert metrics.fid(x, x) < 1e-4
+    assert torch.diagonal(metrics.pairwise_distance(x, x)).abs().max() == 0
+    ranked = metrics.r_precision(x, x)
     assert ranked["top"].tolist() == [1, 1, 1] and ranked["pool"] == 32 and ranked["ties"] == 0
-    assert ev.mm_dist(x, x) == 0
+    assert metrics.mm_dist(x, x) == 0
 
 
 def test_constant_embeddings_score_chance():
     text, motion = normal(64, 8), torch.ones(64, 8)
-    ranked = ev.r_precision(text, motion)
+    ranked = metrics.r_precision(text, motion)
     assert ranked["top"].tolist() == pytest.approx([1 / 32, 2 / 32, 3 / 32]) and ranked["ties"] == 1
     same = torch.eye(32, dtype=torch.bool)
     same[:, :2] = True                      # c right ones among 32 equal ones: 1 - C(32-c, k) / C(32, k)
-    hits, _ = ev.hit_chance(torch.ones(32, 32), (1, 2), same)
+    hits, _ = metrics.hit_chance(torch.ones(32, 32), (1, 2), same)
     assert hits[5].tolist() == pytest.approx([3 / 32, 1 - 29 * 28 / (32 * 31)])
     assert hits[0].tolist() == pytest.approx([2 / 32, 1 - 30 * 29 / (32 * 31)])
 
@@ -86,38 +86,38 @@ def test_constant_embeddings_score_chance():
 def test_r_precision_pools_and_order():
     text = normal(40, 8)
     motion = text.roll(1, 0)                # every text finds its motion only by luck
-    assert ev.r_precision(text[:5], text[:5])["pool"] == 5
+    assert metrics.r_precision(text[:5], text[:5])["pool"] == 5
     worse = text.clone()
     worse[32:] = 1e6                        # rows of an incomplete pool do not count
-    assert ev.r_precision(text, worse)["top"].tolist() == [1, 1, 1]
+    assert metrics.r_precision(text, worse)["top"].tolist() == [1, 1, 1]
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
-    assert ev.r_precision(text[order], motion[order])["top"].tolist() == ev.r_precision(
+    assert metrics.r_precision(text[order], motion[order])["top"].tolist() == metrics.r_precision(
         text, motion, order=order)["top"].tolist()
 
 
 def test_half_of_two_equal_candidates():
     distance = torch.tensor([[1.0, 1.0, 3.0], [0.0, 2.0, 2.0], [5.0, 1.0, 9.0]])
-    hits, tied = ev.hit_chance(distance, (1, 2, 3))
+    hits, tied = metrics.hit_chance(distance, (1, 2, 3))
     assert hits.tolist() == [[0.5, 1, 1], [0, 0.5, 1], [0, 0, 1]] and tied.tolist() == [True, True, False]
 
 
 def test_diversity_multimodality_interval():
-    first, second = ev.draw_pairs(10, 300, torch.Generator().manual_seed(0))
+    first, second = metrics.draw_pairs(10, 300, torch.Generator().manual_seed(0))
     assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(10))      # without replacement
     line = torch.arange(10.0)[:, None]
-    assert ev.diversity(line, torch.tensor([0, 3]), torch.tensor([4, 3])) == 2
+    assert metrics.diversity(line, torch.tensor([0, 3]), torch.tensor([4, 3])) == 2
     samples = torch.stack([line[:4], 100 + 2 * line[:4]])                            # two prompts, far apart
-    assert ev.multimodality(samples, torch.tensor([0]), torch.tensor([3])) == 4.5
-    mean, half = ev.mean_interval([1.0, 3.0])
+    assert metrics.multimodality(samples, torch.tensor([0]), torch.tensor([3])) == 4.5
+    mean, half = metrics.mean_interval([1.0, 3.0])
     assert mean == 2 and half == pytest.approx(1.96 / 2 ** 0.5)
-    assert ev.summarise([{"fid": 1.0}, {"fid": 3.0}])["fid"] == pytest.approx([2, 1.96 / 2 ** 0.5])
+    assert metrics.summarise([{"fid": 1.0}, {"fid": 3.0}])["fid"] == pytest.approx([2, 1.96 / 2 ** 0.5])
 
 
 def test_benchmark_of_known_embeddings():
     """Generated motions equal their texts; the real ones are the same cloud moved by a known step."""
     text, step = normal(64, 4), torch.tensor([3.0, 0.0, 4.0, 0.0])
     generator = torch.Generator().manual_seed(0)
-    table = ev.benchmark_embeddings(text, text, text + step, generator=generator, pairs=20)
+    table = metrics.benchmark_embeddings(text, text, text + step, generator=generator, pairs=20)
     assert table["fid"] == pytest.approx(25, rel=1e-5) and table["mm_dist"] == 0
     assert [table[f"r_precision_top{k}"] for k in (1, 2, 3)] == [1, 1, 1] and table["r_precision_pool"] == 32
     assert 0 < table["diversity"] < 2 * text.norm(dim=1).max()
@@ -133,14 +133,14 @@ def test_nonfinite_motions_stop():
 # ---- Networks ----------------------------------------------------------------------------------------------
 
 def test_official_evaluator_size_and_order(tmp_path):
-    parts = {"movement_encoder": ev.MovementEncoder(259, 8, 6),
+    parts = {"movement_encoder": evaluator.MovementEncoder(259, 8, 6),
              "motion_encoder": ev.MotionEncoderBiGRU(6, 8, 5),
-             "text_encoder": ev.TextEncoderBiGRU(hidden_size=8, output_size=5)}
+             "text_encoder": evaluator.TextEncoderBiGRU(hidden_size=8, output_size=5)}
     state = {name: part.state_dict() for name, part in parts.items()}
     scorer = Statistics(torch.zeros(263), torch.ones(263), "scorer")
     path = tmp_path / "finest.tar"
     torch.save({**state, "epoch": 3}, path)
-    judge = ev.load_official_evaluator(path, scorer)
+    judge = evaluator.load_official_evaluator(path, scorer)
     motion, lengths = normal(3, 60, 263), torch.tensor([40, 60, 24])
     whole = judge.embed_motion(motion, lengths)
     order = [2, 0, 1]
@@ -148,17 +148,17 @@ def test_official_evaluator_size_and_order(tmp_path):
     assert torch.allclose(whole[0], judge.embed_motion(motion[:1, :40], lengths[:1])[0], atol=1e-6)
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(InputError, match="finest.tar"):
-        ev.load_official_evaluator(path, scorer)
+        evaluator.load_official_evaluator(path, scorer)
     with pytest.raises(ValueError, match="generator"):
-        ev.OfficialEvaluator(state, Statistics(torch.zeros(263), torch.ones(263), "generator"))
+        evaluator.OfficialEvaluator(state, Statistics(torch.zeros(263), torch.ones(263), "generator"))
 
 
 def test_full_size_parameter_counts():
     """Millions, as in the released checkpoints."""
     count = lambda *modules: [round(sum(p.numel() for p in m.parameters()) / 1e6, 2) for m in modules]
-    official = (ev.MovementEncoder(259), ev.MotionEncoderBiGRU(), ev.TextEncoderBiGRU())
+    official = (evaluator.MovementEncoder(259), ev.MotionEncoderBiGRU(), evaluator.TextEncoderBiGRU())
     assert count(*official) == [1.84, 15.75, 4.10]
-    assert count(ev.TMREncoder(263), ev.TMREncoder(768), ev.TMRDecoder()) == [4.81, 4.94, 6.39]
+    assert count(ev.TMREncoder(263), ev.TMREncoder(768), tmr.TMRDecoder()) == [4.81, 4.94, 6.39]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -299,7 +299,7 @@ def test_patches_are_whitened_principal_components():
     assert torch.allclose(model.codec.basis.T @ model.codec.basis, torch.eye(16), atol=1e-5)
     batch = collate(clips)
     tokens, counts = model.tokenise(batch.motion, batch.lengths)
-    rows = tokens[ev.length_mask(counts, tokens.shape[1])].double()
+    rows = tokens[length_mask(counts, tokens.shape[1])].double()
     assert rows.mean(0).abs().max() < 1e-4
     assert torch.allclose(rows.T @ rows / len(rows), torch.eye(16, dtype=torch.float64), atol=1e-3)
     assert (model.codec.scale.diff() <= 0).all(), "leading components first"
@@ -324,18 +324,18 @@ def test_learns_to_retrieve_held_out_clips(family, embedded):
     batch = collate(test)
     real = (batch.motion, batch.lengths, batch.captions)
     with pytest.warns(UserWarning, match="biased"):
-        gt = ev.benchmark(model, real, real, generator=torch.Generator().manual_seed(0))
+        gt = reports.benchmark(model, real, real, generator=torch.Generator().manual_seed(0))
         # Captions shifted by one: the same set of motions, so FID stays; what looks at the text gets worse.
         shifted = (*real[:2], batch.captions[1:] + batch.captions[:1])
-        wrong = ev.benchmark(model, shifted, real, generator=torch.Generator().manual_seed(0))
-        frozen = ev.benchmark(model, (batch.motion[:, :1].expand_as(batch.motion), *real[1:]), real,
+        wrong = reports.benchmark(model, shifted, real, generator=torch.Generator().manual_seed(0))
+        frozen = reports.benchmark(model, (batch.motion[:, :1].expand_as(batch.motion), *real[1:]), real,
                               generator=torch.Generator().manual_seed(0))
     assert all(np.isfinite(value) for value in gt.values())
     assert gt["fid"] < 1e-4 and wrong["fid"] < 1e-4 and frozen["fid"] > 0.05
     assert wrong["judge"] < gt["judge"] - 0.1 and wrong["mm_dist"] > gt["mm_dist"]
     assert wrong["r_precision_top3"] < gt["r_precision_top3"] - 0.2 and gt["r_precision_pool"] == 32
     repeated = batch.motion[:6].unsqueeze(1).expand(-1, 3, -1, -1)
-    assert ev.benchmark_multimodality(model, repeated, batch.lengths[:6, None].expand(-1, 3),
+    assert reports.benchmark_multimodality(model, repeated, batch.lengths[:6, None].expand(-1, 3),
                                       generator=torch.Generator().manual_seed(0)) < 1e-4
 
 

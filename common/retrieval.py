@@ -17,7 +17,6 @@ import inspect
 import json
 import math
 import sys
-import warnings
 from collections import Counter
 
 import torch
@@ -27,164 +26,18 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 from tqdm import tqdm
 
-from common import patches, runs
+from common import (
+    InputError, NonFiniteError, TransformerLayer, generator, length_mask, patches, runs, sinusoid)
 from common.datasets import Statistics, Vocabulary, collate, half
+from common.metrics import hit_chance, pairwise_distance
 from common.patches import PatchCodec
-from common.runs import InputError, NonFiniteError, cached
+from common.runs import cached
 
 # ---- 1. Metrics --------------------------------------------------------------------------------------------
 
 
-def _double(x):
-    return torch.as_tensor(x).detach().to("cpu", torch.float64)
-
-
-def pairwise_distance(x, y):
-    """Euclidean distances (n m) of rows x (n c) and y (m c), float64.
-
-    Differences are squared, not expanded to |x|^2 + |y|^2 - 2xy as in the official text-to-motion code: in
-    float32 the expansion is NaN, or half a unit wrong, exactly where a perfect model should score 0.
-    """
-    x, y = _double(x), _double(y)
-    return torch.cat([(row - y).square().sum(-1).sqrt() for row in x.split(1)]).reshape(len(x), len(y))
-
-
-def hit_chance(distance, ks, correct=None):
-    """Chance that a correct candidate is among the k nearest, per query and k, ties broken at random.
-
-    distance (n m); correct (n m) bool marks the right candidates (default: the diagonal). Returns (hits (n,
-    len(ks)) float64, tied (n,) bool). Without ties a hit is 0 or 1; a collapsed encoder gets exactly k / m,
-    so it cannot look good (or bad) through the order in which a sort happens to leave equal numbers.
-    """
-    distance = _double(distance)
-    correct = torch.eye(len(distance), dtype=torch.bool) if correct is None else correct
-    best = distance.masked_fill(~correct, math.inf).min(dim=1, keepdim=True).values
-    nearer = (distance < best).sum(1)
-    equal = (distance == best).sum(1)
-    right = ((distance == best) & correct).sum(1)
-    hits = []
-    for k in ks:
-        # Draw the places left after the strictly nearer ones from the `equal` candidates without replacement;
-        # `miss` is the chance that all of these draws are wrong.
-        places, miss = (k - nearer).clamp(min=0), torch.ones(len(distance), dtype=torch.float64)
-        for i in range(k):
-            draw = (equal - right - i).clamp(min=0) / (equal - i).clamp(min=1)
-            miss = torch.where(i < torch.minimum(places, equal), miss * draw, miss)
-        hits.append(1 - miss)
-    return torch.stack(hits, dim=1), equal > right
-
-
-def r_precision(text, motion, pool=32, top_k=3, order=None):
-    """R-precision of text-to-motion retrieval in pools of `pool`, as in the text-to-motion benchmark.
-
-    text, motion (n c), row i of both belongs together. `order` (n,) shuffles the rows first, since pools are
-    random batches in the benchmark. Incomplete pools are dropped; with fewer than `pool` rows there is one
-    pool of all rows. Returns a dict: "top" (top_k,) float64, "pool" the size used (chance is k / pool),
-    "ties" the share of queries whose own motion is as near as a wrong one.
-    """
-    text, motion = _double(text), _double(motion)
-    if order is not None:
-        text, motion = text[order], motion[order]
-    pool = min(pool, len(text))
-    hits, tied = [], []
-    for start in range(0, len(text) - pool + 1, pool):
-        rows = slice(start, start + pool)
-        hit, tie = hit_chance(pairwise_distance(text[rows], motion[rows]), range(1, top_k + 1))
-        hits.append(hit)
-        tied.append(tie)
-    return {"top": torch.cat(hits).mean(0), "pool": pool, "ties": torch.cat(tied).double().mean().item()}
-
-
-def mm_dist(text, motion):
-    """Mean distance of each text (n c) to its own motion (n c); "matching score" in the official code."""
-    return (_double(text) - _double(motion)).norm(dim=-1).mean().item()
-
-
-def fid(x, y):
-    """Frechet distance of two sets of embeddings (n c) and (m c), float64, never negative.
-
-    |mu_x - mu_y|^2 + tr(C_x) + tr(C_y) - 2 tr((C_x^1/2 C_y C_x^1/2)^1/2), the last trace through the
-    eigenvalues of a symmetric matrix: unlike a general matrix square root it cannot turn complex when there
-    are fewer rows than dimensions. The estimate is biased upward for small sets: compare equal n only.
-    """
-    x, y = _double(x), _double(y)
-    if min(len(x), len(y)) < 2:
-        raise ValueError("fid needs at least two embeddings on each side")
-    cov_x, cov_y = torch.cov(x.T).reshape(x.shape[1], -1), torch.cov(y.T).reshape(x.shape[1], -1)
-    values, vectors = torch.linalg.eigh(cov_x)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    overlap = torch.linalg.eigvalsh(root @ cov_y @ root).clamp(min=0).sqrt().sum()
-    distance = (x.mean(0) - y.mean(0)).square().sum() + cov_x.trace() + cov_y.trace() - 2 * overlap
-    return max(distance.item(), 0.0)
-
-
-def draw_pairs(n, times, generator):
-    """Two index sets (times,) of range(n), each drawn without replacement (at most n of them)."""
-    times = min(times, n)
-    return torch.randperm(n, generator=generator)[:times], torch.randperm(n, generator=generator)[:times]
-
-
-def diversity(motion, first, second):
-    """Mean distance of motion[first] and motion[second]; motion (n c), index sets from draw_pairs (300)."""
-    motion = _double(motion)
-    return (motion[first] - motion[second]).norm(dim=-1).mean().item()
-
-
-def multimodality(motion, first, second):
-    """Mean distance of samples of the SAME prompt; motion (p g c), index sets into g for all prompts (10)."""
-    motion = _double(motion)
-    return (motion[:, first] - motion[:, second]).norm(dim=-1).mean().item()
-
-
-def mean_interval(values):
-    """(mean, half width of the 95 % interval) over the first axis: 1.96 * population std / sqrt(n)."""
-    values = torch.as_tensor(values, dtype=torch.float64)  # a list of floats must not pass through float32
-    return values.mean(0), 1.96 * values.std(0, unbiased=False) / math.sqrt(len(values))
-
-
-def summarise(repeats):
-    """List of metric dicts, one a repeat -> {metric: [mean, half width of the 95 % interval]}."""
-    return {key: [part.item() for part in mean_interval([r[key] for r in repeats])] for key in repeats[0]}
-
-
-def retrieval_metrics(similarity, same=None):
-    """R@1, 2, 3, 5, 10 in percent and the median rank, both directions, as the TMR code reports them.
-
-    similarity (n n), row = text, column = motion. `same` (n n) bool: candidates that count as correct as well
-    (TMR protocol b: captions with cosine above 2 * .95 - 1); the best ranked one is taken. Tied candidates
-    share the average rank. Protocols c and d are this function on a subset or on pools. Keys: t2m_R01 ..
-    m2t_MedR, len.
-    """
-    similarity = _double(similarity)
-    own = torch.eye(len(similarity), dtype=torch.bool)
-    correct = own if same is None else own | same
-    out = {"len": float(len(similarity))}
-    for name, distance, right in (("t2m", -similarity, correct), ("m2t", -similarity.T, correct)):
-        best = distance.masked_fill(~right, math.inf).min(dim=1, keepdim=True).values
-        rank = (distance < best).sum(1) + ((distance == best).sum(1) - 1) / 2
-        for k in (1, 2, 3, 5, 10):
-            out[f"{name}_R{k:02d}"] = 100 * (rank < k).double().mean().item()
-        middle = rank.double().sort().values
-        out[f"{name}_MedR"] = (middle[(len(rank) - 1) // 2] + middle[len(rank) // 2]).item() / 2 + 1
-    return out
-
-
 # ---- 2. The official evaluator (Guo et al. 2022) -----------------------------------------------------------
 # Scoring only: dropout layers of the released code are identities. Attribute names follow its checkpoints.
-
-class MovementEncoder(nn.Module):
-    """Four frames -> one token: motion (b t d) without the contact features -> (b t/4 c)."""
-
-    def __init__(self, input_size, hidden_size=512, output_size=512):
-        super().__init__()
-        self.main = nn.Sequential(
-            nn.Conv1d(input_size, hidden_size, 4, 2, 1), nn.Identity(), nn.LeakyReLU(0.2),
-            nn.Conv1d(hidden_size, output_size, 4, 2, 1), nn.Identity(), nn.LeakyReLU(0.2))
-        self.out_net = nn.Linear(output_size, output_size)
-
-    def forward(self, motion):
-        return self.out_net(rearrange(self.main(rearrange(motion, "b t d -> b d t")), "b c n -> b n c"))
-
 
 class MotionEncoderBiGRU(nn.Module):
     """Tokens (b n i) and their counts (b) -> embedding (b c), by the last states of a packed two-way GRU."""
@@ -204,67 +57,6 @@ class MotionEncoderBiGRU(nn.Module):
         _, last = self.gru(pack_padded_sequence(self.input_emb(tokens), counts.cpu(), batch_first=True,
                                                 enforce_sorted=False), start)
         return self.output_net(rearrange(last, "two b c -> b (two c)"))
-
-
-class TextEncoderBiGRU(MotionEncoderBiGRU):
-    """Word vectors (b n 300) and one-hot part of speech (b n 15) with counts (b) -> embedding (b c)."""
-
-    def __init__(self, word_size=300, pos_size=15, hidden_size=512, output_size=512):
-        super().__init__(word_size, hidden_size, output_size)
-        self.pos_emb = nn.Linear(pos_size, word_size)
-
-    def forward(self, words, pos, counts):
-        return super().forward(words + self.pos_emb(pos), counts)
-
-
-class OfficialEvaluator(nn.Module):
-    """The three networks behind one interface; sizes are read from the weights, loading is strict.
-
-    state: {"movement_encoder", "motion_encoder", "text_encoder"} -> state dicts (the released `finest.tar`);
-    statistics: the evaluator's own Mean / Std with role "scorer" (its std is the data set's divided by 25 in
-    the root and contact blocks). Motions are padded with zero rows to max_length, as there, because the
-    convolutions look up to three rows past the end of a clip.
-    """
-
-    def __init__(self, state, statistics, max_length=196):
-        super().__init__()
-        statistics.require("scorer")
-        hidden, width, _ = state["movement_encoder"]["main.0.weight"].shape
-        tokens = len(state["movement_encoder"]["out_net.weight"])
-        self.movement_encoder = MovementEncoder(width, hidden, tokens)
-        output, hidden = state["motion_encoder"]["output_net.3.weight"].shape
-        self.motion_encoder = MotionEncoderBiGRU(tokens, hidden, output)
-        output, hidden = state["text_encoder"]["output_net.3.weight"].shape
-        self.text_encoder = TextEncoderBiGRU(*state["text_encoder"]["pos_emb.weight"].shape, hidden, output)
-        for name in ("movement_encoder", "motion_encoder", "text_encoder"):
-            getattr(self, name).load_state_dict(state[name])
-        self.max_length = max_length
-        self.register_buffer("mean", statistics.mean.clone())
-        self.register_buffer("std", statistics.std.clone())
-
-    def embed_motion(self, features, lengths):
-        """Raw features (b t d), lengths (b) in frames -> (b c), in input order."""
-        if features.shape[1] > self.max_length:
-            raise ValueError(f"motions of {features.shape[1]} frames, the evaluator takes {self.max_length}")
-        motion = masked((features - self.mean) / self.std, lengths)
-        motion = F.pad(motion, (0, 0, 0, self.max_length - features.shape[1]))
-        return self.motion_encoder(self.movement_encoder(motion[..., :-4]), lengths // 4)
-
-    def embed_text(self, words, pos, counts):
-        """Word vectors (b 22 300), one-hot part of speech (b 22 15), word counts (b) -> (b c)."""
-        return self.text_encoder(words, pos, counts)
-
-
-def load_official_evaluator(path, statistics):
-    """Frozen OfficialEvaluator from a released `text_mot_match/model/finest.tar`; else InputError."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        return freeze(OfficialEvaluator(state, statistics))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; give the evaluator's finest.tar") from None
-    except Exception as error:      # torch.load has no error of its own: pickle, zip and key errors all occur
-        raise InputError(f"{path}: not an evaluator checkpoint that loads with weights_only=True ({error}); "
-                         "save it again as a plain dict of three state dicts") from error
 
 
 def margin_loss(text, motion, negative, margin=10.0):
@@ -289,88 +81,9 @@ def margin_pairs(margin):
     return loss
 
 
-def hypervolume(points, reference):
-    """Volume of the union of boxes between the reference point (k) and each point (n k), larger is better;
-    k = 2 or 3. A point that is not above the reference in every component adds nothing. Exact, float64: slabs
-    between the values of the last component, in each of which the area is a staircase (Fonseca et al. 2006).
-    """
-    points = torch.as_tensor(points).double() - torch.as_tensor(reference).double()
-    points = points[(points > 0).all(1)]
-    if points.shape[1] == 2:
-        points = points[points[:, 0].argsort(descending=True)]
-        height = points[:, 1].cummax(0).values  # of the stairs between a point and the next
-        width = points[:, 0] - torch.cat([points[1:, 0], points.new_zeros(1)])[:len(points)]
-        return float((width * height).sum())
-    levels = torch.cat([points.new_zeros(1), points[:, 2].unique()])  # ascending
-    return sum(hypervolume(points[points[:, 2] >= top, :2], torch.zeros(2)) * float(top - bottom)
-               for bottom, top in zip(levels, levels[1:]))
-
-
 # ---- 3. TMR (Petrovich et al. 2023) ------------------------------------------------------------------------
 # Attention is made of plain linears: fused kernels have no second derivative, and LoRA can wrap a linear.
 # Not in the paper: no dropout (.1 there), so that a network is one function, in training and in scoring.
-
-def length_mask(lengths, t):
-    """lengths (b) -> mask (b t), True = real frame."""
-    return torch.arange(t, device=lengths.device) < lengths[:, None]
-
-
-def padded(rows):
-    """Rows (n c), a list of b -> (b n c), zeros behind their ends, and mask (b n)."""
-    counts = torch.tensor([len(row) for row in rows], device=rows[0].device)
-    x = pad_sequence(rows, batch_first=True)
-    return x, length_mask(counts, x.shape[1])
-
-
-def masked(motion, lengths):
-    """motion (b t d) with every row past its length set to zero, even if it holds NaN."""
-    return motion.masked_fill(~length_mask(lengths, motion.shape[1])[..., None], 0.0)
-
-
-def sinusoid(n, width, device=None):
-    """Sinusoidal positions (n width): sine in the even columns, cosine in the odd ones."""
-    angle = torch.arange(n, device=device)[:, None] * torch.exp(
-        torch.arange(0, width, 2, device=device) * (-math.log(10000.0) / width))
-    return torch.stack([angle.sin(), angle.cos()], dim=-1).reshape(n, width)
-
-
-class Attention(nn.Module):
-    """Multi-head attention of x (b n c) to a memory (b m c); self-attention when they are the same."""
-
-    def __init__(self, width, heads):
-        super().__init__()
-        self.heads = heads
-        self.q, self.k, self.v = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
-
-    def forward(self, x, memory, mask=None):
-        """mask (b m): True = may be looked at."""
-        q, k, v = (rearrange(part, "b n (h c) -> b h n c", h=self.heads)
-                   for part in (self.q(x), self.k(memory), self.v(memory)))
-        scores = q @ k.mT / math.sqrt(q.shape[-1])                                      # b h n m
-        if mask is not None:
-            scores = scores.masked_fill(~mask[:, None, None, :], -math.inf)
-        return self.out_proj(rearrange(scores.softmax(-1) @ v, "b h n c -> b n (h c)"))
-
-
-class TransformerLayer(nn.Module):
-    """Post-norm layer; with cross=True a decoder layer that also looks at a memory."""
-
-    def __init__(self, width, heads, ff, cross=False):
-        super().__init__()
-        self.self_attn = Attention(width, heads)
-        self.linear1, self.linear2 = nn.Linear(width, ff), nn.Linear(ff, width)
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        if cross:
-            self.multihead_attn, self.norm3 = Attention(width, heads), nn.LayerNorm(width)
-
-    def forward(self, x, mask, memory=None):
-        x = self.norm1(x + self.self_attn(x, x, mask))
-        if memory is not None:
-            x = self.norm2(x + self.multihead_attn(x, memory))
-        last = self.norm2 if memory is None else self.norm3
-        return last(x + self.linear2(F.gelu(self.linear1(x))))
-
 
 class TMREncoder(nn.Module):
     """Sequence (b n i) and mask (b n) -> (b 2 c): the mean and the log variance of a latent."""
@@ -390,34 +103,6 @@ class TMREncoder(nn.Module):
         return x[:, :2]
 
 
-class TMRDecoder(nn.Module):
-    """Latent (b c) and mask (b t) -> features (b t d), padded rows zero: learns what the latent must keep."""
-
-    def __init__(self, output_size=263, latent=256, ff=1024, layers=6, heads=4):
-        super().__init__()
-        self.layers = nn.ModuleList(TransformerLayer(latent, heads, ff, cross=True) for _ in range(layers))
-        self.final_layer = nn.Linear(latent, output_size)
-
-    def forward(self, latent, mask):
-        x = repeat(sinusoid(mask.shape[1], latent.shape[1], latent.device), "t c -> b t c", b=len(latent))
-        for layer in self.layers:
-            x = layer(x, mask, memory=latent[:, None])
-        return self.final_layer(x) * mask[..., None]
-
-
-def from_official_tmr(state):
-    """Published TMR weights (official names) -> the names here: one in_proj becomes the linears q, k, v."""
-    out = {}
-    for key, value in state.items():
-        key = key.removeprefix("seqTransEncoder.").removeprefix("seqTransDecoder.")
-        if "in_proj_" in key:
-            for name, part in zip("qkv", value.chunk(3)):
-                out[key.replace("in_proj_", f"{name}.")] = part
-        else:
-            out[key] = value
-    return out
-
-
 def info_nce(text, motion, temperature=0.1, duplicates=None):
     """Symmetric cross-entropy over cosines (TMR sec. 3.2; the published configuration uses temperature .1).
 
@@ -431,42 +116,6 @@ def info_nce(text, motion, temperature=0.1, duplicates=None):
         logits = logits.masked_fill(duplicates & ~own, -math.inf)
     target = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-
-
-def gaussian_kl(mu_q, logvar_q, mu_p, logvar_p):
-    """KL(q || p) of diagonal Gaussians, averaged over all elements."""
-    ratio = logvar_q - logvar_p
-    return 0.5 * (ratio.exp() + (mu_p - mu_q).square() / logvar_p.exp() - 1 - ratio).mean()
-
-
-def tmr_losses(text_tokens, motion_tokens, decoder, motion, mask, sentences=None, temperature=0.1,
-               threshold=0.8, weights=(1.0, 1e-5, 1e-5, 0.1), generator=None):
-    """The four losses of TMR (eq. 1 to 4) and their weighted sum, as a dict.
-
-    text_tokens, motion_tokens (b 2 c) from the encoders; motion (b t d) normalised, mask (b t); sentences (b
-    e) unit vectors for the duplicate filter: pairs with cosine above 2 * threshold - 1 are dropped. With a
-    generator the latents are sampled (training); without, they are the means.
-    """
-    (mu_t, var_t), (mu_m, var_m) = text_tokens.unbind(1), motion_tokens.unbind(1)
-    latents = []
-    for mu, logvar in ((mu_t, var_t), (mu_m, var_m)):
-        noise = 0.0 if generator is None else torch.randn(mu.shape, generator=generator).to(mu)
-        latents.append(mu + noise * (logvar / 2).exp())
-    zero = torch.zeros_like(mu_t)
-    out = {
-        # Padded rows count in the mean, as in the published code: both sides are zero there.
-        "recons": sum(F.smooth_l1_loss(decoder(z, mask), motion) for z in latents),
-        "kl": gaussian_kl(mu_t, var_t, mu_m, var_m) + gaussian_kl(mu_m, var_m, mu_t, var_t)
-        + gaussian_kl(mu_m, var_m, zero, zero) + gaussian_kl(mu_t, var_t, zero, zero),
-        "latent": F.smooth_l1_loss(*latents),
-        "contrastive": info_nce(*latents, temperature, None if sentences is None
-                                else sentences @ sentences.T > 2 * threshold - 1)}
-    return out | {"loss": sum(weight * out[key] for weight, key in zip(weights, tuple(out)))}
-
-
-def tmr_score(text, motion):
-    """Score in [0, 1] of all pairs (b b) from mean latents: cosine / 2 + 1/2."""
-    return F.normalize(text, dim=-1) @ F.normalize(motion, dim=-1).T / 2 + 0.5
 
 
 # ---- 4. Our retrieval models -------------------------------------------------------------------------------
@@ -809,44 +458,8 @@ def rewards_and_judge(seen, domains, *, saw, iterations, seed, cache_dir, use_ca
 def wrong_captions(captions, seed):
     """One fixed wrong caption for every caption (a cyclic shift of a random order): a reward asked with these
     is a control that has a signal to follow, only not the right one."""
-    order = torch.randperm(len(captions), generator=runs.generator(seed, 0, "wrong_prompts")).tolist()
+    order = torch.randperm(len(captions), generator=generator(seed, 0, "wrong_prompts")).tolist()
     return {captions[a]: captions[b] for a, b in zip(order, order[1:] + order[:1])}
 
 
 # ---- 6. The benchmark --------------------------------------------------------------------------------------
-
-def benchmark_embeddings(text, motion, real, *, generator, pool=32, pairs=300):
-    """One repeat from embeddings: text and motion (n c) in pairs, real (m c) ground-truth motions."""
-    order = torch.randperm(len(motion), generator=generator)
-    ranked = r_precision(text, motion, pool=pool, order=order)
-    return {
-        "fid": fid(motion, real),
-        **{f"r_precision_top{k}": value.item() for k, value in enumerate(ranked["top"], 1)},
-        "mm_dist": mm_dist(text, motion),
-        "diversity": diversity(motion, *draw_pairs(len(motion), pairs, generator)),
-        "r_precision_pool": float(ranked["pool"]), "r_precision_ties": ranked["ties"]}
-
-
-def benchmark(judge, generated, real, *, generator, pool=32, pairs=300):
-    """One repeat: dict metric -> float; `judge` is the mean cosine of the motions with their captions.
-
-    generated: (raw features (n t d), lengths (n), captions); real: (raw features, lengths), the set that FID
-    compares with. The ground-truth row of a table is the real set in both places. Embeddings are scaled to
-    unit length, so distances order pairs as cosines do; FID lies in 0..4. Repeat with other generators and
-    sampling seeds, then summarise().
-    """
-    features, lengths, captions = generated
-    motion, text = embed(judge, features, lengths, captions)
-    target, _ = embed(judge, *real[:2])
-    if min(len(motion), len(target)) < 2 * motion.shape[1]:
-        warnings.warn(f"FID of {len(motion)} against {len(target)} motions in {motion.shape[1]} dimensions "
-                      "is biased upward; compare it only with runs of the same size", stacklevel=2)
-    return benchmark_embeddings(text, motion, target, generator=generator, pool=pool, pairs=pairs) | {
-        "judge": (text * motion).sum(-1).mean().item()}
-
-
-def benchmark_multimodality(judge, features, lengths, *, generator, times=10):
-    """Multimodality of raw features (p g t d), lengths (p g): g samples of each of p prompts (100 x 30)."""
-    motion, _ = embed(judge, rearrange(features, "p g t d -> (p g) t d"), rearrange(lengths, "p g -> (p g)"))
-    motion = rearrange(motion, "(p g) c -> p g c", p=len(features))
-    return multimodality(motion, *draw_pairs(motion.shape[1], times, generator))
