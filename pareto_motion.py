@@ -38,13 +38,13 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 
-from common import published
 from common import (
-    InputError, NonFiniteError, datasets, diagnostics, features, generator, perception, reports,
-    retrieval, runs, token_policy, tokenizer)
+    InputError, NonFiniteError, datasets, diagnostics, evaluate, features, generator, perception,
+    published, retrieval, runs, token_policy, tokenizer, training)
 from common.motion_gpt import Block
 from common.runs import arg
 from common.token_policy import Policy
+from results import fronts
 
 REWARDS = ("text", "quality", "preference")  # MotionRL: <mt>, <mm>, <perception>
 BALANCED = [1 / 3, 1 / 3, 1 / 3]
@@ -182,7 +182,7 @@ class Critic(nn.Module):
         super().__init__()
         self.kind, width = kind, gpt.positions.shape[1]
         self.block, self.norm, self.value = Block(width, gpt.heads), nn.LayerNorm(width), nn.Linear(width, 1)
-        runs.initialise(self, g)
+        training.initialise(self, g)
         nn.init.zeros_(self.value.weight)  # V starts at 0
         self.trunk = copy.deepcopy(gpt).requires_grad_(True) if kind == "separate" else None
 
@@ -486,7 +486,7 @@ def score(rewards, batch, iteration):
 def choose(args, learner, batch, R):
     """Stage 3, select -> the batch with r and weight of its motions, the numbers of all that are trained and
     of the dominated ones, numbers to log. It looks at all processes' motions; a prompt's are never split."""
-    R = rearrange(runs.all_gather_rows(R), "(p c n) k -> p c n k", c=learner.sets, p=args.batch_prompts)
+    R = rearrange(training.all_gather_rows(R), "(p c n) k -> p c n k", c=learner.sets, p=args.batch_prompts)
     keep = select(R, learner.selection)
     own = own_reward(R) if learner.tokens is not None and args.token_reward == "own" else R.mean(-1)
     if learner.tokens is None:
@@ -533,7 +533,7 @@ def assess(args, learner, batch, plan):
     white = torch.zeros_like(advantages)
     for token in range(learner.sets):
         own = mask & (batch["token"] == token)[:, None]
-        white += whiten(advantages * own, own, runs.all_gather_rows(advantages[own]))
+        white += whiten(advantages * own, own, training.all_gather_rows(advantages[own]))
     batch |= dict(logp_old=old, values=values, returns=returns, advantages=white,
                   weight=token_weights(batch["weight"], mask, args.reduction))
     return log | {"explained_variance": diagnostics.explained_variance(values, returns, mask)}
@@ -553,7 +553,7 @@ def update(args, policy, critic, batch, plan, optimizer, iteration, stop):
         optimizer.zero_grad()
         share = torch.tensor([[sum(batch[name][rows].sum().item() for rows in chunks)
                                for name in ("mask", "weight")]], dtype=torch.float64)
-        total, weight = runs.all_gather_rows(share).sum(0).tolist()  # of the minibatch, of all processes
+        total, weight = training.all_gather_rows(share).sum(0).tolist()  # of the minibatch, of all processes
         for rows in chunks:
             stop.check()
             part = {name: batch[name][rows] for name in TRAINED}
@@ -568,21 +568,21 @@ def update(args, policy, critic, batch, plan, optimizer, iteration, stop):
             vf = value_loss(values, part["returns"], part["values"], args.value_clip)
             vf = (vf * mask).sum() / total
             loss = pg + args.vf_coef * vf
-            runs.check_loss(loss, f"iteration {iteration}")
+            training.check_loss(loss, f"iteration {iteration}")
             loss.backward()
             ratios.append(ratio.detach()[mask])
             log["pg_loss"] += pg.item() / len(steps)
             log["vf_loss"] += vf.item() / len(steps)
             for name, value in diagnostics.ratio_stats(logratio.detach(), mask, args.clip_range).items():
                 log[name] += value.item() / (total * len(steps))
-        runs.all_reduce_grads([*actor, *head])
+        training.all_reduce_grads([*actor, *head])
         for name, parameters in (("grad_norm", actor), ("vf_grad_norm", head)):
             where = f"iteration {iteration}: {name}"
-            log[name] += runs.clip_gradients(parameters, args.max_grad_norm, where) / len(steps)
+            log[name] += training.clip_gradients(parameters, args.max_grad_norm, where) / len(steps)
         optimizer.step()
     first = torch.cat(ratios[: len(steps[0][1])] or [torch.ones(1)])
     log["first_ratio_error"] = (first - 1).abs().max().item()
-    return runs.reduce_log(log, highest={"first_ratio_error", "grad_norm", "vf_grad_norm"})
+    return training.reduce_log(log, highest={"first_ratio_error", "grad_norm", "vf_grad_norm"})
 # [/sync:update]
 
 
@@ -595,10 +595,10 @@ def learn(args, learner, rewards, clips, iteration, loop, watch, rank, processes
         loop.rewards = R = score(rewards, batch, iteration)
     with watch.stage("selection"):
         batch, trained, dominated, log = choose(args, learner, batch, R)
-    plan = [runs.minibatches(trained, round(1 / args.minibatch_ratio), batch["index"], args.micro_batch,
+    plan = [training.minibatches(trained, round(1 / args.minibatch_ratio), batch["index"], args.micro_batch,
                              generator(args.seed, iteration, "shuffle", epoch), dominated)
             for epoch in range(args.ppo_epochs)]
-    learner.optimizer.param_groups[0]["lr"] = args.lr * runs.rise_and_fall(iteration, args.iterations,
+    learner.optimizer.param_groups[0]["lr"] = args.lr * training.rise_and_fall(iteration, args.iterations,
                                                                           args.warmup)
     with watch.stage("update"):
         log |= assess(args, learner, batch, plan)
@@ -633,7 +633,7 @@ def train(start, policies, tokens, rewards, scorers, splits, folder):
             row |= {f"rival_{name}": values["rival"][name] for name in (*REWARDS, "kl_ref") if rival}
             if (iteration + 1) % args.eval_every == 0:
                 with watch.stage("validation"):
-                    val = reports.evaluate(splits["val"], scorers, policy_sampler(args, policy, tokens),
+                    val = evaluate.evaluate(splits["val"], scorers, policy_sampler(args, policy, tokens),
                                            purpose="validation", benchmark=False)
                 row |= {f"val_{name}": val[name][0] for name in ("judge", "oracle", "jerk", "speed")}
                 shown = {name: row[name] for name in ("val_judge", "val_oracle")}
@@ -645,12 +645,12 @@ def train(start, policies, tokens, rewards, scorers, splits, folder):
 
 
 def policy_sampler(args, policy, tokens=None, weights=BALANCED):
-    """A policy as a sampler for common/reports.py, its tokens mixed by weights (k). Sample k of a call always
+    """A policy as a sampler for common/evaluate.py, its tokens mixed by weights (k). Sample k of a call always
     uses the same draws: policies are compared in pairs."""
     def sample(captions, lengths, rows, purpose, repeat):
         text = read_text(policy, captions, tokens, weights, args.alpha)
         return generate(policy, policy.gpt, text, args.seed, repeat, purpose, rows, 1.0)[:2]
-    return reports.in_chunks(sample)
+    return evaluate.in_chunks(sample)
 
 
 def final_tables(args, policies, tokens, scorers, splits, folder):
@@ -665,12 +665,12 @@ def final_tables(args, policies, tokens, scorers, splits, folder):
     for name, others in (("val", {}), ("test", more)):
         clips = splits[name][:300]
         rows["vq"] = tokenizer.reconstruction(policy.vq, clips, policy.device)
-        tables[f"paired_{name}"] = reports.compare(f"paired {name}", clips, scorers, rows | others,
+        tables[f"paired_{name}"] = evaluate.compare(f"paired {name}", clips, scorers, rows | others,
                                                    purpose=name, repeats=args.eval_repeats)
     samplers = {name: [policy_sampler(args, one, tokens if name == "tuned" else None, w) for w in single]
                 for name, one in policies.items()}
-    return tables | {"controllability": reports.controllability(tables["paired_test"], REWARDS),
-                     "fronts": reports.compare_fronts(samplers, splits["test"][:args.front_prompts], scorers,
+    return tables | {"controllability": fronts.controllability(tables["paired_test"], REWARDS),
+                     "fronts": fronts.compare_fronts(samplers, splits["test"][:args.front_prompts], scorers,
                                                       REWARDS, folder / "fronts.png")}
 
 
@@ -683,7 +683,7 @@ def write_motions(args, stored, folder, device):
     before = {"before": policy_sampler(args, policy._replace(gpt=policy.reference))} if args.compare else {}
     after = policy_sampler(args, policy, tokens, runs.parse_weights(args.prefer, REWARDS, "--prefer"))
     skeleton = features.SKELETONS[len(policy.vq.mean)]
-    reports.export(folder, args.prompt, 0, 0, skeleton, before | {"after": after})
+    evaluate.export(folder, args.prompt, 0, 0, skeleton, before | {"after": after})
 
 
 def main(argv):
@@ -725,7 +725,7 @@ def main(argv):
             published.load_strict(policies["weighted sum"].gpt, stored["rival"], args.load)
     else:
         rewards = calibrate(args, policy, encoders, critic, data.splits["train"])
-    scorers = reports.Scorers(encoders[0], judge, data.skeleton, rewards.columns)
+    scorers = evaluate.Scorers(encoders[0], judge, data.skeleton, rewards.columns)
     scales = {name: getattr(rewards, name) for name in ("lambdas", "low", "high")}
     about = start.about(folder, notes, data, data, rewards=scales)
     if not stored:
@@ -739,7 +739,7 @@ def main(argv):
     with watch.stage("evaluation"):
         tables = final_tables(args, policies, tokens, scorers, data.splits, folder)
     with watch.stage("pictures"):
-        reports.draw(folder, data.splits["test"], scorers, {
+        evaluate.draw(folder, data.splits["test"], scorers, {
             "before": policy_sampler(args, policies["start"]), "after": policy_sampler(args, policy, tokens)
         }, curves=not stored)
     motions = 0 if stored else args.iterations * args.batch_prompts * args.samples_per_prompt * len(REWARDS)

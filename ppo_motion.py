@@ -41,8 +41,8 @@ from einops import rearrange
 from torch import nn
 
 from common import (
-    InputError, compose, datasets, diagnostics, features, generator, reports, retrieval, runs,
-    token_policy, tokenizer)
+    InputError, compose, datasets, diagnostics, evaluate, features, generator, retrieval, runs,
+    token_policy, tokenizer, training)
 from common.motion_gpt import Block
 from common.runs import arg
 
@@ -180,7 +180,7 @@ class Critic(nn.Module):
         super().__init__()
         self.kind, width = kind, gpt.positions.shape[1]
         self.block, self.norm, self.value = Block(width, gpt.heads), nn.LayerNorm(width), nn.Linear(width, 1)
-        runs.initialise(self, g)
+        training.initialise(self, g)
         nn.init.zeros_(self.value.weight)  # V starts at 0
         self.trunk = copy.deepcopy(gpt).requires_grad_(True) if kind == "separate" else None
 
@@ -365,9 +365,9 @@ def score(args, policy, reward_model, batch, wrong, iteration):
     asked = [wrong[c] for c in batch["captions"]] if args.reward == "shuffled" else batch["captions"]
     paired = torch.tensor([clip is not None for clip in batch["pairs"]], device=policy.device)
     unit = retrieval.embed_pairs(reward_model, batch["motion"], batch["lengths"], asked, batch["pairs"])
-    distances = [runs.all_gather_rows(d) for d in reward_terms(*unit)]
-    r, pseudo = motion_reward(*distances, runs.all_gather_rows(paired), args.lambda_t, args.lambda_m)
-    runs.check_rewards(r[batch["index"]], batch["captions"], f"iteration {iteration}: reward")
+    distances = [training.all_gather_rows(d) for d in reward_terms(*unit)]
+    r, pseudo = motion_reward(*distances, training.all_gather_rows(paired), args.lambda_t, args.lambda_m)
+    training.check_rewards(r[batch["index"]], batch["captions"], f"iteration {iteration}: reward")
     parts = {"text_term": -args.lambda_t * distances[0].mean(), "pseudo_score": pseudo}
     return r[batch["index"]], parts | {"motion_term": r.mean() - parts["text_term"]}
 
@@ -377,7 +377,7 @@ def baseline(args, batch, r, scale):
     nature is no merit of a motion (not in the paper, which has one motion a prompt and the critic alone).
     Of those motions only the ones most unlike their group are trained, see strongest().
     -> the batch of those, their r in units of about one, and the numbers of those of all processes"""
-    merit = scale * runs.all_gather_rows(r)
+    merit = scale * training.all_gather_rows(r)
     kept = list(range(len(merit)))
     if args.samples_per_prompt > 1:
         groups = rearrange(merit, "(p g) -> p g", g=args.samples_per_prompt)
@@ -418,7 +418,7 @@ def assess(args, policy, critic, batch, r, plan):
     rewards = token_rewards(r, old, ref, mask, args.kl_coef)
     advantages, returns = gae(rewards, values, mask, args.gamma, args.gae_lambda)
     batch |= dict(logp_old=old, values=values, returns=returns, weight=mask.to(old.dtype),
-                  advantages=whiten(advantages, mask, runs.all_gather_rows(advantages[mask])))
+                  advantages=whiten(advantages, mask, training.all_gather_rows(advantages[mask])))
     return log | {"explained_variance": diagnostics.explained_variance(values, returns, mask)}
 
 
@@ -437,7 +437,7 @@ def update(args, policy, critic, batch, plan, optimizer, iteration, stop):
         optimizer.zero_grad()
         share = torch.tensor([[sum(batch[name][rows].sum().item() for rows in chunks)
                                for name in ("mask", "weight")]], dtype=torch.float64)
-        total, weight = runs.all_gather_rows(share).sum(0).tolist()  # of the minibatch, of all processes
+        total, weight = training.all_gather_rows(share).sum(0).tolist()  # of the minibatch, of all processes
         for rows in chunks:
             stop.check()
             part = {name: batch[name][rows] for name in TRAINED}
@@ -452,21 +452,21 @@ def update(args, policy, critic, batch, plan, optimizer, iteration, stop):
             vf = value_loss(values, part["returns"], part["values"], args.value_clip)
             vf = (vf * mask).sum() / total
             loss = pg + args.vf_coef * vf
-            runs.check_loss(loss, f"iteration {iteration}")
+            training.check_loss(loss, f"iteration {iteration}")
             loss.backward()
             ratios.append(ratio.detach()[mask])
             log["pg_loss"] += pg.item() / len(steps)
             log["vf_loss"] += vf.item() / len(steps)
             for name, value in diagnostics.ratio_stats(logratio.detach(), mask, args.clip_range).items():
                 log[name] += value.item() / (total * len(steps))
-        runs.all_reduce_grads([*actor, *head])
+        training.all_reduce_grads([*actor, *head])
         for name, parameters in (("grad_norm", actor), ("vf_grad_norm", head)):
             where = f"iteration {iteration}: {name}"
-            log[name] += runs.clip_gradients(parameters, args.max_grad_norm, where) / len(steps)
+            log[name] += training.clip_gradients(parameters, args.max_grad_norm, where) / len(steps)
         optimizer.step()
     first = torch.cat(ratios[: len(steps[0][1])] or [torch.ones(1)])
     log["first_ratio_error"] = (first - 1).abs().max().item()
-    return runs.reduce_log(log, highest={"first_ratio_error", "grad_norm", "vf_grad_norm"})
+    return training.reduce_log(log, highest={"first_ratio_error", "grad_norm", "vf_grad_norm"})
 # [/sync:update]
 
 
@@ -499,7 +499,7 @@ def train(start, policy, scorers, clips, sets, folder):
         if not scale:
             batch = collect(args, policy, clips, composed, -1, rank, processes)
             r, _ = score(args, policy, scorers.reward_model, batch, wrong, -1)
-            scale = 1 / max(runs.all_gather_rows(r).std().item(), 1e-6)
+            scale = 1 / max(training.all_gather_rows(r).std().item(), 1e-6)
         for iteration in loop:
             with watch.stage("rollout"):
                 batch = collect(args, policy, clips, composed, iteration, rank, processes)
@@ -507,21 +507,21 @@ def train(start, policy, scorers, clips, sets, folder):
             with watch.stage("reward"):
                 r, log = score(args, policy, scorers.reward_model, batch, wrong, iteration)
             batch, merit, kept = baseline(args, batch, r, scale)
-            plan = [runs.minibatches(kept, round(1 / args.minibatch_ratio), batch["index"],
+            plan = [training.minibatches(kept, round(1 / args.minibatch_ratio), batch["index"],
                                      args.micro_batch, generator(args.seed, iteration, "shuffle", epoch))
                     for epoch in range(args.ppo_epochs)]
-            optimizer.param_groups[0]["lr"] = args.lr * runs.rise_and_fall(iteration, args.iterations,
+            optimizer.param_groups[0]["lr"] = args.lr * training.rise_and_fall(iteration, args.iterations,
                                                                                args.warmup)
             loop.rewards = r
             with watch.stage("update"):
                 log |= assess(args, policy, critic, batch, merit, plan)
                 log |= update(args, policy, critic, batch, plan, optimizer, iteration, loop)
             row = dict.fromkeys(LOG_FIELDS) | {name: float(value) for name, value in log.items()}
-            row |= {"iteration": iteration, "reward": runs.all_gather_rows(r).mean().item()}
+            row |= {"iteration": iteration, "reward": training.all_gather_rows(r).mean().item()}
             if (iteration + 1) % args.eval_every == 0:
                 with watch.stage("validation"):
                     sampler = policy_sampler(args, policy, policy.gpt)
-                    val = reports.evaluate(sets["composed_val"], scorers, sampler, purpose="validation")
+                    val = evaluate.evaluate(sets["composed_val"], scorers, sampler, purpose="validation")
                 row |= {name: val[name[4:]][0] for name in LOG_FIELDS if name.startswith("val_")}
                 shown = {name: row[name] for name in ("val_judge", "val_oracle")}
             loop.end(row, {"reward": row["reward"], "kl_ref": row["kl_ref"], **shown},
@@ -534,12 +534,12 @@ def train(start, policy, scorers, clips, sets, folder):
 
 
 def policy_sampler(args, policy, gpt):
-    """A GPT as a sampler for common/reports.py; it chooses its own lengths. Sample k of a call always uses
+    """A GPT as a sampler for common/evaluate.py; it chooses its own lengths. Sample k of a call always uses
     the same draws: base and tuned are compared in pairs."""
     def sample(captions, lengths, rows, purpose, repeat):
         text = retrieval.once(policy.text, captions)
         return generate(policy, gpt, text, args.seed, repeat, purpose, rows, args.temperature)[:2]
-    return reports.in_chunks(sample)
+    return evaluate.in_chunks(sample)
 
 
 def final_tables(args, policy, scorers, splits, sets):
@@ -551,8 +551,8 @@ def final_tables(args, policy, scorers, splits, sets):
         if name.startswith("paired"):
             rows = {"vq": tokenizer.reconstruction(policy.vq, clips, policy.device), **rows}
         if name.endswith("test"):
-            rows[f"best of {args.best_of}"] = reports.best_of(base, args.best_of, scorers.reward_model)
-        tables[name] = reports.compare(name.replace("_", " "), clips, scorers, rows, purpose=name,
+            rows[f"best of {args.best_of}"] = evaluate.best_of(base, args.best_of, scorers.reward_model)
+        tables[name] = evaluate.compare(name.replace("_", " "), clips, scorers, rows, purpose=name,
                                        repeats=args.eval_repeats)
     return tables
 
@@ -562,7 +562,7 @@ def write_motions(args, stored, folder, device):
     policy = token_policy.load(stored, device, **runs.arguments_of(token_policy.load, args))
     chosen = {"before": policy_sampler(args, policy, policy.reference)} if args.compare else {}
     chosen["after"] = policy_sampler(args, policy, policy.gpt)
-    reports.export(folder, args.prompt, 0, 0, features.SKELETONS[len(policy.vq.mean)], chosen)
+    evaluate.export(folder, args.prompt, 0, 0, features.SKELETONS[len(policy.vq.mean)], chosen)
 
 
 def main(argv):
@@ -590,7 +590,7 @@ def main(argv):
         reward_model, judge, notes = retrieval.rewards_and_judge(
             [data], [data], saw=data.label, losses=[loss], iterations=args.reward_iterations,
             seed=args.base_seed, cache_dir=args.cache_dir, use_cache=args.cache, device=device)
-    scorers = reports.Scorers(reward_model, judge, data.skeleton)
+    scorers = evaluate.Scorers(reward_model, judge, data.skeleton)
     if stored:
         policy = token_policy.load(stored, device, **runs.arguments_of(token_policy.load, args))
     else:
@@ -609,7 +609,7 @@ def main(argv):
     with watch.stage("pictures"):
         before_after = {"before": policy_sampler(args, policy, policy.reference),
                         "after": policy_sampler(args, policy, policy.gpt)}
-        reports.draw(folder, sets["composed_test"], scorers, before_after, curves=not stored)
+        evaluate.draw(folder, sets["composed_test"], scorers, before_after, curves=not stored)
     motions = 0 if stored else args.iterations * args.batch_prompts * args.samples_per_prompt
     runs.finish(folder, watch, {**about, **tables, "counts": {"motions": motions}})
 

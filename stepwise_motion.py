@@ -42,10 +42,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from common import (
-    InputError, datasets, denoising, features, generator, lora, memory, motion_reward, patches,
-    reports, representations, retrieval, runs, samplers)
+    InputError, datasets, denoising, evaluate, features, generator, lora, motion_reward, patches,
+    representations, retrieval, runs, samplers, training)
 from common.motion_reward import TERMS
 from common.runs import arg
+from results import memory
 
 # ---- 2. Arguments ------------------------------------------------------------------------------------------
 
@@ -562,8 +563,8 @@ class Updates:
 
     def step(self, where):
         """Clip and step; the rate rises with the count of updates."""
-        runs.all_reduce_grads(self.parameters)
-        self.norms.append(runs.clip_gradients(self.parameters, self.args.max_grad_norm, where))
+        training.all_reduce_grads(self.parameters)
+        self.norms.append(training.clip_gradients(self.parameters, self.args.max_grad_norm, where))
         self.count += 1
         for group in self.optimizer.param_groups:
             group["lr"] = self.args.lr * min(1.0, self.count / max(1, self.args.warmup))
@@ -594,14 +595,14 @@ def update(args, policy, reward_model, batch, asked, updates, progress, loop, it
             anchor = anchor_loss(e, e_ref, batch["mask"]).mean()
             loss = loss + args.beta_anchor * anchor
             log["anchor"] += share * anchor.item() / len(route.judged)
-        runs.check_loss(loss, f"iteration {iteration}, step {i}")
+        training.check_loss(loss, f"iteration {iteration}, step {i}")
         updates.learn(share * loss, f"iteration {iteration}, step {i}: gradient norm")
         log.update({name: share * value.mean().item() for name, value in terms.items()})  # last judged step
 
     with memory.SavedBytes(policy.tuned.model, reward_model) as saved:
         denoise(network, table, batch["noise"], route, judge)
     log["grad_norm"] = updates.end(f"iteration {iteration}: gradient norm")
-    return runs.reduce_log(log | {"saved_mb": saved.peak / 2**20}, highest={"saved_mb", "grad_norm"})
+    return training.reduce_log(log | {"saved_mb": saved.peak / 2**20}, highest={"saved_mb", "grad_norm"})
 
 
 LOG_FIELDS = ("iteration", "samples", "updates", "calls", "total", *TERMS, "anchor", "grad_norm", "saved_mb",
@@ -637,7 +638,7 @@ def train(start, policy, scorers, source, target, folder):
                 "calls": calls}
             if (iteration + 1) % args.eval_every == 0 or iteration + 1 == args.iterations:
                 with watch.stage("validation"):
-                    val = reports.evaluate(target.splits["val"], scorers, policy_sampler(args, policy),
+                    val = evaluate.evaluate(target.splits["val"], scorers, policy_sampler(args, policy),
                                            purpose="validation")
                 row |= {name: val[name[4:]][0] for name in LOG_FIELDS if name.startswith("val_")}
                 shown = {name: row[name] for name in ("val_reward", "val_judge", "val_oracle")}
@@ -655,7 +656,7 @@ def train(start, policy, scorers, source, target, folder):
 
 
 def policy_sampler(args, policy, adapted=True, seed=None):
-    """The denoiser as a sampler for common/reports.py, trained or not. Sample k of a call always starts from
+    """The denoiser as a sampler for common/evaluate.py, trained or not. Sample k of a call always starts from
     the same noise: base and tuned are compared in pairs."""
     @torch.no_grad()
     def sample(captions, lengths, rows, purpose, repeat):
@@ -665,14 +666,14 @@ def policy_sampler(args, policy, adapted=True, seed=None):
             x = denoise(network, policy.table, x, Route((False,) * args.steps, {}))
         motion = model.codec.decode(x).cpu()
         return representations.to_features(motion, lengths, args.representation, features.T2M), None
-    return reports.in_chunks(sample)
+    return evaluate.in_chunks(sample)
 
 
 def write_prompts(args, stored, folder, device):
     """--prompt: GIF, joints and BVH of every caption, from adapter.pt alone."""
     policy = load_policy(args, stored, device)
     before = {"before": policy_sampler(args, policy, False)} if args.compare else {}
-    reports.export(folder, args.prompt, args.length or stored["frames"], stored["tokens"] * args.patch,
+    evaluate.export(folder, args.prompt, args.length or stored["frames"], stored["tokens"] * args.patch,
                    features.T2M, before | {"after": policy_sampler(args, policy)})
 
 
@@ -724,7 +725,7 @@ def main(argv):
             policy = make_policy(args, model, tokens, device)
     with watch.stage("reward model and judge"):
         reward_model, judge, parts = build_reward(args, source, target, policy, kept["base"], device)
-    scorers = reports.Scorers(reward_model, judge, source.skeleton, reward_model.columns)
+    scorers = evaluate.Scorers(reward_model, judge, source.skeleton, reward_model.columns)
     about = start.about(folder, parts | {"base": notes}, source, target)
     if not stored:
         about["best look"] = train(start, policy, scorers, source, target, folder)
@@ -734,9 +735,9 @@ def main(argv):
             "args": runs.shaping_args(args), "weights": policy.tuned.state(), **kept})
     with watch.stage("evaluation"):
         base, tuned = policy_sampler(args, policy, adapted=False), policy_sampler(args, policy)
-        tables = reports.final_tables(source, target, scorers, base, tuned, args.eval_repeats, args.best_of)
+        tables = evaluate.final_tables(source, target, scorers, base, tuned, args.eval_repeats, args.best_of)
     with watch.stage("pictures"):
-        reports.draw(folder, target.splits["test"], scorers, {"before": base, "after": tuned}, not stored)
+        evaluate.draw(folder, target.splits["test"], scorers, {"before": base, "after": tuned}, not stored)
     motions = 0 if stored else args.iterations * args.batch
     runs.finish(folder, watch, {**about, **tables, "counts": {"motions": motions}})
 

@@ -46,6 +46,12 @@ def generator(seed, iteration, purpose, index=0, device="cpu"):
 MASK64 = (1 << 64) - 1
 
 
+def normal(shape, seed, iteration, purpose, numbers):
+    """Standard normal numbers (b *shape), each row from a stream of its own that its number names."""
+    streams = (generator(seed, iteration, purpose, number) for number in numbers)
+    return torch.stack([torch.randn(shape, generator=g) for g in streams])
+
+
 def length_mask(lengths, t):
     """lengths (b) -> mask (b t), True = real frame."""
     return torch.arange(t, device=lengths.device) < lengths[:, None]

@@ -31,6 +31,7 @@ import torch
 from common import InputError, features as motion_features
 from common.embedded import movements, oracle, wording
 from common.features import KIT, SKELETONS, T2M, features_to_joints, joints_to_features
+from common.training import source_of
 from common.runs import atomic_write, fingerprint, make_folder, run_main
 
 VERSION = 1             # of the embedded data's cache file
@@ -367,8 +368,8 @@ def load_pair(source, target, *, clips, left_out="", **options):
 
 def _embedded(domain, skeleton, flags, cache_dir, use_cache):
     """Build the embedded data, or read its cache file: one .npz, features end to end and the rest as JSON."""
-    sources = [Path(module.__file__).read_bytes() for module in (movements, wording, motion_features)]
-    key = fingerprint(*sources, [VERSION, domain, skeleton.name, flags])[:16]
+    code = source_of(movements, wording, oracle, motion_features)  # a comment makes nothing anew
+    key = fingerprint([code, VERSION, domain, skeleton.name, flags])[:16]
     make_folder(cache_dir, "--cache-dir")
     path = Path(cache_dir) / f"embedded-{domain}-{skeleton.name}-{key}.npz"
     stored = None
@@ -476,6 +477,12 @@ def words(caption):
     return re.findall(r"[^\W_]+(?:'[^\W_]+)*", plain)
 
 
+# Shares of words that are made unknown, and replaced by a random one, while a generator is trained.
+# Not in the papers: if a word is seen in wrong places too, the model stays uncertain about it. Its samples
+# then differ, and RL has something to choose from.
+WORD_DROP, WORD_SWAP = 0.1, 0.03
+
+
 class Vocabulary:
     """Word -> number; 0 is padding and 1 an unknown word."""
 
@@ -491,13 +498,21 @@ class Vocabulary:
         """Every word of the captions, in alphabetical order."""
         return cls(sorted({word for caption in captions for word in words(caption)}))
 
-    def encode(self, captions, max_words=32):
-        """Captions (list of b) -> ids (b n) int64, mask (b n) bool, True = word; n is max_words or less."""
+    def encode(self, captions, max_words=32, spoil=None):
+        """Captions (list of b) -> ids (b n) int64, mask (b n) bool, True = word; n is max_words or less.
+
+        spoil: a torch.Generator that draws which words are made unknown or replaced, see WORD_DROP.
+        """
         rows = [[self._ids.get(word, 1) for word in words(caption)[:max_words]] for caption in captions]
         ids = torch.zeros(len(rows), max([1, *map(len, rows)]), dtype=torch.int64)
         for row, numbers in zip(ids, rows):
             row[:len(numbers)] = torch.tensor(numbers, dtype=torch.int64)
-        return ids, ids > 0
+        mask = ids > 0
+        if spoil is not None:
+            ids = ids.masked_fill((torch.rand(ids.shape, generator=spoil) < WORD_DROP) & mask, 1)
+            other = torch.randint(1, len(self), ids.shape, generator=spoil)
+            ids = torch.where((torch.rand(ids.shape, generator=spoil) < WORD_SWAP) & mask, other, ids)
+        return ids, mask
 
 
 def draw_captions(clips, generator):

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from common import (
     InputError, TransformerLayer, datasets, features, generator, length_mask, padded, patches,
-    perception, representations, retrieval, runs, sinusoid)
+    perception, representations, retrieval, sinusoid, training)
 from common.patches import PatchCodec
 from common.perception import ranking_loss
 from common.representations import REPRESENTATIONS, convert_clips, features_of_joints, from_features
@@ -467,7 +467,7 @@ def train_semantics(model, library, *, stage, iterations, batch, seed, represent
     parameters = [parameter for part in (model.backbone, model.words, model.text_encoder, model.decoder)
                   for parameter in part.parameters()]
     optimiser = torch.optim.AdamW(parameters, lr=LR[stage], weight_decay=weight_decay)
-    rates, losses, failed = retrieval.rise_and_cosine(optimiser, iterations), [], []
+    rates, losses, failed = training.rise_and_cosine(optimiser, iterations), [], []
     bar = tqdm(range(iterations), desc=f"motion reward, {stage}", mininterval=1.0)
     for iteration in bar:
         g = generator(seed, iteration, f"motion_reward {stage}")
@@ -498,7 +498,7 @@ def train_semantics(model, library, *, stage, iterations, batch, seed, represent
             k = max(1, len(rows) // 12)  # [ME]: 10 of 128
             loss = loss + SPL_WEIGHT * SPL[spl](z_t, z_m, k, duplicates)
             failed.append(mine(z_t, z_m, k, duplicates)[1].double().mean().item())
-        losses.append(runs.descend(loss, parameters, optimiser, rates, f"motion reward, {stage}, iteration "
+        losses.append(training.descend(loss, parameters, optimiser, rates, f"motion reward, {stage}, iteration "
                                    f"{iteration}", "huge values in the data?"))
         bar.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}", refresh=False)
     return {"loss": float(np.mean(losses[-max(1, iterations // 10):])),
@@ -545,13 +545,13 @@ def train_head(model, name, *, draw, loss, iterations, lr, seed):
     for parameter in parameters:
         parameter.requires_grad_(True)
     optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-2)
-    rates, losses = retrieval.rise_and_cosine(optimiser, iterations), []
+    rates, losses = training.rise_and_cosine(optimiser, iterations), []
     bar = tqdm(range(iterations), desc=f"motion reward, {name}", mininterval=1.0)
     for iteration in bar:
         representation = REPRESENTATIONS[iteration % len(REPRESENTATIONS)]
         tokens, mask = draw(representation, generator(seed, iteration, f"motion_reward {name}"))
         value = loss(model.head(name, tokens, mask, representation))
-        losses.append(runs.descend(value, parameters, optimiser, rates, f"motion reward, {name}, iteration "
+        losses.append(training.descend(value, parameters, optimiser, rates, f"motion reward, {name}, iteration "
                                    f"{iteration}", "huge values in the data?"))
         bar.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}", refresh=False)
     model.requires_grad_(False)
@@ -699,7 +699,7 @@ def fit_motion_reward(domains, generated, *, representation="features", iteratio
         with torch.random.fork_rng(devices=[]):  # constructors draw from the global stream
             model = MotionReward(vocabulary, skeleton, **sizes)
         g = generator(seed, 0, "motion_reward_init")
-        runs.initialise(model, g)
+        training.initialise(model, g)
         for adapter in model.adapters.values():
             adapter.initialise(g)
         library = Library(model.to(device), clips, representation)
@@ -718,7 +718,7 @@ def fit_motion_reward(domains, generated, *, representation="features", iteratio
             (sys.modules[__name__], Skips, patches, representations, retrieval, features, perception)]
     key = [[domain.fingerprint for domain in (*domains, target)], iterations, spl, spl_iterations, seed,
            batch, sizes, [saw, representation] if noise else [], code]
-    stored = runs.cached(cache_dir, key, semantics, "motion_reward", use_cache)
+    stored = training.cached(cache_dir, key, semantics, "motion_reward", use_cache)
     model, notes = MotionReward.load(stored["model"]).to(device), stored["notes"]
     shown = [f"{name} {notes['before'][name]['R1']:.2f} -> {notes['after'][name]['R1']:.2f}"
              for name in REPRESENTATIONS]
@@ -750,7 +750,7 @@ def fit_motion_reward(domains, generated, *, representation="features", iteratio
     if head_iterations:
         lazy = callable(generated)
         key += [saw, [] if lazy else list(generated), head_iterations, pairs]
-        stored = runs.cached(cache_dir, key, heads, "motion_reward_heads", use_cache)
+        stored = training.cached(cache_dir, key, heads, "motion_reward_heads", use_cache)
         model, notes = MotionReward.load(stored["model"]).to(device), notes | stored["notes"]
         print("  accuracy on held-out motions: " + "; ".join(
             f"{name}: preference {np.mean([shares[d] for d in KNOWN]):.2f} (new damage "

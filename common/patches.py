@@ -18,7 +18,7 @@ class PatchCodec(nn.Module):
 
     def __init__(self, patch, feature_dim, dims):
         super().__init__()
-        self.patch = patch
+        self.patch, self.dims = patch, dims
         self.register_buffer("mean", torch.zeros(feature_dim))
         self.register_buffer("std", torch.ones(feature_dim))
         self.register_buffer("center", torch.zeros(patch * feature_dim))

@@ -21,7 +21,8 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from common import InputError, NonFiniteError, datasets, features, generator, length_mask, runs
+from common import (
+    InputError, NonFiniteError, datasets, features, generator, length_mask, runs, training)
 from common.published import motion_critic
 from common.published.motion_critic import MotionCritic
 from common.retrieval import freeze
@@ -290,7 +291,7 @@ def fit_perception(clips_train, clips_val, skeleton, vq, *, iterations, seed, ca
     """
     with torch.random.fork_rng(devices=[]):  # constructors draw from the global stream
         critic = PerceptionCritic(skeleton)
-    runs.initialise(critic, generator(seed, 0, "perception_init"))
+    training.initialise(critic, generator(seed, 0, "perception_init"))
 
     def train():
         notes = train_perception(critic.to(device), clips_train, clips_val, vq, iterations=iterations,
@@ -300,7 +301,7 @@ def fit_perception(clips_train, clips_val, skeleton, vq, *, iterations, seed, ca
     code = [inspect.getsource(part) for part in (sys.modules[__name__], motion_critic, features)]
     key = [list(saw), len(clips_train), len(clips_val), skeleton.name, vq.state_dict(), vq.halvings, code,
            iterations, batch, lr, seed]
-    stored = runs.cached(cache_dir, key, train, "perception", use_cache)
+    stored = training.cached(cache_dir, key, train, "perception", use_cache)
     critic.load_state_dict(stored.pop("model"))
     shown = [f"{name} {share:.2f}" for name, share in stored["accuracy"].items() if name != HELD_OUT]
     print(f"  synthetic perception: accuracy {', '.join(shown)} | never trained on: "

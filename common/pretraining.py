@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import datasets, generator, length_mask, motion_gpt, text
-from common.runs import cached, descend, initialise
+from common.training import cached, descend, initialise
 
 
 def sequence_loss(logits, target, counts):

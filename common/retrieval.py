@@ -1,22 +1,15 @@
-"""What scores a motion: the benchmark's metrics, the published evaluator networks, our own retrieval models.
+"""Retrieval models: captions and motions in one space, whose cosine says how well the two fit.
 
-Reading order
-  1. metrics               pure functions on embeddings: FID, R-precision, MM-Dist, diversity, multimodality
-  2. official evaluator    the networks of Guo et al., "Generating Diverse and Natural 3D Human Motions from
-                           Text" (CVPR 2022), with the parameter names of the released checkpoints
-  3. TMR                   encoders, decoder and losses of Petrovich et al., "TMR" (ICCV 2023)
-  4. our retrieval models  a small TMR (the reward) and a conv + BiGRU network (the judge, never optimised)
-  5. training and scoring them
-  6. the benchmark         one repeat of the usual table
+  1. encoders      those of TMR (Petrovich et al. 2023) and of the benchmark's evaluator (Guo et al. 2022)
+  2. the models    a small TMR (the reward) and a conv + BiGRU network (the judge, never optimised)
+  3. training and scoring them
 
-Letters: b batch, t frames, n tokens, d features, c embedding, h heads, p prompts, g samples per prompt.
+Letters: b batch, t frames, n tokens, d features, c embedding, h heads.
 A motion enters a model RAW (metres or KIT units). Each model owns the statistics it normalises with, so the
 generator's mean and std cannot be mixed up with the scorer's.
 """
-import inspect
 import json
 import math
-import sys
 from collections import Counter
 
 import torch
@@ -24,20 +17,15 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
-from tqdm import tqdm
 
-from common import (
-    InputError, NonFiniteError, TransformerLayer, generator, length_mask, patches, runs, sinusoid)
+from common import InputError, NonFiniteError, TransformerLayer, generator, length_mask, sinusoid
 from common.datasets import Statistics, Vocabulary, collate, half
 from common.metrics import hit_chance, pairwise_distance
 from common.patches import PatchCodec
-from common.runs import cached
+from common.training import cached, source_of, supervised
 
-# ---- 1. Metrics --------------------------------------------------------------------------------------------
+# ---- 1. Encoders -------------------------------------------------------------------------------
 
-
-# ---- 2. The official evaluator (Guo et al. 2022) -----------------------------------------------------------
-# Scoring only: dropout layers of the released code are identities. Attribute names follow its checkpoints.
 
 class MotionEncoderBiGRU(nn.Module):
     """Tokens (b n i) and their counts (b) -> embedding (b c), by the last states of a packed two-way GRU."""
@@ -59,34 +47,11 @@ class MotionEncoderBiGRU(nn.Module):
         return self.output_net(rearrange(last, "two b c -> b (two c)"))
 
 
-def margin_loss(text, motion, negative, margin=10.0):
-    """The official evaluator's training loss, InstructMotion Eq. (1) and MotionRL Eq. (2): d^2 for pairs that
-    belong together, max(0, margin - d)^2 where negative (...) is True; text, motion (... c) -> mean.
-
-    (InstructMotion says that y = 1 marks the matched pairs; its formula and the cited code say the opposite.)
-    """
-    distance = (text - motion).square().sum(-1).clamp(min=1e-12).sqrt()
-    return torch.where(negative, (margin - distance).clamp(min=0), distance).square().mean()
-
-
-def margin_pairs(margin):
-    """margin_loss as a loss for train_retrieval. Not in the papers: embeddings of unit length, every other
-    motion of the batch as a negative instead of one, matched and mismatched pairs weighted alike."""
-    def loss(text, motion, duplicates):
-        text, motion = F.normalize(text, dim=-1), F.normalize(motion, dim=-1)
-        own = torch.eye(len(text), dtype=torch.bool, device=text.device)
-        t, m = (~(duplicates | own)).nonzero().T
-        matched = margin_loss(text, motion, torch.zeros_like(own[0]), margin)
-        return matched + margin_loss(text[t], motion[m], torch.ones_like(t, dtype=torch.bool), margin)
-    return loss
-
-
-# ---- 3. TMR (Petrovich et al. 2023) ------------------------------------------------------------------------
-# Attention is made of plain linears: fused kernels have no second derivative, and LoRA can wrap a linear.
-# Not in the paper: no dropout (.1 there), so that a network is one function, in training and in scoring.
-
 class TMREncoder(nn.Module):
-    """Sequence (b n i) and mask (b n) -> (b 2 c): the mean and the log variance of a latent."""
+    """Sequence (b n i) and mask (b n) -> (b 2 c): the mean and the log variance of a latent.
+
+    Not in the paper: no dropout (.1 there), so that a network is one function, in training and in scoring.
+    """
 
     def __init__(self, input_size, latent=256, ff=1024, layers=6, heads=4):
         super().__init__()
@@ -118,7 +83,7 @@ def info_nce(text, motion, temperature=0.1, duplicates=None):
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-# ---- 4. Our retrieval models -------------------------------------------------------------------------------
+# ---- 2. The models ------------------------------------------------------------------------------
 
 def freeze(model):
     """Eval mode, no gradients into the weights (gradients to the input still flow). Returns the model."""
@@ -229,31 +194,7 @@ class RetrievalModel(nn.Module):
         return model
 
 
-class Mean(nn.Module):
-    """Several retrieval models as one, whose score is the mean of theirs."""
-
-    def __init__(self, models):
-        super().__init__()
-        self.models = nn.ModuleList(models)
-
-    def _join(self, parts):
-        """Embeddings [(b c)] -> (b sum of c), of which the dot product is the mean of the cosines."""
-        return torch.cat([F.normalize(part, dim=-1) for part in parts], -1) / math.sqrt(len(self.models))
-
-    def embed_motion(self, features, lengths):
-        """Raw features (b t d), lengths (b) -> unit embeddings (b c)"""
-        return self._join([model.embed_motion(features, lengths) for model in self.models])
-
-    def embed_text(self, captions):
-        """Captions (list of b) -> unit embeddings (b c)"""
-        return self._join([model.embed_text(captions) for model in self.models])
-
-    def similarity(self, features, lengths, captions):
-        """Mean cosine (b) of each motion with its caption."""
-        return (self.embed_motion(features, lengths) * self.embed_text(captions)).sum(-1)
-
-
-# ---- 5. Training and scoring them --------------------------------------------------------------------------
+# ---- 3. Training and scoring them ---------------------------------------------------------------
 
 def signature(attributes):
     """A caption's attributes as one string, to be compared; None where nothing can be checked."""
@@ -282,28 +223,18 @@ def inverse_document_frequency(ids, size):
     return torch.tensor([math.log((1 + len(ids)) / (1 + counts[word])) + 1 for word in range(size)])
 
 
-def rise_and_cosine(optimiser, iterations):
-    """Learning-rate schedule: rises over the first twentieth, falls as a cosine."""
-    warmup = max(1, iterations // 20)
-    return torch.optim.lr_scheduler.LambdaLR(optimiser, lambda i: min(1.0, (i + 1) / warmup) * 0.5 * (
-        1 + math.cos(math.pi * max(0, i - warmup) / max(1, iterations - warmup))))
-
-
 def train_retrieval(model, clips, *, whitening=0.5, iterations=900, batch=96, lr=2e-3, seed=0, noise=0.3,
-                    word_drop=0.1, temperature=0.1, weight_decay=1e-2, progress=True,
-                    label="retrieval model", loss=None):
-    """Train on (motion, random caption) pairs; one generator makes every draw: a seed is a run.
+                    word_drop=0.1, label="retrieval model", loss=None):
+    """Train on (motion, random caption) pairs -> {"loss", "top1"}, see training.supervised. top1 is the share
+    of motions that find their own caption, or one that means the same, in the batch.
 
-    loss(text, motion, duplicates) -> scalar, by default InfoNCE at `temperature`.
-
-    Input noise and dropped words are the regularisers. Not in TMR: the contrastive loss alone, no decoder, no
-    sampling; duplicates are found by attributes or words instead of a sentence model. Returns {"loss": [...],
-    "top1": [...]}, one value an iteration (top1: share of motions that find their own caption, or one that
-    means the same, in the batch); the model is left in eval mode.
+    loss(text, motion, duplicates) -> scalar, by default InfoNCE. One generator makes every draw, so a seed is
+    a run. Input noise and dropped words are the regularisers. Not in TMR: the contrastive loss alone, no
+    decoder, no sampling; duplicates are found by attributes or words instead of a sentence model.
     """
     if len(clips) < 2:
         raise InputError(f"{label}: needs at least two training clips, got {len(clips)}")
-    generator, device = torch.Generator().manual_seed(seed), model.words.device
+    g, device = torch.Generator().manual_seed(seed), model.words.device
     model.codec.fit(clips, Statistics(model.codec.mean, model.codec.std, role="scorer"), whitening=whitening)
     # The basis is fixed, so every clip is tokenised once, not once an iteration.
     tokens = []
@@ -316,38 +247,32 @@ def train_retrieval(model, clips, *, whitening=0.5, iterations=900, batch=96, lr
     signatures = [signature(a) for clip in clips for a in clip.attributes]
     idf = inverse_document_frequency(ids, len(model.words))
 
-    model.train()
-    parameters = list(model.parameters())
-    optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
-    schedule = rise_and_cosine(optimiser, iterations)
-    curves = {"loss": [], "top1": []}
-    bar = tqdm(range(iterations), desc=label, disable=not progress, mininterval=1.0)
-    for iteration in bar:
-        rows = torch.randperm(len(clips), generator=generator)[:batch]
-        draw = torch.rand(len(rows), generator=generator)
+    def batch_loss(iteration):
+        rows = torch.randperm(len(clips), generator=g)[:batch]
+        draw = torch.rand(len(rows), generator=g)
         lines = offsets[rows] + (draw * (offsets[rows + 1] - offsets[rows])).long()    # a random caption
         duplicates = duplicate_pairs(ids[lines], [signatures[line] for line in lines.tolist()], idf)
         duplicates = duplicates.to(device)
         counts = torch.tensor([len(tokens[row]) for row in rows.tolist()], device=device)
         motion = pad_sequence([tokens[row] for row in rows.tolist()], batch_first=True)       # b n k
-        motion = motion + noise * torch.randn(motion.shape, generator=generator).to(device)
-        dropped = (torch.rand(ids[lines].shape, generator=generator) < word_drop) & mask[lines]
+        motion = motion + noise * torch.randn(motion.shape, generator=g).to(device)
+        dropped = (torch.rand(ids[lines].shape, generator=g) < word_drop) & mask[lines]
         words = ids[lines].masked_fill(dropped, 1).to(device)
         text = model.encode_text(words, mask[lines].to(device))
         motion = model.encode_motion(motion, counts)
-        value = loss(text, motion, duplicates) if loss else info_nce(text, motion, temperature, duplicates)
-        curves["loss"].append(runs.descend(value, parameters, optimiser, schedule,
-                                           f"{label}, iteration {iteration}", "huge values in the data?"))
         with torch.no_grad():
             best = (F.normalize(motion, dim=-1) @ F.normalize(text, dim=-1).T).argmax(1)
-            curves["top1"].append(duplicates[torch.arange(len(rows)), best].double().mean().item())
-        bar.set_postfix(loss=f"{curves['loss'][-1]:.3f}", top1=f"{curves['top1'][-1]:.2f}", refresh=False)
+            found = duplicates[torch.arange(len(rows)), best].double().mean().item()
+        return (loss or info_nce)(text, motion, duplicates=duplicates), {"top1": found}
+
+    model.train()
+    notes = supervised(label, model.parameters(), batch_loss, iterations=iterations, lr=lr)
     model.eval()
-    return curves
+    return notes
 
 
 def fit_retrieval(family, clips, *, feat_bias=5.0, seed=0, width=64, layers=2, patch=4, **training):
-    """Vocabulary, scorer statistics, model and training in one call -> (frozen model, curves).
+    """Vocabulary, scorer statistics, model and training in one call -> (frozen model, notes).
 
     feat_bias > 1 makes the few root and contact features weigh as much as the many rotations: without it
     turning left and turning right look alike to the model.
@@ -355,8 +280,8 @@ def fit_retrieval(family, clips, *, feat_bias=5.0, seed=0, width=64, layers=2, p
     vocabulary = Vocabulary.from_captions([c for clip in clips for c in clip.captions])
     statistics = Statistics.from_clips(clips, "scorer", feat_bias=feat_bias)
     model = RetrievalModel(family, vocabulary, statistics, width=width, layers=layers, patch=patch, seed=seed)
-    curves = train_retrieval(model, clips, seed=seed, label=f"{family} retrieval", **training)
-    return freeze(model), curves
+    notes = train_retrieval(model, clips, seed=seed, label=f"{family} retrieval", **training)
+    return freeze(model), notes
 
 
 @torch.no_grad()
@@ -416,43 +341,44 @@ def retrieval_score(model, clips, *, pool=32, seed=0):
             | {f"R{k}_same": value for k, value in enumerate(same, 1)} | {"pool": pool, "chance": 1 / pool})
 
 
-INFO_NCE = ("infonce", None)  # name and function of a loss for train_retrieval
+def scorer(name, domains, *, family, number, iterations, seed, cache_dir, use_cache, device, target=None,
+           loss_name="infonce", loss=None):
+    """A retrieval model of a family, trained or from the cache -> frozen model, notes.
 
-
-def rewards_and_judge(seen, domains, *, saw, iterations, seed, cache_dir, use_cache, device,
-                      losses=(INFO_NCE,), families=("transformer",), target=None):
-    """Scorers to be optimised, and the judge that never is: other family, seed and half of the clips.
-
-    seen: data sets that the reward models learn from (`saw` is their name for the notes); the judge learns
-    from all `domains`, by InfoNCE. They share no clip. losses, name and function for train_retrieval, and
-    families: a reward model for each pair, the seeds of families two apart. Cached. -> the reward models,
-    the judge, {"reward", "reward 2" ... and "judge": what it saw, and how well it finds the motion of a
-    caption among 32 of the val split of `target`, by default the last domain}.
+    domains: the data sets it learns from. Of their train splits it sees every second recording: `number` is
+    added to the seed, and tells which half. loss: see train_retrieval; loss_name tells it, with its numbers,
+    from others in the cache. The notes say how well it finds the motion of a caption among 32 of the val
+    split of `target`, by default the last domain.
     """
     target = target or domains[-1]
-    models, notes, validation = [], {}, target.splits["val"]
-    pairs = [(2 * k, family, loss) for k, family in enumerate(families) for loss in losses]
-    wanted = [(f"reward {n + 1}" if n else "reward", number, family, seen, saw, loss)
-              for n, (number, family, loss) in enumerate(pairs)]
-    wanted.append(("judge", 1, "bigru", domains, "all", INFO_NCE))
-    for name, number, family, read, title, (loss_name, function) in wanted:
-        clips = [clip for domain in read for clip in half(domain.splits["train"], number % 2)]
+    clips = [clip for domain in domains for clip in half(domain.splits["train"], number % 2)]
 
-        def build():
-            model, _ = fit_retrieval(family, clips, seed=seed + number, iterations=iterations, loss=function)
-            return {"model": model.export(), "retrieval": retrieval_score(model, validation)}
+    def build():
+        model, _ = fit_retrieval(family, clips, seed=seed + number, iterations=iterations, loss=loss)
+        return {"model": model.export(), "retrieval": retrieval_score(model, target.splits["val"])}
 
-        code = [inspect.getsource(sys.modules[__name__]), inspect.getsource(patches)]
-        key = [[domain.fingerprint for domain in read], target.fingerprint, family, loss_name, number,
-               seed, iterations, code]
-        stored = cached(cache_dir, key, build, name.split()[0], use_cache)
-        models.append(freeze(RetrievalModel.load(stored["model"]).to(device)))
-        notes[name] = {"family": family, "loss": loss_name,
-                       "saw": f"{len(clips)} train clips of {title} (half {number % 2})",
-                       "target_val_retrieval": stored["retrieval"]}
-        print(f"  {name}: {family}, {loss_name}, saw {notes[name]['saw']}; "
-              f"R@1 on target val {stored['retrieval']['R1']:.2f}")
-    return *models, notes
+    code = source_of(RetrievalModel, TMREncoder, MotionEncoderBiGRU, TransformerLayer, PatchCodec, info_nce,
+                     duplicate_pairs, train_retrieval, fit_retrieval, *([loss] if loss else []))
+    key = [[domain.fingerprint for domain in domains], target.fingerprint, family, loss_name, number,
+           seed, iterations, code]
+    stored = cached(cache_dir, key, build, name.split()[0], use_cache)
+    notes = {"family": family, "loss": loss_name, "target_val_retrieval": stored["retrieval"],
+             "saw": f"{len(clips)} train clips of {' and '.join(d.label for d in domains)} (half {number % 2})"}
+    print(f"  {name}: {family}, {loss_name}, saw {notes['saw']}; "
+          f"R@1 on target val {stored['retrieval']['R1']:.2f}")
+    return freeze(RetrievalModel.load(stored["model"]).to(device)), notes
+
+
+def reward_model(domains, *, family="transformer", number=0, name="reward", **options):
+    """A scorer that is meant to be optimised -> model, notes. For a second one of another family, give
+    `number` 2, so that both learn from the same half, which the judge never sees. See scorer."""
+    return scorer(name, domains, family=family, number=number, **options)
+
+
+def judge(domains, **options):
+    """The scorer that is never optimised: of another family than the reward model, with another seed and the
+    other half of the clips -> model, notes. See scorer."""
+    return scorer("judge", domains, family="bigru", number=1, **options)
 
 
 def wrong_captions(captions, seed):
@@ -462,4 +388,21 @@ def wrong_captions(captions, seed):
     return {captions[a]: captions[b] for a, b in zip(order, order[1:] + order[:1])}
 
 
-# ---- 6. The benchmark --------------------------------------------------------------------------------------
+def control(kind, reward, captions, seed):
+    """The reward as training asks for it, or a control from which nothing can be learnt in its place.
+
+    kind: "random" is a draw for each motion, "shuffled" the reward of a fixed wrong caption; any other kind
+    is the reward itself. captions: all that training may ask for.
+    -> score(motion, lengths, captions, *more, iteration=..., numbers=...) -> (b) on the CPU; numbers name
+    the motions of an iteration.
+    """
+    wrong = wrong_captions(captions, seed)
+
+    def score(motion, lengths, captions, *more, iteration, numbers):
+        if kind == "random":
+            draws = (generator(seed, iteration, "random_reward", k) for k in numbers)
+            return torch.stack([torch.randn((), generator=g) for g in draws])
+        if kind == "shuffled":
+            captions = [wrong[caption] for caption in captions]
+        return reward(motion, lengths, captions, *more).cpu()
+    return score

@@ -7,8 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from common import published
-from common import InputError, pretraining, tokenizer
+from common import InputError, pretraining, published, tokenizer
 from common.datasets import Vocabulary
 from common.motion_gpt import MotionGPT
 from common.published import t2m_gpt

@@ -13,9 +13,9 @@ from einops import rearrange
 from torch import nn
 from tqdm import tqdm
 
-from common import published
 from common import (
-    InputError, NonFiniteError, datasets, features, generator, length_mask, patches, runs)
+    InputError, NonFiniteError, datasets, features, generator, length_mask, patches, published,
+    training)
 from common.published import t2m_gpt
 from common.retrieval import freeze
 
@@ -224,7 +224,7 @@ def build(dataset, *, codes, width, frames_per_token, iterations, batch, seed, c
     skeleton, clips = dataset.skeleton, dataset.splits["train"]
     halvings = (frames_per_token or (4 if skeleton.fps > 15 else 2)) // 2
     vq = VQVAE(skeleton.feature_dim, width, code_dim, codes, halvings)
-    runs.initialise(vq, generator(seed, 0, "tokenizer"))
+    training.initialise(vq, generator(seed, 0, "tokenizer"))
 
     def train():
         notes = train_tokenizer(vq.to(device), clips, skeleton, iterations=iterations, lr=lr, batch=batch,
@@ -235,7 +235,7 @@ def build(dataset, *, codes, width, frames_per_token, iterations, batch, seed, c
     code = [inspect.getsource(part) for part in parts]
     key = [dataset.fingerprint, code, features.PATCH_WEIGHTS, halvings, codes, code_dim, width, iterations,
            lr, batch, patch_weight, seed]
-    stored = runs.cached(cache_dir, key, train, "tokenizer", use_cache)
+    stored = training.cached(cache_dir, key, train, "tokenizer", use_cache)
     vq.load_state_dict(stored.pop("model"))
     print("  tokenizer: " + ", ".join(f"{name} {value:.3g}" for name, value in stored.items()))
     return freeze(vq.to(device)), stored

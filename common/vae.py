@@ -9,19 +9,14 @@ Not in the paper: it reads patches of four frames in principal components (commo
 frames, has several small latents instead of one of 256 numbers, sinusoidal positions and no dropout.
 Letters: b batch, t frames, d features, n patches, p components of a patch, k latent tokens, c their width.
 """
-import inspect
-import sys
-
-import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import repeat
 from torch import nn
-from tqdm import tqdm
 
-from common import (
-    InputError, TransformerLayer, datasets, generator, length_mask, padded, patches, retrieval,
-    runs, sinusoid)
+from common import InputError, TransformerLayer, datasets, generator, length_mask, padded, sinusoid
+from common.patches import PatchCodec
+from common.training import cached, initialise, source_of, supervised
 
 
 def gaussian_kl(mu_q, logvar_q, mu_p, logvar_p):
@@ -64,7 +59,7 @@ class MotionVAE(nn.Module):
         super().__init__()
         patch_dims, ff = patch_dims or patch * feature_dim, 2 * width
         self.patch, self.tokens, self.dims = patch, tokens, dims
-        self.patches = patches.PatchCodec(patch, feature_dim, patch_dims)
+        self.patches = PatchCodec(patch, feature_dim, patch_dims)
         self.queries = nn.Parameter(torch.zeros(2 * tokens, width))  # of means and log variances [MLD]
         self.project_in = nn.Linear(patch_dims, width)
         self.encoder = Skips([TransformerLayer(width, heads, ff) for _ in range(layers)], width)
@@ -115,62 +110,58 @@ class MotionVAE(nn.Module):
 
 
 def train_vae(vae, clips, device, *, iterations, batch, lr, kl_weight, seed):
-    """Learn to give the clips' patches back from sampled latents -> losses: smooth L1 + kl_weight KL [MLD].
+    """Learn to give the clips' patches back from sampled latents -> {"loss"}: smooth L1 + kl_weight KL [MLD].
 
     Afterwards the latents of the clips are standardised.
     """
-    parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
     encoded = [vae.patches.encode(torch.from_numpy(clip.features)[None].to(device))[0] for clip in clips]
-    optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-2)
-    rates = retrieval.rise_and_cosine(optimiser, iterations)
-    losses, bar = [], tqdm(range(iterations), desc="VAE", mininterval=1.0)
-    for iteration in bar:
+
+    def loss(iteration):
         g = generator(seed, iteration, "vae")
         x, mask = padded([encoded[k] for k in torch.randint(len(encoded), (batch,), generator=g).tolist()])
         mu, logvar = vae.posterior(x, mask)
         z = mu + (logvar / 2).exp() * torch.randn(mu.shape, generator=g).to(device)
         error = F.smooth_l1_loss(vae.reconstruct(z, mask), x, reduction="none") * mask[..., None]
-        loss = error.sum() / (mask.sum() * x.shape[-1])
-        loss = loss + kl_weight * gaussian_kl(mu, logvar, torch.zeros_like(mu), torch.zeros_like(mu))
-        losses.append(runs.descend(loss, parameters, optimiser, rates, f"VAE, iteration {iteration}",
-                                   "huge values in the data?"))
-        bar.set_postfix(loss=f"{np.mean(losses[-100:]):.4f}", refresh=False)
+        kl = gaussian_kl(mu, logvar, torch.zeros_like(mu), torch.zeros_like(mu))
+        return error.sum() / (mask.sum() * x.shape[-1]) + kl_weight * kl
+
+    notes = supervised("VAE", vae.parameters(), loss, iterations=iterations, lr=lr)
     with torch.no_grad():
         means = torch.cat([vae.posterior(*padded(encoded[k:k + 256]))[0]
                            for k in range(0, len(encoded), 256)])
     vae.mean.copy_(means.mean(0))
     vae.std.copy_(means.std(0).clamp(min=1e-6))
-    return losses
+    return notes
 
 
-def fit_vae(vae, clips, weights, device, *, shaped_by, seed, cache_dir, cache, iterations, batch=64, lr=2e-3,
-            kl_weight=1e-4):
+def fit_vae(vae, clips, weights, *, shaped_by, seed, device, cache_dir, use_cache, iterations, batch=64,
+            lr=2e-3, kl_weight=1e-4):
     """Give the VAE its weights: trained on the clips, or cached -> notes. It is frozen afterwards.
 
     weights (d): how much each number of a frame counts in the patches. shaped_by: plain data that name the
     clips; part of the cache's key.
     """
-    runs.initialise(vae.requires_grad_(True), generator(seed, 0, "initialise VAE"))
+    initialise(vae.requires_grad_(True), generator(seed, 0, "initialise VAE"))
 
     def build():
         statistics = datasets.Statistics.from_clips(clips, role="generator")
         kept = vae.patches.fit(clips, statistics, weights)
-        losses = train_vae(vae.to(device), clips, device, iterations=iterations, batch=batch, lr=lr,
-                           kl_weight=kl_weight, seed=seed)
-        return {"vae": vae.state_dict(), "variance_kept": kept, "loss": float(np.mean(losses[-100:]))}
+        notes = train_vae(vae.to(device), clips, device, iterations=iterations, batch=batch, lr=lr,
+                          kl_weight=kl_weight, seed=seed)
+        return {"vae": vae.state_dict(), "variance_kept": kept, **notes}
 
-    code = [inspect.getsource(part) for part in (sys.modules[__name__], patches, TransformerLayer)]
+    code = source_of(Skips, MotionVAE, PatchCodec, TransformerLayer, train_vae, supervised)
     shape = {name: list(value.shape) for name, value in vae.state_dict().items()}
     key = [shaped_by, shape, vae.patch, weights.tolist(), iterations, batch, lr, kl_weight, seed, code]
-    stored = runs.cached(cache_dir, key, build, "vae", cache)
+    stored = cached(cache_dir, key, build, "vae", use_cache)
     vae.load_state_dict(stored.pop("vae"))
-    retrieval.freeze(vae.to(device))
+    vae.to(device).eval().requires_grad_(False)
     print(f"  VAE: {vae.tokens} latents of {vae.dims}; loss {stored['loss']:.4f}")
     return {"vae": stored}
 
 
 def reconstruction(vae, clips):
-    """A sampler (common/reports.py) that gives the clips themselves, through the VAE: the ceiling."""
+    """A sampler (common/evaluate.py) that gives the clips themselves, through the VAE: the ceiling."""
     @torch.no_grad()
     def sampler(captions, lengths, purpose, repeat):
         motion = datasets.collate(clips).motion.to(vae.mean.device)

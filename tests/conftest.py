@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from common import reports
+from common import evaluate
 from tests.run_helpers import SMALL, Finished
 
 
@@ -28,7 +28,7 @@ def elsewhere(tmp_path, monkeypatch):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Drawing is most of a small run."""
-    monkeypatch.setattr(reports, "draw", lambda *args, **named: None)
+    monkeypatch.setattr(evaluate, "draw", lambda *args, **named: None)
 
 
 @pytest.fixture

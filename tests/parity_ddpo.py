@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from common import lora, samplers
-from common.tracker import PromptTracker
+from results.studies import PromptTracker
 
 SCHEDULES = {"linear": "linear", "scaledlinear": "scaled_linear", "cosine": "cosine"}
 FINALS = {"zero": "zero", "smin": "sigma_min"}

@@ -6,8 +6,7 @@ load them as they are.
 import numpy as np
 import torch
 
-from common import published
-from common import metrics, perception
+from common import metrics, perception, published
 from common.published import motion_critic
 from tests.parity_ddpo import Rows
 

@@ -7,8 +7,7 @@ import numpy as np
 import torch
 from einops import rearrange
 
-from common import published
-from common import diagnostics, motion_gpt, pretraining, retrieval, tokenizer
+from common import diagnostics, motion_gpt, pretraining, published, retrieval, tokenizer
 from common.published import t2m_gpt
 from tests.parity_ddpo import Rows
 

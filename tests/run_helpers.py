@@ -15,7 +15,7 @@ import ddpo_motion
 import pareto_motion
 import ppo_motion
 import stepwise_motion
-from common import datasets, pretraining, render, retrieval, runs
+from common import datasets, pretraining, render, retrieval, runs, training
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -207,7 +207,7 @@ def two_processes(script, flags, folder):
 
 def only_cached(monkeypatch):
     """From here on nothing may be built -> list that the names of what is loaded are added to."""
-    cached, asked = runs.cached, []
+    cached, asked = training.cached, []
 
     def stored(folder, key, build, name, *options):
         asked.append(name)

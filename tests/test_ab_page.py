@@ -8,8 +8,9 @@ import subprocess
 import numpy as np
 import pytest
 
-from common import InputError, ab_page
+from common import InputError
 from common.features import T2M
+from results import ab_page
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 CAPTIONS = ["a person walks", 'she says "stop" & </script><b>turns</b>', "waves, twice", "a person kicks"]

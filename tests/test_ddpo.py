@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 
 import ddpo_motion as ddpo
-from common import NonFiniteError, datasets, generator, lora, retrieval, runs, samplers
+from common import NonFiniteError, datasets, generator, lora, retrieval, runs, samplers, training
 
 CAPTIONS = ["a person walks forward", "someone turns left slowly", "a man waves",
             "a person jumps twice and claps"]
@@ -19,7 +19,7 @@ CAPTIONS = ["a person walks forward", "someone turns left slowly", "a man waves"
 def tiny_model(**changes):
     args = ddpo.Args(**{**dict(width=16, layers=2, patch_dims=8, heads=2), **changes})
     model = ddpo.MotionDiffusion(args, datasets.Vocabulary.from_captions(CAPTIONS), 263)
-    runs.initialise(model, generator(0, 0, "initialise"))
+    training.initialise(model, generator(0, 0, "initialise"))
     basis = torch.randn(model.codec.basis.shape, generator=generator(0, 0, "basis"))
     model.codec.basis.copy_(torch.linalg.qr(basis)[0])
     return args, model.requires_grad_(False).eval()
@@ -245,7 +245,7 @@ def latent_policy(**changes):
     args = ddpo.Args(**{**known, **changes})
     with torch.random.fork_rng(devices=[]):
         model = ddpo.LatentDiffusion(args, datasets.Vocabulary.from_captions(CAPTIONS), 263)
-    runs.initialise(model, generator(0, 0, "initialise"))
+    training.initialise(model, generator(0, 0, "initialise"))
     basis = torch.randn(model.codec.patches.basis.shape, generator=generator(0, 0, "basis"))
     model.codec.patches.basis.copy_(torch.linalg.qr(basis)[0])
     policy = ddpo.make_policy(args, model, 40, torch.device("cpu"))

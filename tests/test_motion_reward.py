@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from common import (
     InputError, NonFiniteError, datasets, features, generator, length_mask, lora, motion_reward,
-    perception, representations, retrieval, runs, vae)
+    perception, representations, retrieval, training, vae)
 from common.representations import REPRESENTATIONS, from_features
 
 KIT, T2M = features.KIT, features.T2M
@@ -78,7 +78,7 @@ def random_model(skeleton=T2M, has_heads=True, k=0):
     """All weights at random, those of the adapters and the statistics too: zeros would hide a mistake."""
     vocabulary = datasets.Vocabulary(["a", "person", "walks", "turns", "left"])
     model = motion_reward.MotionReward(vocabulary, skeleton, **SMALL, has_heads=has_heads)
-    runs.initialise(model, generator(0, k, "weights"))
+    training.initialise(model, generator(0, k, "weights"))
     for number, parameter in enumerate(model.parameters()):
         parameter.data.add_(0.3 * normal(*parameter.shape, k=100 * k + number))
     for name, codec in model.codecs.items():

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from common import published
 from common import (
-    InputError, NonFiniteError, datasets, features, generator, length_mask, perception, retrieval,
-    runs, tokenizer)
+    InputError, NonFiniteError, datasets, features, generator, length_mask, perception, published,
+    retrieval, tokenizer, training)
 from common.published import motion_critic
 
 KIT, T2M, CPU = features.KIT, features.T2M, torch.device("cpu")
@@ -37,7 +36,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def vq(data, one_thread):
     vq = tokenizer.VQVAE(251, 24, 16, 64, 1)
-    runs.initialise(vq, generator(0, 0, "tokenizer"))
+    training.initialise(vq, generator(0, 0, "tokenizer"))
     tokenizer.train_tokenizer(vq, data.splits["train"], KIT, iterations=120, lr=3e-3, batch=16,
                               patch_weight=1.0, seed=0, device="cpu")
     return retrieval.freeze(vq)

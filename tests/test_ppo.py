@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 
 import ppo_motion as ppo
-from common import NonFiniteError, datasets, diagnostics, generator, retrieval, runs, token_policy
+from common import (
+    NonFiniteError, datasets, diagnostics, generator, retrieval, runs, token_policy, training)
 from tests.token_helpers import (CAPTIONS, COMPOSED, WIDTH, Never, normal, plans, retrieval_model, small_gpt,
                                  tiny_clips, tiny_policy, uniforms)
 
@@ -757,8 +758,8 @@ def test_broken_numbers_stop_the_update():
 
 
 def test_the_learning_rate_rises_then_falls_to_nothing():
-    assert [runs.rise_and_fall(k, 4, 0) for k in range(5)] == [1.0, 0.75, 0.5, 0.25, 0.0]
-    assert [runs.rise_and_fall(k, 10, 4) for k in (0, 1, 3, 5)] == pytest.approx([0.25, 0.5 * 0.9, 0.7, 0.5])
+    assert [training.rise_and_fall(k, 4, 0) for k in range(5)] == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert [training.rise_and_fall(k, 10, 4) for k in (0, 1, 3, 5)] == pytest.approx([0.25, 0.5 * 0.9, 0.7, 0.5])
 
 
 # ---- the loop ----------------------------------------------------------------------------------------------

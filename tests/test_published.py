@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import published
-from common import InputError, generator, retrieval, runs, text, tokenizer
+from common import InputError, generator, published, retrieval, runs, text, tokenizer, training
 from common.motion_gpt import MotionGPT
 from common.published import t2m_gpt
 
@@ -23,14 +22,14 @@ def normal(*shape, k=0):
 
 def own_vq(halvings=1):
     vq = tokenizer.VQVAE(WIDTH, 6, 5, 7, halvings)
-    runs.initialise(vq, generator(0, 0, "vq"))
+    training.initialise(vq, generator(0, 0, "vq"))
     vq.quantizer.codebook.copy_(normal(7, 5))
     return retrieval.freeze(vq)
 
 
 def own_gpt():
     gpt = MotionGPT(7, 10, 8, 2, 3, 2, 6)
-    runs.initialise(gpt, generator(0, 0, "gpt"))
+    training.initialise(gpt, generator(0, 0, "gpt"))
     return retrieval.freeze(gpt)
 
 

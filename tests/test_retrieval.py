@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import InputError, NonFiniteError, length_mask, metrics, reports, retrieval as ev
+from common import InputError, NonFiniteError, evaluate, length_mask, metrics, retrieval as ev
 from common.datasets import Clip, Statistics, Vocabulary, collate, load_dataset
 from common.published import evaluator, tmr
 from tests.parity_evaluators import check
@@ -324,18 +324,18 @@ def test_learns_to_retrieve_held_out_clips(family, embedded):
     batch = collate(test)
     real = (batch.motion, batch.lengths, batch.captions)
     with pytest.warns(UserWarning, match="biased"):
-        gt = reports.benchmark(model, real, real, generator=torch.Generator().manual_seed(0))
+        gt = evaluate.benchmark(model, real, real, generator=torch.Generator().manual_seed(0))
         # Captions shifted by one: the same set of motions, so FID stays; what looks at the text gets worse.
         shifted = (*real[:2], batch.captions[1:] + batch.captions[:1])
-        wrong = reports.benchmark(model, shifted, real, generator=torch.Generator().manual_seed(0))
-        frozen = reports.benchmark(model, (batch.motion[:, :1].expand_as(batch.motion), *real[1:]), real,
+        wrong = evaluate.benchmark(model, shifted, real, generator=torch.Generator().manual_seed(0))
+        frozen = evaluate.benchmark(model, (batch.motion[:, :1].expand_as(batch.motion), *real[1:]), real,
                               generator=torch.Generator().manual_seed(0))
     assert all(np.isfinite(value) for value in gt.values())
     assert gt["fid"] < 1e-4 and wrong["fid"] < 1e-4 and frozen["fid"] > 0.05
     assert wrong["judge"] < gt["judge"] - 0.1 and wrong["mm_dist"] > gt["mm_dist"]
     assert wrong["r_precision_top3"] < gt["r_precision_top3"] - 0.2 and gt["r_precision_pool"] == 32
     repeated = batch.motion[:6].unsqueeze(1).expand(-1, 3, -1, -1)
-    assert reports.benchmark_multimodality(model, repeated, batch.lengths[:6, None].expand(-1, 3),
+    assert evaluate.benchmark_multimodality(model, repeated, batch.lengths[:6, None].expand(-1, 3),
                                       generator=torch.Generator().manual_seed(0)) < 1e-4
 
 

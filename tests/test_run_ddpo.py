@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import ddpo_motion as ddpo
-from common import datasets, features, render, retrieval, runs
+from common import datasets, features, render, retrieval, runs, training
 from tests import run_helpers as helpers
 from tests.run_helpers import all_finite, log_rows, products
 
@@ -224,14 +224,14 @@ def test_a_gradient_that_is_nan(finished, tmp_path, monkeypatch, no_pictures):
     """No optimiser step is taken and the checkpoint before it stays."""
     steps, step = [], torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *args: steps.append(1) or step(self, *args))
-    reduce = runs.all_reduce_grads
+    reduce = training.all_reduce_grads
 
     def poisoned(parameters):
         reduce(parameters)
         if len(steps) == 3:  # the second minibatch of iteration 1
             parameters[0].grad[0, 0] = math.inf
 
-    monkeypatch.setattr(runs, "all_reduce_grads", poisoned)
+    monkeypatch.setattr(training, "all_reduce_grads", poisoned)
     code, _, err = call(*finished.flags, "--out-dir", tmp_path / "run")
     assert code == 3 and "gradient norm" in err.splitlines()[-1] and len(steps) == 3
     state = runs.load_checkpoint(tmp_path / "run" / "checkpoint.pt", kind="ddpo-run")
@@ -310,7 +310,7 @@ def shared_cache(finished, tmp_path):
 
 def train_scorers(finished, cache, monkeypatch, *flags):
     """Train both scorers -> [(family, clips they saw)], source, target, reward model, their cache keys."""
-    fit, saw, keys, cached = retrieval.fit_retrieval, [], {}, runs.cached
+    fit, saw, keys, cached = retrieval.fit_retrieval, [], {}, training.cached
 
     def watched(family, clips, **options):
         saw.append((family, clips))
@@ -322,7 +322,7 @@ def train_scorers(finished, cache, monkeypatch, *flags):
 
     with monkeypatch.context() as patch:
         patch.setattr(retrieval, "fit_retrieval", watched)
-        patch.setattr(runs, "cached", noted)
+        patch.setattr(training, "cached", noted)
         args = parse(*finished.flags, "--cache-dir", cache, *flags)
         source, target = datasets.load_pair(
             args.source, args.dataset, clips=(args.source_clips, args.target_clips), data_root=args.data_root,
@@ -487,7 +487,7 @@ def test_what_is_left_out_is_seen_by_none(finished, tmp_path, monkeypatch, no_ev
 @pytest.mark.parametrize("flags", ([], ["--kl-coef", 0, "--inner-epochs", 2, "--kept-samples", 0],
                                    ["--guidance-scale", 2, "--skip-last", 2, "--minibatches", 4]))
 def test_costs_are_what_is_called(finished, tmp_path, monkeypatch, no_evaluation, flags):
-    calls, updates, forward, clip = [], [], ddpo.MotionDiffusion.forward, runs.clip_gradients
+    calls, updates, forward, clip = [], [], ddpo.MotionDiffusion.forward, training.clip_gradients
 
     def counted(self, x_t, *rest):
         calls.append(len(x_t) * (2 if torch.is_grad_enabled() else 1))
@@ -497,7 +497,7 @@ def test_costs_are_what_is_called(finished, tmp_path, monkeypatch, no_evaluation
         updates.append(1)
         return clip(*given)
     monkeypatch.setattr(ddpo.MotionDiffusion, "forward", counted)
-    monkeypatch.setattr(runs, "clip_gradients", updated)
+    monkeypatch.setattr(training, "clip_gradients", updated)
     flags = [*finished.flags, "--iterations", 2, "--eval-every", 9, *flags]
     assert call(*flags, "--out-dir", tmp_path / "run")[0] == 0
     log = log_rows(tmp_path / "run")

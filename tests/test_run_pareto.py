@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import pareto_motion as pareto
-from common import generator, runs
+from common import generator, training
 from common.published import motion_critic
 from tests import run_helpers as helpers
 from tests.run_helpers import all_finite, equal, log_rows, products
@@ -203,7 +203,7 @@ def test_prompts_follow_the_preference(finished, tmp_path):
 def test_a_published_critic_takes_the_place_of_ours(finished, tmp_path, no_evaluation):
     """Of the published architecture, with random weights: g is trained for it, and its score is a reward."""
     net = motion_critic.MotionCritic(3, 25, 8, 4, 2, 16, 8, 1, 60)
-    runs.initialise(net, generator(0, 0, "critic"))
+    training.initialise(net, generator(0, 0, "critic"))
     torch.save({"model_state_dict": net.state_dict()}, tmp_path / "critic.pth")
     flags = ["--perception-checkpoint", tmp_path / "critic.pth", "--iterations", 1, "--no-rival"]
     code, out, err = finished.call(*flags, "--out-dir", tmp_path / "run")

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import ppo_motion as ppo
-from common import compose, datasets, features, render, runs, token_policy
+from common import compose, datasets, features, render, runs, token_policy, training
 from tests import run_helpers as helpers
 from tests.run_helpers import all_finite, equal, log_rows, products
 
@@ -290,7 +290,7 @@ def test_a_reward_that_is_nan_leaves_a_report(finished, tmp_path, monkeypatch, n
                                                (-1, "vf_grad_norm inf", "value.bias")])
 def test_a_gradient_that_is_infinite(finished, tmp_path, monkeypatch, no_evaluation, place, norm, name):
     """No optimizer step is taken, the checkpoint before it stays, and the report names the weight."""
-    steps, step, reduce = [], torch.optim.AdamW.step, runs.all_reduce_grads
+    steps, step, reduce = [], torch.optim.AdamW.step, training.all_reduce_grads
 
     def poisoned(parameters):
         reduce(parameters)
@@ -299,7 +299,7 @@ def test_a_gradient_that_is_infinite(finished, tmp_path, monkeypatch, no_evaluat
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", lambda self, *args: steps.append(1) or step(self, *args))
-        patch.setattr(runs, "all_reduce_grads", poisoned)
+        patch.setattr(training, "all_reduce_grads", poisoned)
         code, _, err = call(*finished.flags, "--out-dir", tmp_path / "run", "--reward", "random")
     assert code == 3 and f"iteration 1: {norm}" in err.splitlines()[-1] and len(steps) == 6
     state = checkpoint_of(tmp_path / "run")

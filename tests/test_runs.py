@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import ddpo_motion
-from common import InputError, NonFiniteError, generator, mix, runs
+from common import InputError, NonFiniteError, generator, mix, runs, training
 from common.runs import CsvLog, RunFolder, load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -284,7 +284,7 @@ def test_cache(tmp_path, capsys):
         return {"x": torch.ones(2), "pair": (1, 2)}
 
     def get(key, **options):
-        return runs.cached(tmp_path, key, build, "base", **options)
+        return training.cached(tmp_path, key, build, "base", **options)
 
     first, second = get({"a": 1}), get({"a": 1})
     assert len(calls) == 1 and torch.equal(first["x"], second["x"])
@@ -326,7 +326,7 @@ def rows(path):
 def test_minibatches_split_the_named_samples_over_processes():
     """Every sample is in one minibatch of one process; both processes agree on the sizes."""
     samples = [0, 2, 3, 5, 6, 7, 8, 11]
-    plans = [runs.minibatches(samples, 2, index, 3, generator(0, 0, "shuffle"))
+    plans = [training.minibatches(samples, 2, index, 3, generator(0, 0, "shuffle"))
              for index in (list(range(6)), list(range(6, 12)))]
     for plan in plans:
         assert [size for size, _ in plan] == [4, 4]
@@ -335,7 +335,7 @@ def test_minibatches_split_the_named_samples_over_processes():
              for n in (0, 1) for rank in (0, 1)]
     assert sorted(sum(found, [])) == samples
     assert len(found[0]) + len(found[1]) == len(found[2]) + len(found[3]) == 4
-    whole = runs.minibatches(samples, 2, list(range(12)), 0, generator(0, 0, "shuffle"))
+    whole = training.minibatches(samples, 2, list(range(12)), 0, generator(0, 0, "shuffle"))
     assert sorted(whole[0][1][0]) == sorted(found[0] + found[1])
     assert sorted(whole[1][1][0]) == sorted(found[2] + found[3])
 
@@ -343,8 +343,8 @@ def test_minibatches_split_the_named_samples_over_processes():
 def test_minibatches_keep_samples_apart():
     """In the same minibatches as without, but in no chunk with the others."""
     samples, index, apart = [0, 2, 3, 5, 6, 7, 8, 11], list(range(12)), {2, 6, 7}
-    plan = runs.minibatches(samples, 2, index, 2, generator(0, 0, "shuffle"), apart)
-    whole = runs.minibatches(samples, 2, index, 0, generator(0, 0, "shuffle"))
+    plan = training.minibatches(samples, 2, index, 2, generator(0, 0, "shuffle"), apart)
+    whole = training.minibatches(samples, 2, index, 0, generator(0, 0, "shuffle"))
     for (size, chunks), (_, [rows]) in zip(plan, whole):
         assert sorted(sum(chunks, [])) == sorted(rows) and size == 4
         assert all(len({row in apart for row in chunk}) == 1 and len(chunk) <= 2 for chunk in chunks)
@@ -595,12 +595,12 @@ import torch
 from common import runs
 rank, size = runs.world()
 rows = torch.arange(2.0 * (rank + 1)).reshape(-1, 2) + 10 * rank  # one row on rank 0, two on rank 1
-print(rank, size, runs.all_gather_rows(rows).tolist())
+print(rank, size, training.all_gather_rows(rows).tolist())
 a, b = (torch.zeros(2, requires_grad=True) for _ in range(2))
 (a * (rank + 1.0)).sum().backward()
 if rank == 1:
     (b * 5).sum().backward()
-runs.all_reduce_grads([a, b])
+training.all_reduce_grads([a, b])
 runs.barrier()
 print(a.grad.tolist(), b.grad.tolist())
 """
@@ -621,8 +621,8 @@ def test_two_processes_gather_rows_and_sum_gradients(tmp_path):
 def test_one_process_needs_no_group(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     rows = torch.ones(2, 3)
-    assert runs.world() == (0, 1) and runs.all_gather_rows(rows) is rows
-    runs.all_reduce_grads([rows])
+    assert runs.world() == (0, 1) and training.all_gather_rows(rows) is rows
+    training.all_reduce_grads([rows])
     runs.barrier()
 
 
@@ -652,17 +652,17 @@ def test_descend():
     optimizer = torch.optim.SGD([weight], lr=0.5)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.1)
     weight.grad = torch.full((2,), 9.0)
-    assert runs.descend((4 * weight[0]).square() / 8, [weight], optimizer, schedule, "here", "mend it") == 2.0
+    assert training.descend((4 * weight[0]).square() / 8, [weight], optimizer, schedule, "here", "mend it") == 2.0
     assert weight.tolist() == pytest.approx([0.5, 0.0]) and schedule.get_last_lr() == [pytest.approx(0.05)]
     with pytest.raises(NonFiniteError, match="here: loss nan; mend it"):
-        runs.descend(weight.sum() * math.nan, [weight], optimizer, schedule, "here", "mend it")
+        training.descend(weight.sum() * math.nan, [weight], optimizer, schedule, "here", "mend it")
     assert weight.tolist() == pytest.approx([0.5, 0.0])
 
 
 def test_rewards_that_are_not_finite_name_the_caption():
-    runs.check_rewards(torch.tensor([0.1, -2.0]), ["a", "b"], "here: reward")
+    training.check_rewards(torch.tensor([0.1, -2.0]), ["a", "b"], "here: reward")
     with pytest.raises(NonFiniteError, match="here: reward inf for 'b'"):
-        runs.check_rewards(torch.tensor([0.1, math.inf, math.nan]), ["a", "b", "c"], "here: reward")
+        training.check_rewards(torch.tensor([0.1, math.inf, math.nan]), ["a", "b", "c"], "here: reward")
 
 
 def test_bfloat16_inside_float32_outside():
@@ -671,7 +671,7 @@ def test_bfloat16_inside_float32_outside():
     def forward(x, weight):
         seen.append((x @ weight).dtype)
         return x @ weight
-    out = runs.in_bfloat16(forward)(torch.ones(2, 2), torch.full((2, 2), 1 / 3))
+    out = training.in_bfloat16(forward)(torch.ones(2, 2), torch.full((2, 2), 1 / 3))
     assert seen == [torch.bfloat16] and out.dtype == torch.float32
     assert 1e-5 < abs(out[0, 0].item() - 2 / 3) < 1e-2
     assert torch.ones(2, 2).matmul(torch.ones(2, 2)).dtype == torch.float32, "nothing is left switched on"

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import stepwise_motion as sw
-from common import InputError, datasets, denoising, generator, lora, memory, runs, samplers
+from common import InputError, datasets, denoising, generator, lora, runs, samplers, training
+from results import memory
 
 STEPS, CAPTIONS = 6, ["a person walks forward", "someone turns left slowly", "a man waves"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -295,7 +296,7 @@ def test_the_rate_rises_with_the_count_of_updates():
 def denoiser(*flags):
     args = settings("--width", 16, "--layers", 2, "--heads", 2, "--patch-dims", 8, *flags)
     model = sw.MotionDiffusion(args, datasets.Vocabulary.from_captions(CAPTIONS), 263)
-    runs.initialise(model, generator(0, 0, "initialise"))
+    training.initialise(model, generator(0, 0, "initialise"))
     return args, sw.make_policy(args, model, 12, torch.device("cpu"))
 
 

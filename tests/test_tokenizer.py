@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import NonFiniteError, datasets, features, generator, runs, tokenizer
+from common import NonFiniteError, datasets, features, generator, tokenizer, training
 
 WIDTH = 251  # features of a KIT frame
 LENGTHS = (12, 28, 4, 20)
@@ -243,7 +243,7 @@ SIZES = dict(lr=3e-3, batch=4, patch_weight=0.5, seed=0, device="cpu")
 
 def trained(iterations, part=None, seed=0):
     vq = tokenizer.VQVAE(WIDTH, 8, 4, 12, 1)
-    runs.initialise(vq, generator(0, 0, "tokenizer"))
+    training.initialise(vq, generator(0, 0, "tokenizer"))
     notes = tokenizer.train_tokenizer(vq, part or clips(), features.KIT, iterations=iterations,
                                       **{**SIZES, "seed": seed})
     return vq, notes
@@ -294,7 +294,7 @@ def test_the_codebook_starts_as_latents_and_statistics_are_the_train_splits():
 
 def test_a_loss_that_is_no_number_stops_the_training():
     vq = tokenizer.VQVAE(WIDTH, 8, 4, 12, 1)
-    runs.initialise(vq, generator(0, 0, "tokenizer"))
+    training.initialise(vq, generator(0, 0, "tokenizer"))
     with pytest.raises(NonFiniteError, match="huge values"):
         tokenizer.train_tokenizer(vq, clips(), features.KIT, iterations=8, **{**SIZES, "lr": 1e15})
 

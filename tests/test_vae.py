@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from common import InputError, NonFiniteError, datasets, features, generator, runs, vae as vae_room
+from common import (
+    InputError, NonFiniteError, datasets, features, generator, training, vae as vae_room)
 from common.features import T2M
 
 SMALL = dict(patch_dims=12, width=16, heads=2, layers=3, tokens=3, dims=5)
@@ -72,7 +73,7 @@ def test_skips_join_mirror_images(layers):
 def test_padding_has_no_say():
     """Neither in the latents nor in what comes back."""
     vae = vae_room.MotionVAE(263, **SMALL)
-    runs.initialise(vae, generator(0, 0, "weights"))
+    training.initialise(vae, generator(0, 0, "weights"))
     vae.patches.basis.copy_(torch.linalg.qr(normal(4 * 263, 12))[0])
     motion = normal(2, 32, 263)
     lengths = torch.tensor([20, 32])

@@ -4,7 +4,7 @@ import copy
 import numpy as np
 import torch
 
-from common import datasets, generator, retrieval, runs, token_policy, tokenizer
+from common import datasets, generator, retrieval, token_policy, tokenizer, training
 from common.motion_gpt import MotionGPT
 from common.text import TextEncoder
 
@@ -25,7 +25,7 @@ def uniforms(*shape, k=0):
 def small_gpt(codes=12, text_dim=16, width=16, layers=1, block=7, sharp=3.0, k=0):
     """A random policy whose distributions are far from uniform."""
     gpt = MotionGPT(codes, text_dim, width, 2, layers, layers, block)
-    runs.initialise(gpt, generator(0, k, "gpt"))
+    training.initialise(gpt, generator(0, k, "gpt"))
     gpt.trans_head["head"].weight.data.mul_(sharp)
     return gpt.eval()
 
@@ -51,7 +51,7 @@ def tiny_policy(halvings=1, shift=0.2):
     vocabulary = datasets.Vocabulary.from_captions(CAPTIONS + COMPOSED)
     text = TextEncoder(vocabulary, 16, 1, 2)
     for k, part in enumerate((vq, text)):
-        runs.initialise(part, generator(0, k, "parts"))
+        training.initialise(part, generator(0, k, "parts"))
         retrieval.freeze(part)
     vq.quantizer.codebook.copy_(normal(12, 4))
     reference = small_gpt()
@@ -71,6 +71,6 @@ def plans(args, iteration=0, rows=None, index=None, apart=()):
     """Minibatches of the samples `rows`, by default one a prompt; index: those that are held; apart: those in
     chunks of their own."""
     rows = list(range(args.batch_prompts)) if rows is None else rows
-    return [runs.minibatches(rows, round(1 / args.minibatch_ratio), index or rows, args.micro_batch,
+    return [training.minibatches(rows, round(1 / args.minibatch_ratio), index or rows, args.micro_batch,
                              generator(args.seed, iteration, "shuffle", epoch), apart)
             for epoch in range(args.ppo_epochs)]

@@ -19,7 +19,7 @@ from einops import rearrange, repeat
 from torch import nn
 from tqdm import tqdm
 
-from common import InputError, NonFiniteError, features, generator, runs
+from common import InputError, NonFiniteError, features, generator, training
 from common.published import load_strict, read_state, size
 from common.retrieval import freeze
 
@@ -309,7 +309,7 @@ def fit_published(path, clips_train, clips_val, skeleton, *, iterations, seed, c
     with torch.random.fork_rng(devices=[]):
         g = JointsToRotations()
     draw = generator(seed, 0, "rotations_init")
-    runs.initialise(g, draw)
+    training.initialise(g, draw)
     for weight in g.lstm.parameters():
         weight.data.uniform_(-0.1, 0.1, generator=draw)
 
@@ -320,7 +320,7 @@ def fit_published(path, clips_train, clips_val, skeleton, *, iterations, seed, c
 
     code = [inspect.getsource(sys.modules[__name__]), inspect.getsource(features)]
     key = [list(saw), len(clips_train), len(clips_val), skeleton.name, code, iterations, seed]
-    stored = runs.cached(cache_dir, key, train, "rotations", use_cache)
+    stored = training.cached(cache_dir, key, train, "rotations", use_cache)
     g.load_state_dict(stored.pop("model"))
     print(f"  published MotionCritic: rotations within {stored['degrees']:.1f} degrees of an inverse "
           "kinematics without twist, not of SMPL fits: its scores are indicative only")

@@ -44,6 +44,15 @@ def write(path, captions, base, tuned, skeleton, seed):
     runs.atomic_write(path, lambda temporary: Path(temporary).write_text(page, encoding="utf-8"))
 
 
+def ab_pairs(folder, clips, scorers, base, tuned, count):
+    """A page on which people compare base and tuned on the captions of `count` clips."""
+    clips = some(clips, count)
+    captions, _, lengths = questions(clips, 0)
+    motions = (to_joints(*sampler(captions, lengths, "people", 0), scorers.skeleton)
+               for sampler in (base, tuned))
+    ab_page.write(folder / "ab_page.html", captions, *motions, scorers.skeleton, 0)
+
+
 def wilson(share, n):
     """95 % interval of a share out of n by Wilson (1927); it stays inside 0 and 1 and is never of width 0."""
     z = 1.96

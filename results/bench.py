@@ -38,7 +38,8 @@ import pareto_motion as pareto
 import ppo_motion as ppo
 import stepwise_motion as stepwise
 from common import (
-    InputError, datasets, features, generator, lora, motion_gpt, motion_reward, render, runs)
+    InputError, datasets, features, generator, lora, motion_gpt, motion_reward, render, runs,
+    training)
 
 WORDS = "a person walks forward slowly then turns left and waves with the right hand"
 FEATURE_DIM = 263
@@ -62,7 +63,7 @@ class CountedCalls:
 def prepare(args, tokens):
     """A denoiser with random weights and fresh adapters, ready to roll out -> ddpo_motion.Policy."""
     model = ddpo.MotionDiffusion(args, datasets.Vocabulary.from_captions([WORDS]), FEATURE_DIM)
-    runs.initialise(model, generator(args.base_seed, 0, "initialise"))
+    training.initialise(model, generator(args.base_seed, 0, "initialise"))
     return ddpo.make_policy(args, model, tokens * args.patch, torch.device("cpu"))
 
 
@@ -121,7 +122,7 @@ def make_gpt(args, tokens):
     """The GPT of default size with random weights, for so many tokens."""
     gpt = motion_gpt.MotionGPT(args.codes, args.width, args.width, args.heads, args.base_layers,
                                args.head_layers, tokens + 1)
-    runs.initialise(gpt, generator(args.base_seed, 0, "gpt"))
+    training.initialise(gpt, generator(args.base_seed, 0, "gpt"))
     return gpt.eval()
 
 
@@ -183,7 +184,7 @@ def one_update(flags, steps, batch, tokens):
     flags = {**flags, "window": min(flags.get("window", 0), steps)}
     args = stepwise.Args(steps=steps, batch=batch, beta_anchor=0.0, prediction="epsilon", **flags)
     model = stepwise.MotionDiffusion(args, datasets.Vocabulary.from_captions([WORDS]), FEATURE_DIM)
-    runs.initialise(model, generator(0, 0, "initialise"))
+    training.initialise(model, generator(0, 0, "initialise"))
     policy = stepwise.make_policy(args, model, tokens, torch.device("cpu"))
     with torch.random.fork_rng(devices=[]):
         reward = motion_reward.MotionReward(model.vocabulary, features.T2M, has_heads=True,
