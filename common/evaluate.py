@@ -298,7 +298,8 @@ def print_table(title, rows):
 
 def spread_out(clips, count):
     """`count` of the clips, or all: chosen by position, never by score."""
-    return [clips[k * len(clips) // count] for k in range(min(count, len(clips)))]
+    count = min(count, len(clips))
+    return [clips[k * len(clips) // count] for k in range(count)]
 
 
 def draw(folder, clips, scorers, samplers, curves=(), count=4):

@@ -1,16 +1,25 @@
-CURVES = (("reward",), ("text", "rival_text"), ("quality", "rival_quality"),
-          ("preference", "rival_preference"), ("val_reward",),
-          ("val_judge",), ("val_oracle",), ("val_fid",), ("total",), ("semantic",), ("authenticity",),
-          ("anchor",), ("kl_base",), ("kl_ref", "rival_kl_ref"), ("val_jerk",),
-          ("val_speed",), ("distinct",))
+"""Tables of finished runs, as Markdown: `python -m results.tables RUN [RUN ...]`.
 
+Without an option, the runs are seeds of one setting, and every cell is their mean (standard deviation). The
+options compare different settings; runs that differ in their seed alone then share a row.
+"""
+import argparse
+import json
+import math
+import re
+from pathlib import Path
 
-def draw_curves(path, logs):
-    """Learning curves of one or several runs of a script (paths of logs.csv) in one PNG."""
-    known = [name for name, values in render.read_csv(logs[0]).items() if np.isfinite(values).any()]
-    groups = [tuple(name for name in names if name in known) for names in CURVES]
-    peak = "val_judge" if "val_judge" in known else None
-    render.curves(path, logs, [names for names in groups if names], peak=peak)
+import numpy as np
+
+from common import InputError, evaluate, render, runs
+
+CURVES = ("reward", "text", "quality", "preference", "val_reward", "val_judge", "val_oracle", "val_fid",
+          "total", "semantic", "authenticity", "anchor", "kl_base", "kl_ref", "val_jerk", "val_speed", "distinct")
+AXES = ("samples", "updates", "calls")  # what a method may be said to cost
+SAME = ("seed", "base_seed", "out_dir", "cache_dir", "data_root", "cache", "device", "threads", "resume",
+        "overwrite", "tiny")            # arguments that make no other setting
+
+# ---- 1. Finished runs ----------------------------------------------------------------------------
 
 
 def read_results(paths, same_data=True):
@@ -27,33 +36,81 @@ def read_results(paths, same_data=True):
     return results
 
 
-def summary(paths):
-    """Markdown of the results.json of several seeds: each cell is the mean (standard deviation) over them; of
-    a single run the mean +- half of its 95 % interval."""
-    results = read_results(paths)
-    lines = [f"{len(results)} run(s), seeds {', '.join(str(r['seed']) for r in results)}; "
-             f"data: {results[0]['data']['source']} -> {results[0]['data']['target']}", ""]
-    lines += ["    " + r["command"] for r in results] + [""]
-    for table in [name for name in results[0] if name.endswith(("_train", "_val", "_test"))]:
-        columns = [c for c in COLUMNS if any(c in row for r in results for row in r[table].values())]
-        lines += [f"**{table.replace('_', ', ')}**", "",
-                  "| | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
-        for row in results[0][table]:
-            cells = []
-            for column in columns:
-                known = [r[table][row][column] for r in results if column in r[table].get(row, {})]
-                cells.append(cell(known, len(results), "+" if row == "gain" else ""))
-            lines.append(f"| {row} | " + " | ".join(cells) + " |")
-        gains = [r[table]["gain"] for r in results]
-        beyond = [name for name in PAIRED[:4] if all(name in g and g[name][0] > g[name][1] for g in gains)]
-        lines += ["", "Above zero beyond their own 95 % interval over prompts in every run: "
-                  f"{', '.join(beyond) or 'none'}.", ""]
-    if all("fronts" in r for r in results):
-        lines += fronts_summary(results)
-    seconds = {stage: [r["seconds"].get(stage, 0.0) for r in results] for stage in results[0]["seconds"]}
-    means = ", ".join(f"{stage} {np.mean(values):.0f}" for stage, values in seconds.items())
-    lines.append(f"Seconds (mean): {means}; peak memory {max(r['peak_memory_mb'] for r in results):.0f} MB.")
-    return "\n".join(lines)
+def program_of(result):
+    """What was started: a script, or "results.studies tracker"; and the rest of its command line."""
+    study = re.match(r"python -m (results\.studies \S+) ?(.*)", result["command"])
+    return study.groups() if study else result["command"].removeprefix("python ").partition(" ")[::2]
+
+
+def setting_of(result):
+    """All that tells a run from others, except for its seed, as a text to be compared."""
+    args = {name: value for name, value in result["args"].items() if name not in SAME}
+    return json.dumps([program_of(result)[0], args], sort_keys=True)
+
+
+def label(result):
+    """The study and the flags of a run, as code, without those that make no other setting."""
+    program, flags = program_of(result)
+    for name in SAME:
+        flag, kind = name.replace("_", "-"), runs.RunArgs.__dataclass_fields__[name].type
+        if name != "tiny":
+            value = "" if kind is bool else r"[ =]\S+"
+            flags = re.sub(rf"(^| )--(no-)?{flag}{value}(?= |$)", "", flags)
+    study = program.partition("studies ")[2]
+    return f"`{' '.join([study, *flags.split()]).strip()}`"
+
+
+def costs_of(args):
+    """What an iteration of ddpo_motion.py costs: motions sampled, updates, and calls of the denoiser, each a
+    forward pass of one motion at one step; a backward pass counts as another."""
+    motions = args["prompts"] * args["samples"]
+    learnt = (args["kept_samples"] or motions) * (args["steps"] - args["skip_last"])
+    passes = 3 + bool(args["kl_coef"])  # old log-probabilities, there and back, and the means of the base
+    guided = 1 + (args["guidance_scale"] != 1.0)
+    return {"samples": motions, "updates": args["minibatches"],
+            "calls": guided * (motions * args["steps"] + learnt * passes)}
+
+
+def with_costs(log, result):
+    """A log with the columns AXES, as far as they are known; a log that has one of them keeps it."""
+    args, done = result["args"], log["iteration"] + 1
+    if "window" in args:     # stepwise_motion.py counts its calls and updates itself
+        return {"samples": args["prompts"] * done} | log
+    if "skip_last" in args:
+        return {name: cost * done for name, cost in costs_of(args).items()} | log
+    return log
+
+
+def looks(paths, *needed):
+    """The looks at val of finished runs -> [(result, {column of the log: values})]; InputError for a log
+    without one of the columns `needed`."""
+    found = []
+    for path, result in zip(paths, read_results(paths)):
+        log = with_costs(render.read_csv(Path(path) / "logs.csv"), result)
+        for name in (*needed, "val_judge"):
+            if name not in log:
+                raise InputError(f"{path}: its log has no column {name}")
+        seen = np.isfinite(log["val_judge"])
+        found.append((result, {name: values[seen] for name, values in log.items()}))
+    return found
+
+
+def by_setting(results, values):
+    """Rows of a table: [(label, the results of one setting, their values)], in the order given."""
+    groups = {}
+    for result, value in zip(results, values):
+        groups.setdefault(setting_of(result), []).append((result, value))
+    return [(label(group[0][0]), *map(list, zip(*group))) for group in groups.values()]
+
+
+# ---- 2. Cells and tables -------------------------------------------------------------------------
+
+
+def markdown(headings, rows):
+    """A table of cells, all texts; a | in one would end it."""
+    lines = [[cell.replace("|", "\\|") for cell in cells] for cells in (headings, *rows)]
+    lines.insert(1, ["---"] * len(headings))
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def cell(known, count, sign=""):
@@ -68,129 +125,53 @@ def cell(known, count, sign=""):
     return f"{numbers.mean():{sign}.3f}{spread}"
 
 
-def fronts_summary(results):
-    """Hypervolumes with their differences, and the controllability matrix, as lines of Markdown."""
-    fronts, names = [r["fronts"] for r in results], list(results[0]["fronts"])
-    columns = ["hypervolume", *(f"less {name}" for name in names[:-1])]
-    lines = ["**hypervolume over prompts**", "", "| | " + " | ".join(columns) + " |",
-             "| --- " * (len(columns) + 1) + "|"]
-    for name in names:
-        cells = [cell([f[name][column] for f in fronts if column in f[name]], len(fronts),
-                      "+" if "less" in column else "") for column in columns]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    matrices = np.array([r["controllability"] for r in results if r["controllability"]])
-    if len(matrices):
-        rewards, best = ("text", "quality", "preference"), matrices.mean(0).max(0)
-        lines += ["", "**controllability** (row: token, column: reward, * maximum of the column)", "",
-                  "| | " + " | ".join(rewards) + " |", "| --- " * (len(rewards) + 1) + "|"]
-        for name, row in zip(rewards, matrices.mean(0)):
-            cells = (f"{value:.3f}{'*' if value == top else ''}" for value, top in zip(row, best))
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
-        own = np.eye(len(rewards), dtype=bool)
-        wins = (matrices.diagonal(axis1=1, axis2=2) > np.where(own, -np.inf, matrices).max(1)).sum(0)
-        lines.append("| runs in which the diagonal is above the rest | " + " | ".join(map(str, wins)) + " |")
-    return lines + [""]
-
-
-def flags_of(result):
-    """The flags of a run, without those that do not tell it from its other seeds."""
-    flags = re.sub(r" ?--(?:seed|out-dir|cache-dir) \S+| ?--overwrite", "", result["command"])
-    return flags.partition(".py ")[2]
-
-
-AXES = ("samples", "updates", "calls")  # what a method may be said to cost, in its log
-
-
-def looks(paths, *needed):
-    """The looks at val of finished runs -> [(flags, {column of the log: values})]; InputError for a log
-    without one of the columns `needed`."""
-    found = []
-    for path, result in zip(paths, read_results(paths)):
-        log = render.read_csv(Path(path) / "logs.csv")
-        for name in (*needed, "val_judge"):
-            if name not in log:
-                raise InputError(f"{path}: its log has no column {name}")
-        seen = np.isfinite(log["val_judge"])
-        found.append((flags_of(result), {name: values[seen] for name, values in log.items()}))
-    return found
-
-
-def markdown(headings, rows):
-    """A table of cells, all texts; a | in one, as in --lora-targets, would end it."""
-    lines = [[cell.replace("|", "\\|") for cell in cells] for cells in (headings, *rows)]
-    lines.insert(1, ["---"] * len(headings))
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def at_equal(paths, axis):
-    """Markdown that compares runs at equal cost: of each the last look at val before `axis`, one of AXES,
-    exceeds what the shortest run came to. Runs that differ in their seed alone share a row: mean (standard
-    deviation). InputError for a run without such a look."""
-    found, rows = looks(paths, axis), {}
-    limit = min(log[axis].max() for _, log in found)
-    columns = [axis] + [name for name in found[0][1] if name.startswith("val_")]
-    for (flags, log), path in zip(found, paths):
-        if not (log[axis] <= limit).any():
-            raise InputError(f"--at {axis}: {path} had no look before {limit:g}; lower its --eval-every")
-        last = np.flatnonzero(log[axis] <= limit)[-1]
-        rows.setdefault(flags, []).append([float(log[name][last]) if name in log else math.nan
-                                           for name in columns])
-    lines = []
-    for flags, group in rows.items():
-        cells = [cell([[value, 0.0] for value in values], 2) if np.isfinite(values).all() else "-"
-                 for values in zip(*group)]
-        lines.append([f"`{flags}`", f"{np.mean([values[0] for values in group]):.0f}", *cells[1:]])
-    return markdown(["flags", *columns], lines)
-
-
-def until(paths, name, level):
-    """Markdown of what runs cost up to the first look at val where `name` is at least level: mean over runs
-    that differ in their seed alone (lowest to highest), and in how many of them it came so far."""
-    rows, lines = {}, []
-    for flags, log in looks(paths, name, *AXES):
-        there = np.flatnonzero(log[name] >= level)
-        cost = [float(log[axis][there[0]]) for axis in AXES] if len(there) else None
-        rows.setdefault(flags, []).append(cost)
-    for flags, group in rows.items():
-        reached = [costs for costs in group if costs]
-        cells = [f"{np.mean(values):.0f} ({min(values):.0f} to {max(values):.0f})"
-                 for values in zip(*reached)]
-        lines.append([f"`{flags}`", *(cells or ["-"] * len(AXES)), f"{len(reached)} of {len(group)}"])
-    return markdown(["flags", *AXES, f"{name} >= {level:g} in"], lines)
+def summary(paths):
+    """Markdown of the results.json of several seeds: each cell is the mean (standard deviation) over them; of
+    a single run the mean +- half of its 95 % interval."""
+    results = read_results(paths)
+    lines = [f"{len(results)} run(s), seeds {', '.join(str(r['seed']) for r in results)}; "
+             f"data: {results[0]['data']['source']} -> {results[0]['data']['target']}", ""]
+    lines += ["    " + r["command"] for r in results] + [""]
+    for table in [name for name in results[0] if name.endswith(("_train", "_val", "_test"))]:
+        columns, rows = evaluate.columns_of([row for r in results for row in r[table].values()]), []
+        for row in results[0][table]:
+            known = [[r[table][row][c] for r in results if c in r[table].get(row, {})] for c in columns]
+            rows.append([row, *(cell(pairs, len(results), "+" if row == "gain" else "") for pairs in known)])
+        gains = [r[table]["gain"] for r in results]
+        beyond = [c for c in evaluate.FIRST if all(c in g and g[c][0] > g[c][1] for g in gains)]
+        lines += [f"**{table.replace('_', ', ')}**", "", markdown(["", *columns], rows), "",
+                  "Above zero beyond their own 95 % interval over prompts in every run: "
+                  f"{', '.join(beyond) or 'none'}.", ""]
+    seconds = {stage: [r["seconds"].get(stage, 0.0) for r in results] for stage in results[0]["seconds"]}
+    means = ", ".join(f"{stage} {np.mean(values):.0f}" for stage, values in seconds.items())
+    lines.append(f"Seconds (mean): {means}; peak memory {max(r['peak_memory_mb'] for r in results):.0f} MB.")
+    return "\n".join(lines)
 
 
 def one_row_each(paths, table):
-    """Markdown that sets runs of different flags side by side, by one of their tables: distances of the tuned
-    row, and what was gained +- half of its 95 % interval over prompts. Runs that differ in their seed alone
-    share a row: mean (standard deviation). A setting that changes what it starts from, as a sampler does, has
-    its base above it. InputError for no such table."""
-    results, rows = read_results(paths), {}
+    """Markdown that sets settings side by side, by one of their tables: distances of the tuned row, and what
+    was gained +- half of its 95 % interval over prompts. A setting that changes what it starts from, as a
+    sampler does, has its base above it. InputError for no such table."""
+    results = read_results(paths)
     for path, result in zip(paths, results):
         if table not in result:
             raise InputError(f"--each {table}: {path} has no such table")
-        rows.setdefault(flags_of(result), []).append(result)
-    base = results[0][table]["base"]
-    wanted = ("fid", "r_precision_top1", "length_error") + (("distinct", "speed") if "text" in base else ())
-    columns = [name for name in wanted if name in base]
-    gained = [name for name in PAIRED[:8] if name in results[0][table]["gain"]]
-    headings = ["flags", *columns, *(f"{name}, gain" for name in gained)]
-    headings += ["hypervolume, gain"] * ("fronts" in results[0])
+    first = results[0][table]
+    wanted = ("fid", "r_precision_top1", "length_error") + (("distinct", "speed") if "text" in first["base"] else ())
+    columns = [name for name in wanted if name in first["base"]]
+    gained = [name for name in evaluate.columns_of([first["gain"]]) if name not in evaluate.LAST]
     lines, bases = [], {}
-    for flags, group in rows.items():
-        seed, own = group[0].get("seed"), group[0][table]["base"]
+    for title, group, tables in by_setting(results, [result[table] for result in results]):
+        seed, own = group[0].get("seed"), tables[0]["base"]
         start = [f"{own[name][0]:.3f}" if name in own else "-" for name in columns]
         if not lines or bases.get(seed, start) != start:  # other noise of another seed makes no other base
-            title = "base of the next" if lines else "base"
-            lines.append([title, *start, *["-"] * (len(headings) - 1 - len(start))])
+            lines.append(["base of the next" if lines else "base", *start, *["-"] * len(gained)])
         bases[seed] = start
-        tuned, gain = ([result[table][row] for result in group] for row in ("tuned", "gain"))
-        found = [[row[name] for row in tuned if name in row] for name in columns]
-        gains = [[row[name] for row in gain if name in row] for name in gained]
-        lines.append([f"`{flags}`", *(cell(known, len(group)).partition(" +-")[0] for known in found),
+        tuned = [[t["tuned"][name] for t in tables if name in t["tuned"]] for name in columns]
+        gains = [[t["gain"][name] for t in tables if name in t["gain"]] for name in gained]
+        lines.append([title, *(cell(known, len(group)).partition(" +-")[0] for known in tuned),
                       *(cell(known, len(group), "+") for known in gains)])
-        if "fronts" in group[0]:
-            lines[-1].append(cell([r["fronts"]["tuned"]["less start"] for r in group], len(group), "+"))
-    return markdown(headings, lines)
+    return markdown(["flags", *columns, *(f"{name}, gain" for name in gained)], lines)
 
 
 def by_check(paths, table):
@@ -209,10 +190,44 @@ def by_check(paths, table):
     return markdown(["asked for", "motions", *rows], lines)
 
 
+def at_equal(paths, axis):
+    """Markdown that compares settings at equal cost: of each run the last look at val before `axis`, one of
+    AXES, exceeds what the shortest run came to. InputError for a run without such a look."""
+    found = looks(paths, axis)
+    limit = min(log[axis].max() for _, log in found)
+    columns, values = [axis] + [name for name in found[0][1] if name.startswith("val_")], []
+    for (_, log), path in zip(found, paths):
+        if not (log[axis] <= limit).any():
+            raise InputError(f"--at {axis}: {path} had no look before {limit:g}; lower its --eval-every")
+        last = np.flatnonzero(log[axis] <= limit)[-1]
+        values.append([float(log[name][last]) if name in log else math.nan for name in columns])
+    lines = []
+    for title, _, group in by_setting([result for result, _ in found], values):
+        cost, *others = zip(*group)
+        cells = (cell([[value, 0.0] for value in other], 2) if np.isfinite(other).all() else "-"
+                 for other in others)
+        lines.append([title, f"{np.mean(cost):.0f}", *cells])
+    return markdown(["flags", *columns], lines)
+
+
+def until(paths, name, level):
+    """Markdown of what settings cost up to the first look at val where `name` is at least level: mean over
+    the runs (lowest to highest), and in how many of them it came so far."""
+    found = looks(paths, name, *AXES)
+    places, lines = [np.flatnonzero(log[name] >= level)[:1] for _, log in found], []
+    values = [[float(log[axis][place[0]]) for axis in AXES] if len(place) else None
+              for (_, log), place in zip(found, places)]
+    for title, _, group in by_setting([result for result, _ in found], values):
+        reached = [spent for spent in group if spent]
+        cells = [f"{np.mean(spent):.0f} ({min(spent):.0f} to {max(spent):.0f})" for spent in zip(*reached)]
+        lines.append([title, *(cells or ["-"] * len(AXES)), f"{len(reached)} of {len(group)}"])
+    return markdown(["flags", *AXES, f"{name} >= {level:g} in"], lines)
+
+
 def costs(paths):
     """Markdown of what finished runs took, of any data: minutes, in all and in the parts that only the first
     run of its kind has to do (the cache keeps them), and peak memory in MB."""
-    once, lines, sums = ("data", "reward model and judge", "base"), [], np.zeros(2)
+    once, lines, sums = ("data", "reward and judge", "base"), [], np.zeros(2)
     for result in read_results(paths, same_data=False):
         seconds = result["seconds"]
         minutes = np.array([sum(seconds.values()), sum(seconds.get(stage, 0.0) for stage in once)]) / 60
@@ -223,17 +238,20 @@ def costs(paths):
     return markdown(["command", "minutes", "of them kept by the cache", "MB"], lines)
 
 
+# ---- 3. Command line -----------------------------------------------------------------------------
+
+
 def main(argv=None):
-    """Print the summary of the run folders named on the command line; draw their curves."""
-    parser = argparse.ArgumentParser(description="One table from several finished runs (seeds).")
+    """Print a table of the run folders named on the command line; draw their curves."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=runs.Help)
     parser.add_argument("runs", nargs="+", help="run folders with a results.json")
-    parser.add_argument("--each", metavar="TABLE", help="instead one row a run, for runs of different flags")
+    parser.add_argument("--each", metavar="TABLE", help="instead one row a setting, by a table as target_test")
     parser.add_argument("--checks", metavar="TABLE", help="instead the share that does each thing asked for")
     parser.add_argument("--at", choices=AXES, help="instead looks at val at equal cost")
     parser.add_argument("--until", metavar="COLUMN=LEVEL",
                         help="instead the cost up to a look at val, such as val_reward=0.85")
     parser.add_argument("--costs", action="store_true", help="instead minutes and memory of runs of any kind")
-    parser.add_argument("--curves", help="PNG of their learning curves: mean, lowest and highest")
+    parser.add_argument("--curves", metavar="PNG", help="draw their learning curves: mean, lowest and highest")
     args = parser.parse_args(argv)
     if args.until:
         name, _, level = args.until.partition("=")
@@ -251,4 +269,8 @@ def main(argv=None):
     else:
         print(summary(args.runs))
     if args.curves:
-        draw_curves(args.curves, [Path(run) / "logs.csv" for run in args.runs])
+        evaluate.draw_curves(args.curves, [Path(run) / "logs.csv" for run in args.runs], CURVES)
+
+
+if __name__ == "__main__":
+    runs.run_main(main)
