@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from common import InputError, features as F
-from tests.parity_features import check
+from tests.parity.features import check
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 GOLDEN = sorted((SHARED / "golden").glob("features_*.npz"))

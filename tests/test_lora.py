@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from common import InputError, lora
-from tests import parity_ddpo
+from tests.parity import lora as parity_lora
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 
@@ -55,7 +55,7 @@ X = torch.randn(2, 5, 6, generator=generator(7))
 
 @pytest.mark.skipif(not GOLDEN.is_dir(), reason="reference files are not here")
 def test_reference_values():
-    rows = [row for path in sorted(GOLDEN.glob("lora_*.npz")) for row in parity_ddpo.check(path)]
+    rows = [row for path in sorted(GOLDEN.glob("lora_*.npz")) for row in parity_lora.check(path)]
     assert len(rows) >= 9 and all(error <= tolerance for _, error, tolerance in rows), rows
 
 

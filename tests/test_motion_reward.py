@@ -1,6 +1,6 @@
 """MotionReward: losses, SPL, masks, adapters, heads, training, cache.
 
-Golden reference values of the losses are in tests/parity_motion_reward.py.
+Golden reference values of the losses are in tests/parity/motion_reward.py.
 """
 import inspect
 import math

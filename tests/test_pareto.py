@@ -1,5 +1,5 @@
 """Selection, weights, tokens and rewards of pareto_motion.py against enumeration, and the mutants that must
-not survive. What it shares with ppo_motion.py is tested there; golden values are in tests/parity_pareto.py.
+not survive. What it shares with ppo_motion.py is tested there; golden values are in tests/parity/pareto.py.
 """
 import copy
 import math

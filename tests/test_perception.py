@@ -1,6 +1,6 @@
 """The synthetic perception score: masks, damages, ranking, training; and MotionCritic's published weights.
 
-Golden reference values of MotionCritic are in tests/parity_pareto.py.
+Golden reference values of MotionCritic are in tests/parity/pareto.py.
 """
 import inspect
 import math

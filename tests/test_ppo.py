@@ -1,6 +1,6 @@
 """The algorithm of ppo_motion.py against closed forms and enumeration, and the mutants that must not survive.
 
-Golden reference values of the same formulas are in tests/parity_ppo.py.
+Golden reference values of the same formulas are in tests/parity/ppo.py.
 """
 import copy
 import csv

@@ -1,4 +1,4 @@
-"""Closed forms and identities of common/samplers.py; the public values are in tests/parity_ddpo.py."""
+"""Closed forms and identities of common/samplers.py; the public values are in tests/parity/ddpo.py."""
 import itertools
 import math
 

@@ -1,5 +1,5 @@
 """The algorithm of stepwise_motion.py against closed forms and identities, and the mutants that must not
-survive. Reference values are in tests/parity_stepwise.py."""
+survive. Reference values are in tests/parity/stepwise.py."""
 import copy
 from types import SimpleNamespace
 

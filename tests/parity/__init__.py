@@ -9,24 +9,24 @@ import importlib
 import sys
 from pathlib import Path
 
-CHECKS = {
-    "sde_dpmpp_": "tests.parity_ddpo",
-    "ddim_logprob_": "tests.parity_ddpo",
-    "lora_": "tests.parity_ddpo",
-    "ppo_stats_": "tests.parity_ddpo",
-    "features_": "tests.parity_features",
-    "metrics_": "tests.parity_evaluators",
-    "guo_eval_": "tests.parity_evaluators",
-    "tmr_enc_": "tests.parity_evaluators",
-    "t2mgpt_": "tests.parity_ppo",
-    "ppo_math_": "tests.parity_ppo",
-    "ppo_extra_": "tests.parity_ppo",
-    "tm_reward_": "tests.parity_ppo",
-    "pareto_": "tests.parity_pareto",
-    "motioncritic_": "tests.parity_pareto",
-    "hypervolume_bt_": "tests.parity_pareto",
-    "stepwise_rewardloss_": "tests.parity_motion_reward",
-    "stepwise_": "tests.parity_stepwise",
+CHECKS = {  # start of a file's name -> the module with its check
+    "sde_dpmpp_": "samplers",
+    "ddim_logprob_": "samplers",
+    "lora_": "lora",
+    "ppo_stats_": "ddpo",
+    "features_": "features",
+    "metrics_": "metrics",
+    "guo_eval_": "evaluator",
+    "tmr_enc_": "tmr",
+    "t2mgpt_": "ppo",
+    "ppo_math_": "ppo",
+    "ppo_extra_": "ppo",
+    "tm_reward_": "ppo",
+    "pareto_": "pareto",
+    "motioncritic_": "pareto",
+    "hypervolume_bt_": "pareto",
+    "stepwise_rewardloss_": "motion_reward",
+    "stepwise_": "stepwise",
 }
 
 
@@ -39,7 +39,7 @@ def check_file(path):
     if module is None:
         return None
     try:
-        rows = list(importlib.import_module(module).check(path))
+        rows = list(importlib.import_module(f"tests.parity.{module}").check(path))
     except Exception as error:  # one broken file must not hide the results of the others
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         return [(f"<{reason}>", float("nan"), 0.0)]
@@ -75,7 +75,3 @@ def main(argv=None):
     parser.add_argument("--allow-unknown", action="store_true", help="accept files that no check knows")
     args = parser.parse_args(argv)
     return 0 if run(args.folder, args.allow_unknown) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Compare tokenizer, GPT and the PPO formulas with reference arrays (see tests/parity.py).
+"""Compare tokenizer, GPT and the PPO formulas with reference arrays (see tests/parity).
 
 The reference values of T2M-GPT were made with random weights of the published network classes, so our classes
 must load them as they are.
@@ -9,7 +9,7 @@ from einops import rearrange
 
 from common import diagnostics, motion_gpt, pretraining, published, retrieval, tokenizer
 from common.published import t2m_gpt
-from tests.parity_ddpo import Rows
+from tests.parity.rows import Rows
 
 
 def check(path):

@@ -1,4 +1,4 @@
-"""Compare selection, hypervolume and the perception critics with reference arrays (see tests/parity.py).
+"""Compare selection, hypervolume and the perception critics with reference arrays (see tests/parity).
 
 The reference values of MotionCritic were made with random weights of the published network, so our class must
 load them as they are.
@@ -8,7 +8,7 @@ import torch
 
 from common import metrics, perception, published
 from common.published import motion_critic
-from tests.parity_ddpo import Rows
+from tests.parity.rows import Rows
 
 
 def check(path):

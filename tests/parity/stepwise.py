@@ -1,5 +1,5 @@
 """Compare the sampler table, the routes and the updates of stepwise_motion.py with reference arrays (see
-tests/parity.py): a toy denoiser in float64, so everything is exact to 1e-9."""
+tests/parity): a toy denoiser in float64, so everything is exact to 1e-9."""
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,8 +7,8 @@ import torch
 
 import stepwise_motion as sw
 from common import samplers
-from tests import parity_motion_reward
-from tests.parity_ddpo import Rows
+from tests.parity import motion_reward as parity_motion_reward
+from tests.parity.rows import Rows
 
 EXACT = 1e-9
 NAMES = ("W1", "U1", "C1", "b1", "W2", "b2")
