@@ -1,5 +1,7 @@
 """What the end-to-end tests of the scripts share. `script` is the module of one, such as ddpo_motion."""
 import contextlib
+import functools
+import importlib
 import io
 import json
 import os
@@ -7,15 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
 
-import ddpo_motion
-import pareto_motion
-import ppo_motion
-import stepwise_motion
-from common import datasets, pretraining, render, retrieval, runs, training
+from common import datasets, diffusion, render, runs, training
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -23,13 +22,28 @@ METRICS = ("reward", "judge", "oracle", "fid", "r_precision_top1", "r_precision_
            "mm_dist", "diversity", "foot_skate", "jerk")
 
 
+def load(name):
+    """The module of a script, imported when it is asked for: one that is broken breaks its own tests only."""
+    return importlib.import_module(f"{name}_motion")
+
 
 # ---- a finished run of each script -------------------------------------------------------------------------
 
+LITTLE = {"iterations": 30, "scorer_iterations": 10, "clips": (120, 80), "vae_iterations": 20, "latent_dims": 8}
+
+
+@contextlib.contextmanager
+def smaller(**changes):
+    """--tiny is still smaller in this process: changes of LITTLE, for the diffusion scripts."""
+    with contextlib.ExitStack() as stack:
+        for space, sizes in diffusion.SIZES.items():
+            little = {**LITTLE, "latents": 3 if space == "latent" else 0, **changes}
+            stack.enter_context(mock.patch.dict(sizes, tiny=sizes["tiny"]._replace(**little)))
+        yield
+
 
 class Small(NamedTuple):
-    """A script and a small run of it: four iterations, a look at val after the second and the fourth."""
-    script: object
+    """A small run of a script: four iterations, a look at val after the second and the fourth."""
     flags: str
     product: str            # the file that --load reads
     cached: list            # names of all that it keeps in the cache
@@ -37,51 +51,38 @@ class Small(NamedTuple):
 
 
 ROWS = {"base", "tuned", "gain"}
+DIFFUSION = "--tiny --threads 1 --device cpu --iterations 4 --best-of 2 "
+TOKENS = ("--dataset kit --tiny --threads 1 --device cpu --iterations 4 --minibatches 2 --micro-batch 5 "
+          "--lr 5e-3 --warmup 2 --eval-every 2 --eval-repeats 2 --best-of 2 ")
 SMALL = {
     "ddpo": Small(
-        ddpo_motion,
-        "--tiny --threads 1 --device cpu --source-clips 120 --target-clips 80 --base-iterations 30 "
-        "--iterations 4 --reward-iterations 10 --best-of 2",
-        "adapter.pt", ["base", "judge", "reward"],
+        DIFFUSION, "adapter.pt", ["base", "judge", "reward"],
         {"target_val": ROWS | {"gt"}, "target_test": ROWS | {"gt", "best of 2"},
          "source_test": ROWS | {"gt"}}),
     "stepwise": Small(
-        stepwise_motion,
-        "--tiny --threads 1 --device cpu --source-clips 120 --target-clips 80 --base-iterations 30 "
-        "--iterations 4 --reward-iterations 10 --spl-iterations 2 --head-iterations 4 --generated 20 "
-        "--window 2 --lr 1e-2 --best-of 2",
+        DIFFUSION + "--window 2 --lr 1e-2",
         "adapter.pt", ["base", "judge", "motion_reward", "motion_reward_heads"],
         {"target_val": ROWS | {"gt"}, "target_test": ROWS | {"gt", "best of 2"},
          "source_test": ROWS | {"gt"}}),
     "ppo": Small(
-        ppo_motion,
-        "--dataset kit --tiny --threads 1 --device cpu --clips 160 --composed 100 --vq-iterations 20 "
-        "--gpt-iterations 20 --reward-iterations 15 --iterations 4 --batch-prompts 8 --samples-per-prompt 4 "
-        "--kept-samples 16 --minibatch-ratio 0.5 --micro-batch 5 --lr 5e-3 --warmup 2 --eval-every 2 "
-        "--eval-repeats 2 --best-of 2",
+        TOKENS + "--composed 100 --prompts 8 --samples 4 --kept-samples 16",
         "policy.pt", ["gpt", "judge", "reward", "tokenizer"],
         {"paired_val": ROWS | {"gt", "vq"}, "paired_test": ROWS | {"gt", "vq", "best of 2"},
          "composed_train": ROWS, "composed_val": ROWS, "composed_test": ROWS | {"best of 2"}}),
     "pareto": Small(
-        pareto_motion,
-        "--dataset kit --tiny --threads 1 --device cpu --clips 160 --vq-iterations 20 --gpt-iterations 20 "
-        "--reward-iterations 15 --perception-iterations 4 --calibration 32 --iterations 4 --batch-prompts 2 "
-        "--samples-per-prompt 4 --minibatch-ratio 0.5 --micro-batch 5 --lr 5e-3 --warmup 2 --eval-every 2 "
-        "--eval-repeats 2 --front-prompts 4",
+        TOKENS + "--prompts 2 --samples 4",
         "policy.pt", ["gpt", "judge", "perception", "reward", "reward", "tokenizer"],
-        {"paired_val": ROWS | {"gt", "vq"},
-         "paired_test": ROWS | {"gt", "vq", "weighted sum", "plain", "token text", "token quality",
-                                "token preference"}})}
+        {"paired_val": ROWS | {"gt", "vq"}, "paired_test": ROWS | {"gt", "vq", "best of 2"}})}
 
 
 class Finished:
     """An uninterrupted run of SMALL[name], started as a user starts it, and the cache that it has filled."""
 
     def __init__(self, name, here):
-        self.script, flags, product, self.cached, self.tables = SMALL[name]
+        self.script, (flags, product, self.cached, self.tables) = load(name), SMALL[name]
         self.name, self.kind = name, f"{name}-{Path(product).stem}"  # kind: of the product, as its file says
         self.flags = [*flags.split(), "--cache-dir", str(here / "cache")]
-        self.out = start(self.script, [*self.flags, "--out-dir", "run"], here)
+        self.out, self.err = start(self.script, [*self.flags, "--out-dir", "run"], here)
         self.folder, self.cache, self.product = here / "run", here / "cache", here / "run" / product
         self.results = json.loads((self.folder / "results.json").read_text())
 
@@ -119,15 +120,17 @@ def some_weight(stored):
 
 
 def parse(script, *argv):
-    return runs.parse_args(script.Args, script.TINY, [str(word) for word in argv], script.__doc__)
+    return runs.parse_args(script.Args, script.SIZE_ARGS, [str(word) for word in argv], script.__doc__)
 
 
-def call(script, *argv):
-    """main() in this process -> exit code, stdout, stderr; tracebacks pass."""
+def call(script, *argv, **functions):
+    """main() in this process, at the sizes of `smaller` -> exit code, stdout, stderr; tracebacks pass.
+    functions: those that main() takes in place of its own, such as reward."""
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    main = functools.partial(script.main, **functions)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), smaller():
         try:
-            runs.run_main(script.main, [str(word) for word in argv])
+            runs.run_main(main, [str(word) for word in argv])
         except SystemExit as end:
             code = end.code
     return code, out.getvalue(), err.getvalue()
@@ -140,18 +143,28 @@ def refused(script, *argv):
     return err
 
 
+WHOLE = """
+import SCRIPT as script
+from common import runs
+from tests.run_helpers import smaller
+with smaller():
+    runs.run_main(script.main)
+"""
+
+
 def start(script, flags, folder):
-    """An uninterrupted run in a process of its own, as a user starts it -> its stdout."""
-    command = [sys.executable, str(ROOT / f"{script.__name__}.py"), *flags]
+    """An uninterrupted run in a process of its own, at the sizes of `smaller` -> its stdout, stderr."""
+    command = [sys.executable, "-c", WHOLE.replace("SCRIPT", script.__name__), *flags]
     child = subprocess.run(command, cwd=folder, env=ENV, capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stderr
-    return child.stdout
+    return child.stdout, child.stderr
 
 
 INTERRUPTED = """
 import os, sys
 import SCRIPT as script
 from common import runs
+from tests.run_helpers import smaller
 moment, count, number = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 save, calls = runs.save_checkpoint, []
 def strike():
@@ -173,7 +186,8 @@ def saved(path, data, **options):
 if hasattr(script, moment):
     setattr(script, moment, counted(getattr(script, moment)))
 runs.save_checkpoint = saved
-runs.run_main(script.main, sys.argv[4:])
+with smaller():
+    runs.run_main(script.main, sys.argv[4:])
 """
 
 
@@ -187,12 +201,14 @@ def interrupted(script, flags, moment, count, number):
 
 ONLY_TRAINING = """
 import SCRIPT as script
-from common import reports, runs
-reports.draw = lambda *args, **named: None
-for module in (reports, script):
+from common import evaluate, runs
+from tests.run_helpers import smaller
+evaluate.draw = lambda *args, **named: None
+for module in (evaluate, script):
     if hasattr(module, "final_tables"):
-        module.final_tables = lambda *args: {}
-runs.run_main(script.main)
+        module.final_tables = lambda *args, **named: {}
+with smaller():
+    runs.run_main(script.main)
 """
 
 
@@ -213,8 +229,9 @@ def only_cached(monkeypatch):
         asked.append(name)
         return cached(folder, key, lambda: pytest.fail(f"{name} is built again"), name, *options)
 
-    for module in (runs, retrieval, pretraining):
-        monkeypatch.setattr(module, "cached", stored)
+    for module in [module for name, module in sys.modules.items() if name.startswith("common.")]:
+        if getattr(module, "cached", None) is cached:
+            monkeypatch.setattr(module, "cached", stored)
     monkeypatch.setattr(datasets, "joints_to_features", lambda *args, **options: pytest.fail("built again"))
     return asked
 

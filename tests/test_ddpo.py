@@ -1,8 +1,11 @@
-"""The algorithm of ddpo_motion.py against closed forms, and the mutants that must not survive."""
+"""The algorithm of ddpo_motion.py against closed forms. The mutants that must not survive are in test_mutants.py,
+the equations that it shares with other scripts in test_shared.py."""
 
+import contextlib
 import dataclasses
 import math
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,45 +13,59 @@ import torch
 from einops import rearrange
 
 import ddpo_motion as ddpo
-from common import NonFiniteError, datasets, generator, lora, retrieval, runs, samplers, training
+from common import (NonFiniteError, datasets, diffusion, evaluate, generator, lora, retrieval, runs, samplers,
+                    training)
+from tests import reference
 
 CAPTIONS = ["a person walks forward", "someone turns left slowly", "a man waves",
             "a person jumps twice and claps"]
+LONGEST = 24  # frames, six tokens
+TINY = {"joint": diffusion.Size(width=16, layers=2, heads=2, patch_dims=8),
+        "latent": diffusion.Size(width=16, layers=3, heads=2, patch_dims=12, latents=3, latent_dims=5)}
 
 
-def tiny_model(**changes):
-    args = ddpo.Args(**{**dict(width=16, layers=2, patch_dims=8, heads=2), **changes})
-    model = ddpo.MotionDiffusion(args, datasets.Vocabulary.from_captions(CAPTIONS), 263)
+@contextlib.contextmanager
+def sized(space="joint", **changes):
+    """--size tiny has the sizes of TINY, and these."""
+    size = TINY[space]._replace(**changes)
+    with mock.patch.dict(diffusion.SIZES[space], tiny=size):
+        yield size
+
+
+def tiny_model(space="joint", **changes):
+    """A frozen denoiser with random weights and a random basis of its patches."""
+    args = ddpo.Args(size="tiny", space=space)
+    with sized(space, **changes), torch.random.fork_rng(devices=[]):
+        model = ddpo.make_model(args, datasets.Vocabulary.from_captions(CAPTIONS))
     training.initialise(model, generator(0, 0, "initialise"))
-    basis = torch.randn(model.codec.basis.shape, generator=generator(0, 0, "basis"))
-    model.codec.basis.copy_(torch.linalg.qr(basis)[0])
-    return args, model.requires_grad_(False).eval()
+    codec = model.codec.patches if space == "latent" else model.codec
+    basis = torch.randn(codec.basis.shape, generator=generator(0, 0, "basis"))
+    codec.basis.copy_(torch.linalg.qr(basis)[0])
+    return model.requires_grad_(False).eval()
 
 
-def adapted_model(b_scale=0.1, **changes):
-    """A model whose adapters already do something (B is not zero)."""
-    args, model = tiny_model(**changes)
-    lora.inject(model, args.lora_targets, 4, 4.0, generator(0, 0, "lora"))
-    for k, (name, value) in enumerate(sorted(model.named_parameters())):
-        if value.requires_grad:
-            value.data.add_(b_scale * torch.randn(value.shape, generator=generator(0, k, "perturb")))
-    return args, model
+def tiny_policy(space="joint", b_scale=0.1, bf16=False, longest=LONGEST, **changes):
+    """A policy whose adapters already do something (B is not zero); changes: of the arguments."""
+    known = dict(size="tiny", space=space, prompts=4, samples=4, lora_rank=4, lora_alpha=4.0)
+    args, model = ddpo.Args(**{**known, **changes}), tiny_model(space)
+    with sized(space, bf16=bf16):
+        policy = ddpo.make_policy(args, model, longest, torch.device("cpu"))
+    for k, parameter in enumerate(lora.parameters(model)):
+        parameter.data.add_(b_scale * torch.randn(parameter.shape, generator=generator(0, k, "perturb")))
+    return args, policy
 
 
-def rolled_out(order=1, guidance=1.0, steps=5, schedule="linear", spacing="linspace", lengths=(3, 6, 5, 1)):
-    args, model = adapted_model()
-    grid = samplers.make_grid(schedule, steps, spacing)
-    transition = ddpo.transitions(grid, order)
+def rolled_out(order=1, guidance=1.0, lengths=(3, 6, 5, 1)):
+    args, policy = tiny_policy(order=order, guidance_scale=guidance)
     mask = torch.arange(6)[None] < torch.tensor(lengths)[:, None]
-    noise = torch.randn(4, steps + 1, 6, 8, generator=generator(0, 0, "noise"))
-    states = ddpo.rollout(model, grid, transition, CAPTIONS, mask, noise, guidance)
-    return SimpleNamespace(args=args, model=model, grid=grid, transition=transition, mask=mask, noise=noise,
-                           states=states, guidance=guidance, trained=steps - 1)
+    noise = torch.randn(4, 6, 6, 8, generator=generator(0, 0, "noise"))
+    states = ddpo.rollout(policy, CAPTIONS, mask, noise)
+    return SimpleNamespace(args=args, policy=policy, mask=mask, noise=noise, states=states, trained=4)
 
 
 def logps(r, states=None, mask=None, trained=None):
-    return ddpo.step_logps(r.model, r.grid, r.transition, r.states if states is None else states, CAPTIONS,
-                           r.mask if mask is None else mask, trained or r.trained, r.guidance)
+    return ddpo.step_logps(r.policy, r.states if states is None else states, CAPTIONS,
+                           r.mask if mask is None else mask, trained or r.trained)
 
 
 # ---- the transition ----------------------------------------------------------------------------------------
@@ -59,14 +76,15 @@ def logps(r, states=None, mask=None, trained=None):
 def test_transition_equals_the_sampler_of_evaluation(schedule, order):
     """Two independent writings of SDE-DPM-Solver++ agree at every step."""
     grid = samplers.make_grid(schedule, 7, "linspace")
-    transition = ddpo.transitions(grid, order)
+    steps = ddpo.solver_steps(grid, order, "sample")
     x, m, m_last = (torch.randn(2, 3, 4, generator=generator(0, k, "x")) for k in range(3))
     for i in range(7):
-        used = grid.order_at(i, order)
-        mean, std = samplers.dpmpp_step(grid, i, x, m, m_last if used == 2 else None)
-        mine = ddpo.step_mean(transition, i, x, m, m_last)
+        used = reference.order_at(grid, i, order)
+        mean, std = reference.dpmpp_step(grid, i, x, m, m_last if used == 2 else None)
+        mine = ddpo.step_mean(steps, i, x, m, m_last)
         torch.testing.assert_close(mine, mean, rtol=1e-5, atol=1e-5)
-        assert float(transition.std[i]) == pytest.approx(float(torch.as_tensor(std).flatten()[0]), abs=1e-6)
+        assert float(steps.std[i]) == pytest.approx(float(torch.as_tensor(std).flatten()[0]), abs=1e-6)
+    assert [y.shape for y in steps[1:]] == 6 * [(7, 1, 1)] and torch.equal(steps.timesteps, grid.timesteps)
 
 
 @pytest.mark.parametrize("schedule", ("linear", "scaled_linear"))
@@ -74,15 +92,15 @@ def test_what_an_answer_means(schedule):
     """The noise, as the sampler of evaluation understands it; the motion, bit for bit."""
     grid = samplers.make_grid(schedule, 5, "linspace")
     x, answer = (torch.randn(2, 5, 3, 4, generator=generator(0, k, "x")) for k in range(2))
-    noise, motion = (ddpo.transitions(grid, 1, prediction) for prediction in ("epsilon", "sample"))
+    noise, motion = (ddpo.solver_steps(grid, 1, prediction) for prediction in ("epsilon", "sample"))
     for i in range(5):
-        expected = samplers.predict_x_start(answer[:, i], x[:, i], grid.alpha[i], grid.sigma[i], "epsilon")
-        mine = ddpo.guess(noise, i, x[:, i], answer[:, i])
+        expected = reference.predict_x_start(answer[:, i], x[:, i], grid.alpha[i], grid.sigma[i], "epsilon")
+        mine = noise.p[i] * x[:, i] + noise.q[i] * answer[:, i]
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(
-        ddpo.guess(noise, slice(0, 5), x, answer),
-        torch.stack([ddpo.guess(noise, i, x[:, i], answer[:, i]) for i in range(5)], 1))
-    assert torch.equal(ddpo.guess(motion, slice(0, 5), x, answer), answer)
+        noise.p[:5] * x + noise.q[:5] * answer,
+        torch.stack([noise.p[i] * x[:, i] + noise.q[i] * answer[:, i] for i in range(5)], 1))
+    assert torch.equal(motion.p[:5] * x + motion.q[:5] * answer, answer)
     for name in ("x_coef", "m_coef", "k", "std"):
         assert torch.equal(getattr(noise, name), getattr(motion, name)), "the answer changes nothing else"
 
@@ -90,7 +108,7 @@ def test_what_an_answer_means(schedule):
 @pytest.mark.parametrize("schedule", samplers.SCHEDULES)
 @pytest.mark.parametrize("spacing", samplers.SPACINGS)
 def test_only_the_last_step_has_no_variance(schedule, spacing):
-    std = ddpo.transitions(samplers.make_grid(schedule, 10, spacing), 1).std
+    std = ddpo.solver_steps(samplers.make_grid(schedule, 10, spacing), 1, "sample").std
     assert (std[:-1] > 0).all() and std[-1] == 0
 
 
@@ -106,8 +124,8 @@ def test_one_forward_over_all_steps_gives_the_rollouts_own_means(order, guidance
     """x_{i+1} = mean + std * noise at rollout, so the re-scored mean must explain the stored states exactly:
     this fails for a timestep off by one, a wrong m_{i-1}, guidance in one pass only, or dropout."""
     r = rolled_out(order, guidance)
-    _, mean, std = logps(r)
-    expected = (mean + std * r.noise[:, 1:5]) * r.mask[:, None, :, None]
+    _, mean = logps(r)
+    expected = (mean + r.policy.steps.std[:4] * r.noise[:, 1:5]) * r.mask[:, None, :, None]
     torch.testing.assert_close(expected, r.states[:, 1:5], rtol=1e-4, atol=1e-4)
 
 
@@ -129,15 +147,15 @@ def test_logp_is_the_mean_over_valid_entries_and_detached():
 
 def test_padding_changes_nothing_that_is_valid():
     r = rolled_out()
-    before, mean, _ = logps(r)
+    before, mean = logps(r)
     dirty = r.states + 10.0 * ~r.mask[:, None, :, None]
-    after, dirty_mean, _ = logps(r, dirty)
+    after, dirty_mean = logps(r, dirty)
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
     keep = r.mask[:, None, :, None]
     torch.testing.assert_close(dirty_mean * keep, mean * keep, rtol=1e-5, atol=1e-5)
     assert (r.states * ~r.mask[:, None, :, None]).abs().max() == 0
-    longer = ddpo.rollout(r.model, r.grid, r.transition, CAPTIONS, torch.nn.functional.pad(r.mask, (0, 3)),
-                          torch.nn.functional.pad(r.noise, (0, 0, 0, 3)), 1.0)
+    longer = ddpo.rollout(r.policy, CAPTIONS, torch.nn.functional.pad(r.mask, (0, 3)),
+                          torch.nn.functional.pad(r.noise, (0, 0, 0, 3)))
     torch.testing.assert_close(longer[:, :, :6], r.states, rtol=1e-4, atol=1e-4)
 
 
@@ -159,30 +177,28 @@ def test_policy_gradient_equals_the_gradient_of_the_expected_reward():
     """Score function over the stored steps, but the deterministic last, against d E[x_{N-1}^2]/d theta."""
     model, n, steps = LinearDenoiser(0.6), 200_000, 5
     grid = samplers.make_grid("linear", steps)
-    transition = ddpo.Transition(*(y.double() for y in ddpo.transitions(grid, 1)))
+    table = ddpo.Steps(*(y.double() for y in ddpo.solver_steps(grid, 1, "sample")))
+    policy = tiny_policy()[1]._replace(model=model, steps=table, tokens=1)
     mask = torch.ones(n, 1, dtype=torch.bool)
     noise = torch.randn(n, steps + 1, 1, 1, generator=generator(0, 0, "mc"), dtype=torch.float64)
     captions = [""] * n
-    states = ddpo.rollout(model, grid, transition, captions, mask, noise, 1.0)
+    states = ddpo.rollout(policy, captions, mask, noise)
     rewards = states[:, steps - 1, 0, 0].square()
-    logp, *_ = ddpo.step_logps(model, grid, transition, states, captions, mask, steps - 1, 1.0)
+    logp, _ = ddpo.step_logps(policy, states, captions, mask, steps - 1)
     surrogate = (logp.sum(1) * (rewards - rewards.mean())).mean()
     estimate, = torch.autograd.grad(surrogate, model.theta)
 
     def expected_reward(theta):
         variance = torch.tensor(1.0, dtype=torch.float64)
-        for i in range(steps - 1):
-            scale = transition.x_coef[i] + transition.m_coef[i] * theta
-            variance = scale**2 * variance + transition.std[i] ** 2
+        for x_coef, m_coef, std in zip(*(y[:steps - 1, 0, 0] for y in (table.x_coef, table.m_coef, table.std))):
+            variance = (x_coef + m_coef * theta)**2 * variance + std ** 2
         return variance
 
     h = 1e-5
     exact = (expected_reward(0.6 + h) - expected_reward(0.6 - h)) / (2 * h)
-    half = n // 2  # Monte-Carlo error from independent blocks
-    blocks = []
+    blocks = []  # Monte-Carlo error from independent blocks
     for rows in torch.arange(n).chunk(20):
-        logp, *_ = ddpo.step_logps(model, grid, transition, states[rows], captions[: len(rows)], mask[rows],
-                                   steps - 1, 1.0)
+        logp, _ = ddpo.step_logps(policy, states[rows], captions[: len(rows)], mask[rows], steps - 1)
         part = (logp.sum(1) * (rewards[rows] - rewards.mean())).mean()
         blocks.append(torch.autograd.grad(part, model.theta)[0].item())
     error = np.std(blocks, ddof=1) / math.sqrt(len(blocks))
@@ -194,11 +210,11 @@ def test_policy_gradient_equals_the_gradient_of_the_expected_reward():
 
 def test_advantages_use_each_prompts_own_mean_and_one_std():
     rewards = torch.tensor([[1.0, 3.0], [10.0, 10.0], [-5.0, -4.0]])
-    advantages = ddpo.group_advantages(rewards, 5.0)
+    advantages = ddpo.group_advantages(rewards)
     std = math.sqrt((1 + 1 + 0 + 0 + 0.25 + 0.25) / 6) + 1e-4
     torch.testing.assert_close(advantages, torch.tensor([[-1, 1], [0, 0], [-0.5, 0.5]]) / std)
-    assert (ddpo.group_advantages(torch.full((3, 4), 0.7), 5.0) == 0).all()
-    assert ddpo.group_advantages(torch.tensor([[0.0] * 99 + [1.0]]), 5.0).max() == 5.0
+    assert (ddpo.group_advantages(torch.full((3, 4), 0.7)) == 0).all()
+    assert ddpo.group_advantages(torch.tensor([[0.0] * 99 + [1.0]])).max() == 5.0
 
 
 def test_clipped_loss_is_pessimistic():
@@ -213,10 +229,10 @@ def test_clipped_loss_is_pessimistic():
 def test_snr_law_gives_every_step_the_same_kl():
     """KL = (SNR_j - SNR_i) |d|^2 / 2 for a shift d of the prediction, hence the weights of --snr-weights."""
     grid = samplers.make_grid("linear", 10)
-    transition = ddpo.transitions(grid, 1)
+    steps = ddpo.solver_steps(grid, 1, "sample")
     snr = torch.exp(2 * grid.lam)
     for i in range(9):
-        kl = (transition.m_coef[i] / transition.std[i]) ** 2 / 2
+        kl = (steps.m_coef[i] / steps.std[i]) ** 2 / 2
         assert float(kl) == pytest.approx(float((snr[i + 1] - snr[i]) / 2), rel=1e-3)
     weights = ddpo.snr_step_weights(grid, 9)
     assert float(weights.mean()) == pytest.approx(1.0, abs=1e-6) and (weights.diff() < 0).all()
@@ -226,8 +242,8 @@ def test_snr_law_gives_every_step_the_same_kl():
 def test_weighted_steps_move_alike(prediction):
     """A shift d of the answer moves the mean by w sqrt(2 KL) stds in each step, the same with the weights."""
     grid = samplers.make_grid("scaled_linear", 10)
-    transition = ddpo.transitions(grid, 1, prediction)
-    pull = (transition.m_coef * transition.q / transition.std).abs()[:9]
+    steps = ddpo.solver_steps(grid, 1, prediction)
+    pull = (steps.m_coef * steps.q / steps.std).abs()[:9, 0, 0]
     moved = pull * ddpo.snr_step_weights(grid, 9, prediction)
     torch.testing.assert_close(moved / moved[0], torch.ones(9), rtol=1e-3, atol=1e-3)
     other = {"sample": "epsilon", "epsilon": "sample"}[prediction]
@@ -239,19 +255,8 @@ def test_weighted_steps_move_alike(prediction):
 
 
 def latent_policy(**changes):
-    """A small policy over the latents of a VAE that has learnt nothing, its adapters not at their start."""
-    known = dict(ddpo.LATENT, width=16, heads=2, layers=3, patch_dims=12, latents=3, latent_dims=5, steps=5,
-                 prompts_per_iteration=4, samples_per_prompt=4)
-    args = ddpo.Args(**{**known, **changes})
-    with torch.random.fork_rng(devices=[]):
-        model = ddpo.LatentDiffusion(args, datasets.Vocabulary.from_captions(CAPTIONS), 263)
-    training.initialise(model, generator(0, 0, "initialise"))
-    basis = torch.randn(model.codec.patches.basis.shape, generator=generator(0, 0, "basis"))
-    model.codec.patches.basis.copy_(torch.linalg.qr(basis)[0])
-    policy = ddpo.make_policy(args, model, 40, torch.device("cpu"))
-    for k, parameter in enumerate(lora.lora_parameters(model)):
-        parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator(0, k, "perturb")))
-    return args, policy
+    """A small policy over the latents of a VAE that has learnt nothing."""
+    return tiny_policy("latent", longest=40, **changes)
 
 
 def test_latents_have_no_padding_and_their_motions_do():
@@ -269,24 +274,20 @@ def test_no_adapter_is_in_the_vae():
     names = list(lora.adapters(policy.model))
     assert names and not [name for name in names if name.startswith("codec")]
     assert any(name.startswith("layers.0.layers.2.") for name in names) and "text_layers.0.up" in names
-    trained = {id(p) for p in lora.lora_parameters(policy.model)}
+    trained = {id(p) for p in lora.parameters(policy.model)}
     assert all(p.requires_grad == (id(p) in trained) for p in policy.model.parameters())
 
 
-@pytest.mark.parametrize("changes", (dict(), dict(order=2), dict(guidance_scale=2.5), dict(bf16=True),
-                                     dict(space="joint", prediction="sample", bf16=True)))
-def test_first_ratio_is_one_in_any_space_and_precision(changes):
-    if changes.get("space") == "joint":
-        args, model = tiny_model(steps=5, prompts_per_iteration=4, samples_per_prompt=4, **changes)
-        policy = ddpo.make_policy(args, model, 24, torch.device("cpu"))
-    else:
-        args, policy = latent_policy(**changes)
-    batch = ddpo.collect(args, policy, CAPTIONS, {4: [12, 24, 20]}, 0, 0, 1)
+@pytest.mark.parametrize("space, changes", (("latent", dict()), ("latent", dict(order=2)), (
+    "latent", dict(guidance_scale=2.5)), ("latent", dict(bf16=True)), ("joint", dict(bf16=True))))
+def test_first_ratio_is_one_in_any_space_and_precision(space, changes):
+    args, policy = tiny_policy(space, b_scale=0.0 if space == "joint" else 0.1, longest=40, **changes)
+    batch = ddpo.collect(args, policy, CAPTIONS, {4: [12, 24, 20]}, 0)
     assert batch["states"].dtype == torch.float32
     rewards = batch["states"][:, -1].mean((1, 2))
-    advantages = ddpo.group_advantages(rearrange(rewards, "(p g) -> p g", g=4), 5.0).flatten()
+    advantages = ddpo.group_advantages(rearrange(rewards, "(p g) -> p g", g=4)).flatten()
     args = dataclasses.replace(args, kept_samples=16, minibatches=1)
-    optimizer = torch.optim.AdamW(list(lora.lora_parameters(policy.model)), lr=1e-2)
+    optimizer = torch.optim.AdamW(lora.parameters(policy.model), lr=1e-2)
     before = {k: v.clone() for k, v in policy.model.state_dict().items()}
     log = ddpo.update(args, policy, batch, advantages, optimizer, 0, Never())
     assert log["first_ratio_error"] == 0 and log["grad_norm"] > 0
@@ -298,26 +299,27 @@ def test_only_the_denoiser_is_in_bfloat16():
     args, policy = latent_policy()
     _, low = latent_policy(bf16=True)
     states, mask = ddpo.sample(args, policy, CAPTIONS, torch.tensor([8, 40, 24, 12]), 0, "test", range(4))
-    results = [ddpo.step_logps(p.model, p.grid, p.transition, states, CAPTIONS, mask, 4, 1.0)
-               for p in (policy, low)]
+    results = [ddpo.step_logps(p, states, CAPTIONS, mask, 4) for p in (policy, low)]
     assert all(part.dtype == torch.float32 for part in (*results[0], *results[1]))
     gap = (results[0][1] - results[1][1]).abs()
     assert 0 < gap.max() < 0.1, "means differ by the rounding of the network's answer"
 
 
-@pytest.mark.parametrize("preset, known, shape", (("paper", (512, 8, 1, True, 2.5), (16, 263)),
-                                                  ("paper-latent", (256, 9, 1, True, 7.5), (1, 256))))
-def test_the_preset_of_the_paper_takes_a_step(preset, known, shape):
+@pytest.mark.parametrize("space, known, shape", (("joint", (512, 8, 1, True), (16, 263)),
+                                                 ("latent", (256, 9, 1, True), (1, 256))))
+def test_the_size_of_the_paper_takes_a_step(monkeypatch, space, known, shape):
     """One rollout and one update of two motions at full width."""
-    flags = ["--micro-batch", "1", "--prompts-per-iteration", "1", "--samples-per-prompt", "2"]
-    flags += ["--preset", preset, "--minibatches", "1", "--steps", "3"]
-    args = runs.parse_args(ddpo.Args, ddpo.TINY, flags, "x", ddpo.PRESETS)
-    assert (args.width, args.layers, args.patch, args.bf16, args.guidance_scale) == known
-    model = ddpo.SPACES[args.space](args, datasets.Vocabulary.from_captions(CAPTIONS), 263)
+    flags = ["--size", "paper", "--space", space, "--micro-batch", "1", "--prompts", "1", "--samples", "2"]
+    args = runs.parse_args(ddpo.Args, ddpo.SIZE_ARGS, [*flags, "--minibatches", "1", "--steps", "3"], "x")
+    size = diffusion.SIZES[space]["paper"]
+    assert (size.width, size.layers, size.patch, size.bf16) == known and args.guidance_scale > 1
+    monkeypatch.setitem(diffusion.SIZES[space], "paper", size._replace(layers=3))  # the rest is repetition
+    with torch.random.fork_rng(devices=[]):
+        model = ddpo.make_model(args, datasets.Vocabulary.from_captions(CAPTIONS))
     policy = ddpo.make_policy(args, model, 16, torch.device("cpu"))
-    batch = ddpo.collect(args, policy, CAPTIONS, {4: [16]}, 0, 0, 1)
+    batch = ddpo.collect(args, policy, CAPTIONS, {4: [16]}, 0)
     assert batch["states"].shape == (2, 4, *shape)
-    optimizer = torch.optim.AdamW(list(lora.lora_parameters(policy.model)), lr=args.lr)
+    optimizer = torch.optim.AdamW(lora.parameters(policy.model), lr=args.lr)
     log = ddpo.update(args, policy, batch, torch.tensor([1.0, -1.0]), optimizer, 0, Never())
     assert log["first_ratio_error"] == 0 and 0 < log["grad_norm"] < 1e6
 
@@ -328,7 +330,7 @@ def test_a_sampler_at_part_of_its_strength():
     none, half, full = (ddpo.policy_sampler(args, policy, s)(CAPTIONS, lengths, "test", 0)[0]
                         for s in (0.0, 0.5, 1.0))
     assert torch.equal(full, ddpo.policy_sampler(args, policy)(CAPTIONS, lengths, "test", 0)[0])
-    with lora.disabled(policy.model):
+    with lora.scaled(policy.model, 0.0):
         base = ddpo.policy_sampler(args, policy)(CAPTIONS, lengths, "test", 0)[0]
     assert torch.equal(none, base)
     assert not torch.equal(half, none) and not torch.equal(half, full)
@@ -344,17 +346,16 @@ class Never:
 
 def one_update(rewards_of_group, iterations=1, **changes):
     """Rollout + update with a given reward function of the states -> model, weights before, last log, ..."""
-    args, model = adapted_model(prompts_per_iteration=4, samples_per_prompt=4, steps=5, **changes)
-    grid = samplers.make_grid("linear", 5)
-    policy = ddpo.Policy(model, grid, ddpo.transitions(grid, args.order), 6, torch.device("cpu"))
+    args, policy = tiny_policy(**{**dict(kept_samples=0), **changes})
+    model = policy.model
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    optimizer = torch.optim.AdamW(list(lora.lora_parameters(model)), lr=args.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(lora.parameters(model), lr=args.lr, weight_decay=0.0)
     pool, history = {4: [12, 24, 20]}, []
     for iteration in range(iterations):
-        batch = ddpo.collect(args, policy, CAPTIONS, pool, iteration, 0, 1)
+        batch = ddpo.collect(args, policy, CAPTIONS, pool, iteration)
         rewards = rewards_of_group(batch)
         history.append(rewards.mean().item())
-        advantages = ddpo.group_advantages(rearrange(rewards, "(p g) -> p g", g=4), 5.0).flatten()
+        advantages = ddpo.group_advantages(rearrange(rewards, "(p g) -> p g", g=4)).flatten()
         log = ddpo.update(args, policy, batch, advantages, optimizer, iteration, Never())
     return SimpleNamespace(model=model, before=before, log=log, history=history, policy=policy, args=args)
 
@@ -377,7 +378,7 @@ def test_only_adapters_move_and_all_of_them_do():
     run = one_update(toy_reward)
     for name, value in run.model.state_dict().items():
         moved = not torch.equal(value, run.before[name])
-        adapter = any(value.data_ptr() == p.data_ptr() for p in lora.lora_parameters(run.model))
+        adapter = any(value.data_ptr() == p.data_ptr() for p in lora.parameters(run.model))
         assert moved == adapter, name
 
 
@@ -400,13 +401,6 @@ def test_micro_batches_give_the_same_gradient():
         torch.testing.assert_close(x, y, rtol=0, atol=2e-4, msg=name)  # one Adam step of lr 2e-3
 
 
-def test_strongest_advantages_are_kept_whatever_their_sign():
-    advantages = torch.tensor([0.1, -2.0, 0.0, 1.5, -0.1, 0.2])
-    assert ddpo.strongest(advantages, 3) == [1, 3, 5]
-    assert ddpo.strongest(advantages, 4) == [0, 1, 3, 5], "of equals the first"
-    assert ddpo.strongest(advantages, 0) == list(range(6))
-
-
 def test_samples_that_are_not_kept_have_no_influence():
     """Poison the stored states of the others: the update must stay the same to the last bit."""
     runs_ = []
@@ -414,7 +408,7 @@ def test_samples_that_are_not_kept_have_no_influence():
         def rewards(batch, poison=poison):
             values = toy_reward(batch)
             groups = rearrange(values, "(p g) -> p g", g=4)
-            kept = ddpo.strongest(ddpo.group_advantages(groups, 5.0).flatten(), 6)
+            kept = ddpo.strongest(ddpo.group_advantages(groups).flatten(), 6)
             others = [row for row in range(16) if row not in kept]
             if poison:
                 batch["states"][others] = math.nan
@@ -427,14 +421,16 @@ def test_samples_that_are_not_kept_have_no_influence():
 
 
 def test_words_are_dropped_and_swapped_at_their_rates_in_training_only(monkeypatch):
-    _, model = tiny_model()
+    model = tiny_model()
     captions = ["a person turns left slowly and waves"] * 4000
     ids, mask = model.vocabulary.encode(captions)
     seen = []
     monkeypatch.setattr(model.words, "forward", lambda x: seen.append(x) or torch.zeros(*x.shape, 16))
     model.encode_text(captions)
-    model.encode_text(captions, 0.2, 0.0, generator(0, 0, "words"))
-    model.encode_text(captions, 0.0, 0.3, generator(0, 0, "words"))
+    for drop, swap in ((0.2, 0.0), (0.0, 0.3)):
+        monkeypatch.setattr(datasets, "WORD_DROP", drop)
+        monkeypatch.setattr(datasets, "WORD_SWAP", swap)
+        model.encode_text(captions, generator(0, 0, "words"))
     plain, dropped, swapped = seen
     assert torch.equal(plain, ids)
     assert set(dropped[dropped != ids].tolist()) == {1}
@@ -452,16 +448,17 @@ def test_kl_to_the_base_pulls_back():
     assert held.log["kl_base"] < free.log["kl_base"]
 
 
-def test_samples_do_not_depend_on_batch_or_process_count():
+def test_samples_do_not_depend_on_batch_or_process_count(monkeypatch):
     """Two processes together draw the trajectories of one."""
-    args, model = adapted_model(prompts_per_iteration=4, samples_per_prompt=2, steps=3)
-    grid = samplers.make_grid("linear", 3)
-    policy = ddpo.Policy(model, grid, ddpo.transitions(grid, 1), 6, torch.device("cpu"))
+    args, policy = tiny_policy(samples=2, steps=3)
     pool = {3: [12, 24], 7: [16]}
-    whole = ddpo.collect(args, policy, CAPTIONS, pool, 5, 0, 1)
-    parts = [ddpo.collect(args, policy, CAPTIONS, pool, 5, rank, 2) for rank in range(2)]
+    whole, parts = ddpo.collect(args, policy, CAPTIONS, pool, 5), []
+    for rank in range(2):
+        monkeypatch.setattr(runs, "world", lambda device, rank=rank: (rank, 2))
+        parts.append(ddpo.collect(args, policy, CAPTIONS, pool, 5))
     assert whole["captions"] == parts[0]["captions"] + parts[1]["captions"]
-    assert sorted(parts[0]["index"] + parts[1]["index"]) == whole["index"]
+    assert parts[0]["numbers"] and parts[1]["numbers"] and whole["prompts"] == parts[1]["prompts"]
+    assert sorted(parts[0]["numbers"] + parts[1]["numbers"]) == whole["numbers"]
     torch.testing.assert_close(whole["states"], torch.cat([p["states"] for p in parts]), rtol=1e-5, atol=1e-5)
     for group in rearrange(whole["lengths"], "(p g) -> p g", g=2):
         assert group[0] == group[1], "one length per prompt group"
@@ -474,101 +471,139 @@ def test_wrong_prompts_is_a_fixed_assignment_without_fixed_points():
     assert wrong == retrieval.wrong_captions(prompts, 3) != retrieval.wrong_captions(prompts, 4)
 
 
+def length_reward(motion, lengths, captions):
+    """A number that tells motion, length and caption of each sample apart."""
+    return motion[:, 0, 0] + lengths + torch.tensor([float(len(c)) for c in captions])
+
+
 def test_rewards_stay_with_their_samples():
     """A reward in another order must not pass: the score of sample k is that of motion k and caption k."""
-    args, model = tiny_model(prompts_per_iteration=2, samples_per_prompt=2)
+    _, policy = tiny_policy()
     batch = {"states": torch.randn(4, 2, 3, 8, generator=generator(0, 0, "x")), "captions": CAPTIONS,
-             "lengths": torch.tensor([12, 8, 4, 12]), "index": [0, 1, 2, 3]}
+             "lengths": torch.tensor([12, 8, 4, 12]), "numbers": [0, 1, 2, 3]}
 
-    class Scorer:
-        def similarity(self, motion, lengths, captions):
-            return motion[:, 0, 0] + lengths + torch.tensor([float(len(c)) for c in captions])
+    def asked(kind, reward=length_reward):
+        return ddpo.score(policy, retrieval.control(kind, reward, CAPTIONS, 0), batch, 0)
 
-    policy = SimpleNamespace(model=model, device=torch.device("cpu"))
-    rewards = ddpo.score(args, policy, Scorer(), batch, {}, None, 0)
-    motion = model.codec.decode(batch["states"][:, -1])
-    expected = motion[:, 0, 0] + batch["lengths"] + torch.tensor([float(len(c)) for c in CAPTIONS])
-    torch.testing.assert_close(rewards, expected)
-    wrong = dict(zip(CAPTIONS, CAPTIONS[1:] + [""]))
-    control = dataclasses.replace(args, reward="shuffled")
-    shuffled = ddpo.score(control, policy, Scorer(), batch, wrong, None, 0)
-    assert not torch.equal(shuffled, rewards)
-
-    class Broken:
-        def similarity(self, motion, lengths, captions):
-            return torch.tensor([0.1, float("nan"), 0.2, 0.3])
-
-    with pytest.raises(NonFiniteError, match="someone turns left slowly"):
-        ddpo.score(args, policy, Broken(), batch, {}, None, 0)
+    motion = policy.model.codec.decode(batch["states"][:, -1])
+    torch.testing.assert_close(asked("retrieval"), length_reward(motion, batch["lengths"], CAPTIONS))
+    wrong = retrieval.wrong_captions(CAPTIONS, 0)
+    torch.testing.assert_close(
+        asked("shuffled"), length_reward(motion, batch["lengths"], [wrong[c] for c in CAPTIONS]))
+    assert not torch.equal(asked("shuffled"), asked("retrieval"))
+    with pytest.raises(NonFiniteError, match="iteration 0: reward nan for 'someone turns left slowly'"):
+        asked("retrieval", lambda *batch: torch.tensor([0.1, math.nan, 0.2, 0.3]))
 
 
-def test_contrastive_reward():
-    """Less a tenth of the log-sum over all captions of e^(10 cos): what InfoNCE would gain, times its
-    temperature. A motion that fits every caption alike earns nothing by it."""
-    class Scorer:
-        def embed_motion(self, motion, lengths):
-            return 3 * motion[:, 0]
+def test_advantages_stay_with_their_samples():
+    """update() takes those of all processes and trains the motions that it holds on their own."""
+    whole, half = (one_update(toy_reward, minibatches=1), tiny_policy(kept_samples=0, minibatches=1))
+    args, policy = half
+    batch = ddpo.collect(args, policy, CAPTIONS, {4: [12, 24, 20]}, 0)
+    merit = ddpo.group_advantages(rearrange(toy_reward(batch), "(p g) -> p g", g=4)).flatten()
+    order = [5, 0, 15, 3, 9, 1, 14, 2, 12, 4, 8, 6, 13, 7, 11, 10]
+    batch = {**batch, "states": batch["states"][order], "mask": batch["mask"][order], "numbers": order,
+             "captions": [batch["captions"][k] for k in order]}
+    optimizer = torch.optim.AdamW(lora.parameters(policy.model), lr=args.lr, weight_decay=0.0)
+    log = ddpo.update(args, policy, batch, merit, optimizer, 0, Never())
+    assert log["grad_norm"] == pytest.approx(whole.log["grad_norm"], rel=1e-4)
+    assert log["loss"] == pytest.approx(whole.log["loss"], abs=1e-6)
 
-        def embed_text(self, captions):
-            return torch.tensor([[2.0, 0.0]] * len(captions))
 
-        def similarity(self, motion, lengths, captions):
-            return motion[:, 0, 0]
+def test_the_loss_falls_along_its_own_gradient():
+    """The step must raise the log-probability of what was rewarded: the first-order change of the mean of
+    advantage x log-probability is positive."""
+    run = one_update(toy_reward, minibatches=1, lr=1e-4, snr_weights=False, kl_coef=0.0)
+    args, before = tiny_policy(kept_samples=0)
+    batch = ddpo.collect(args, before, CAPTIONS, {4: [12, 24, 20]}, 0)
+    merit = ddpo.group_advantages(rearrange(toy_reward(batch), "(p g) -> p g", g=4)).flatten()
+    old, new = (ddpo.step_logps(p, batch["states"], batch["captions"], batch["mask"], 4)[0]
+                for p in (before, run.policy))
+    assert (merit[:, None] * (new - old)).mean() > 1e-7
 
-    angles = torch.tensor([0.3, 1.1, 2.0])
-    motion = torch.stack([angles.cos(), angles.sin()], -1)[:, None]
-    others = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, -1.0], [-1.0, 0.0]])
-    reward = ddpo.retrieval_reward(Scorer(), motion, torch.ones(3), ["x"] * 3, others)
-    for k, angle in enumerate(angles.tolist()):
-        cosines = [math.cos(angle), math.sin(angle), -math.sin(angle), -math.cos(angle)]
-        expected = cosines[0] - 0.1 * math.log(sum(math.exp(10 * c) for c in cosines))
-        assert reward[k].item() == pytest.approx(expected, abs=1e-5)
-    assert torch.equal(ddpo.retrieval_reward(Scorer(), motion, None, ["x"] * 3), motion[:, 0, 0])
+
+# ---- the loop ----------------------------------------------------------------------------------------------
+
+
+def trained(folder, reward, advantages=None, monkeypatch=None, **changes):
+    """train() with a given reward at toy size -> policy, weights before."""
+    args, policy = tiny_policy(**{**dict(iterations=2, kept_samples=0, eval_every=99), **changes})
+    folder.mkdir()
+    start = SimpleNamespace(args=args, watch=runs.Stopwatch(), rank=0)
+    clips = [datasets.Clip("x", np.zeros((frames, 263), np.float32), CAPTIONS, [[]] * 4, [{}] * 4)
+             for frames in (12, 24, 20)]
+    domain = SimpleNamespace(splits={"train": clips, "val": clips}, fingerprint="x")
+    before = {k: v.clone() for k, v in policy.model.state_dict().items()}
+    with mock.patch.object(evaluate, "check_names", lambda *args: None):
+        ddpo.train(start, policy, retrieval.control("", reward, CAPTIONS, 0), advantages or ddpo.group_advantages,
+                   CAPTIONS, None, domain, domain, folder)
+    return policy, before
+
+
+def test_training_moves_the_adapters_only(tmp_path):
+    policy, before = trained(tmp_path / "run", length_reward)
+    adapters = {id(p) for p in lora.parameters(policy.model)}
+    for name, value in policy.model.named_parameters():
+        assert torch.equal(value, before[name]) != (id(value) in adapters), name
+
+
+def test_training_with_a_constant_reward_moves_nothing(tmp_path):
+    policy, before = trained(tmp_path / "run", lambda *batch: torch.full((16,), 0.3), kl_coef=0.0)
+    assert all(torch.equal(value, before[name]) for name, value in policy.model.state_dict().items())
+
+
+def test_each_group_holds_one_prompt(tmp_path):
+    """A reward that knows the prompt alone has no advantage: the baseline is that of the same prompt."""
+    policy, before = trained(tmp_path / "run", lambda motion, lengths, captions: torch.tensor(
+        [float(len(caption)) for caption in captions]), kl_coef=0.0)
+    assert all(torch.equal(value, before[name]) for name, value in policy.model.state_dict().items())
+
+
+def test_another_baseline_is_one_function(tmp_path):
+    """advantages(rewards (p g), captions (p)) decides what is learnt."""
+    asked = []
+
+    def nothing(rewards, captions):
+        asked.append((rewards, captions))
+        return torch.zeros_like(rewards)
+
+    policy, before = trained(tmp_path / "run", length_reward, nothing, kl_coef=0.0)
+    assert all(torch.equal(value, before[name]) for name, value in policy.model.state_dict().items())
+    assert [rewards.shape for rewards, _ in asked] == [(4, 4)] * 2
+    for rewards, captions in asked:  # the length of a caption is most of this reward
+        assert sorted(captions) == sorted(CAPTIONS)
+        spread = torch.tensor([float(len(caption)) for caption in captions])
+        assert (rewards.mean(1) - spread - rewards.mean() + spread.mean()).abs().max() < 15
 
 
 # ---- the network -------------------------------------------------------------------------------------------
 
 
 def test_every_adapter_is_felt_in_eval_mode():
-    args, model = adapted_model()
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert len(names) == 2 * (6 * args.text_layers + 10 * args.layers)
     r = rolled_out()
-    logp, *_ = logps(r)
-    gradients = torch.autograd.grad(logp.sum(), list(lora.lora_parameters(r.model)))
+    model, size = r.policy.model, TINY["joint"]
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert len(names) == 2 * (6 * size.text_layers + 10 * size.layers)
+    logp, _ = logps(r)
+    gradients = torch.autograd.grad(logp.sum(), lora.parameters(model))
     assert all(g.abs().max() > 0 for g in gradients)
-    with lora.disabled(r.model):
-        base, *_ = logps(r)
+    with lora.scaled(model, 0.0):
+        base, _ = logps(r)
     assert not torch.equal(base, logp)
 
 
 def test_adapters_off_is_the_base_bit_for_bit():
-    _, base = tiny_model()
-    _, adapted = adapted_model()
+    base = tiny_model()
+    adapted = tiny_policy()[1].model
     x, t = torch.randn(4, 6, 8, generator=generator(0, 0, "x")), torch.tensor([999.0, 500.0, 100.0, 0.0])
     mask = torch.arange(6)[None] < torch.tensor([3, 6, 5, 1])[:, None]
-    with lora.disabled(adapted):
+    with lora.scaled(adapted, 0.0):
         assert torch.equal(base(x, t, mask, *base.encode_text(CAPTIONS)),
                            adapted(x, t, mask, *adapted.encode_text(CAPTIONS)))
 
 
 def test_codec_without_reduction_is_exact():
-    args, model = tiny_model(patch=2, patch_dims=0)
-    eye = torch.eye(2 * 263)
-    model.codec.basis.copy_(eye)
+    model = tiny_model(patch=2, patch_dims=0)
+    model.codec.basis.copy_(torch.eye(2 * 263))
     motion = torch.randn(2, 8, 263, generator=generator(0, 0, "motion"))
     torch.testing.assert_close(model.codec.decode(model.codec.encode(motion)), motion, rtol=1e-5, atol=1e-5)
-
-
-def test_guidance_uses_text_and_null_with_the_stated_weights():
-    _, model = tiny_model()
-    x, mask = torch.randn(4, 6, 8, generator=generator(0, 0, "x")), torch.ones(4, 6, dtype=torch.bool)
-    text, text_mask = model.encode_text(CAPTIONS)
-    t = torch.full((4,), 300.0)
-    with_text = model(x, t, mask, text, text_mask)
-    null = model(x, t, mask, *model.drop_text(text, text_mask, torch.ones(4, dtype=torch.bool)))
-    guided = ddpo.predict(model, x, t, mask, text, text_mask, 2.5)
-    torch.testing.assert_close(guided, null + 2.5 * (with_text - null), rtol=1e-4, atol=1e-5)
-    other = model.drop_text(*model.encode_text(["another text of other length altogether"]),
-                            torch.ones(1, dtype=torch.bool))
-    assert torch.allclose(null[0], model(x[:1], t[:1], mask[:1], *other)[0], atol=1e-6)
