@@ -10,28 +10,26 @@ Papers
   [NM]    No MoCap Needed, Macaluso et al. 2025, arXiv 2510.06988: this method
   [DDPO]  Black et al. 2023, arXiv 2305.13301; "DDPO code" is kvablack/ddpo-pytorch
   [DPM]   DPM-Solver++, Lu et al. 2022, arXiv 2211.01095: the sampler
-  [LoRA]  Hu et al. 2021, arXiv 2106.09685
-  [MDM]   Tevet et al. 2022, arXiv 2209.14916, [MLD] Chen et al. 2023, arXiv 2212.04048: denoisers
+  [MDM]   Tevet et al. 2022, arXiv 2209.14916, [MLD] Chen et al. 2023, arXiv 2212.04048: networks
   [TMR]   Petrovich et al. 2023, arXiv 2305.00976: the reward
 
 The decision process ([DDPO] section 4.2), for denoising steps i = 0 .. N-1
-  in the code             symbol                     meaning
-  x = states[:, i]        x_i                        state: x_0 is noise, x_N the finished motion
-  states[:, i + 1]        x_{i+1}                    action: the next, less noisy state
-  m                       m_theta(x_i, t_i, c)       the network's guess of the finished motion
-  mean, std               mu_theta, sigma_i          policy: x_{i+1} ~ N(mean, std^2)
-  logp, logp_old          log pi_theta, log pi_old   averaged over the entries of x, not summed
-  ratio                   pi_theta / pi_old          of one step, clipped as in PPO
-  rewards                 R(x_N, c)                  one number a motion, at the end
+  in the code         symbol                    meaning
+  x = states[:, i]    x_i                       state: x_0 is noise, x_N the finished motion
+  states[:, i + 1]    x_{i+1}                   action: the next, less noisy state
+  m                   m_theta(x_i, t_i, c)      the network's guess of the finished motion
+  mean, std           mu_theta, sigma_i         policy: x_{i+1} ~ N(mean, std^2)
+  logp, logp_old      log pi_theta, log pi_old  averaged over the entries of x, not summed
+  ratio               pi_theta / pi_old         of one step, clipped as in PPO
+  rewards             R(x_N, c)                 one number a motion, at the end
 
-Read sections 5 and 6 first. Section 4 says what is rewarded, section 3 what is trained.
-
-  python ddpo_motion.py --dataset kit             # from nothing to a tuned model; README: minutes
-  python ddpo_motion.py --dataset kit --tiny      # the same code at toy size, half a minute
+Read sections 5 and 6 first, then 7: policy, update, loop.
+  python ddpo_motion.py --dataset kit           # from nothing to a tuned model
+  python ddpo_motion.py --dataset kit --tiny    # the same at toy size, half a minute
   python ddpo_motion.py --prompt "a person waves" --load runs/ddpo_kit_seed0/adapter.pt
 """
 
-# ---- 1. Imports ----------------------------------------------------------------------------------
+# ---- 1. Imports ----
 
 import math
 from dataclasses import dataclass
@@ -47,49 +45,44 @@ from common import (datasets, diffusion, evaluate, features, generator, lora, no
                     retrieval, runs, samplers, training, vae)
 from common.runs import RunArgs, arg
 
-# ---- 2. Arguments --------------------------------------------------------------------------------
+# ---- 2. Arguments ----
 
 
 @dataclass
 class Args(RunArgs):
     """Every field is a flag. RunArgs has those of all scripts: --dataset, --seed, --resume ..."""
     source: str = arg("", "source domain; empty: the other one of kit and humanml3d", group="data")
-    leave_out: str = arg("", "an action (kick): the source is --dataset without it, the target "
-                         "what is left ([NM] leaves out a class of actions)")
+    leave_out: str = arg("", "an action (kick): source without, target with it alone")
     length: int = arg(0, "frames of a --prompt; 0: the median of the source", shaping=False)
-    size: str = arg("small", "of networks and training; paper: MDM's or MLD's, for a GPU",
-                    choices=("tiny", "small", "paper"), group="generator")
-    space: str = arg("joint", "what is diffused: the motion (MDM), or latents of a VAE (MLD)",
-                     choices=("joint", "latent"))
-    steps: int = arg(5, "denoising steps N ([NM]: 10); more cost more and gain no more here",
-                     group="sampling")
+    space: str = arg("joint", "what is diffused: motion (MDM), or latents of a VAE (MLD)",
+                     choices=("joint", "latent"), group="sampling")
+    steps: int = arg(5, "denoising steps N ([NM]: 10); more gain no more here")
     order: int = arg(1, "of the DPM-Solver++ step; 2 pays from 10 steps on", choices=(1, 2))
     spacing: str = arg("linspace", "of the steps; karras learns with --skip-last 3 only",
                        choices=("linspace", "trailing", "karras"))
-    guidance_scale: float = arg(1.0, "classifier-free guidance (MDM: 2.5, MLD: 7.5), costs twice")
+    guidance_scale: float = arg(1.0, "classifier-free (MDM: 2.5, MLD: 7.5), costs twice")
     reward: str = arg("retrieval", "shuffled and random are controls: they must teach nothing",
                       choices=("retrieval", "shuffled", "random"), group="reward")
-    reward_data: str = arg("both", "whose motions the reward model has seen; source is the strict "
-                           "reading of no MoCap", choices=("source", "both"))
+    reward_data: str = arg("both", "whose motions the reward model saw; source: no MoCap",
+                           choices=("source", "both"))
     iterations: int = arg(200, "of RL (DDPO: 100 to 200, [NM]: 30000)", group="update")
     prompts: int = arg(24, "prompts P of a rollout; more make less noise")
     samples: int = arg(16, "motions G of each prompt; their mean is the baseline", lowest=2)
     kept_samples: int = arg(128, "motions trained on, by |advantage|; 0: all", lowest=0)
     minibatches: int = arg(2, "optimizer steps an iteration; more drift away from the rollout")
-    micro_batch: int = arg(0, "motions of a forward pass; 0: a minibatch. Fewer save memory")
+    micro_batch: int = arg(0, "motions of a forward pass, fewer save memory; 0: a minibatch")
     lr: float = arg(1.5e-3, "learning rate of the adapters (DDPO code: 3e-4)")
-    clip_range: float = arg(0.0, "of the ratio; 0: 1e-4 sqrt(16384 / entries of x), see update()")
-    kl_coef: float = arg(0.02, "weight of the KL to the base ([NM]: unknown); keeps the source")
+    clip_range: float = arg(0.0, "of the ratio; 0: by the size of a state, see update()")
+    kl_coef: float = arg(0.02, "weight of the KL to the base; it keeps the source")
     skip_last: int = arg(1, "last steps not trained; the very last has no variance")
     snr_weights: bool = arg(True, "let early steps, which decide what is done, count more")
     lora_rank: int = arg(8, "rank of the adapters ([NM]: 4)")
     lora_alpha: float = arg(8.0, "their scale is alpha / rank ([NM]: 16)")
     eval_every: int = arg(25, "iterations between looks at val prompts", group="evaluation")
-    eval_repeats: int = arg(3, "repeats of the final tables (benchmark: 20)", shaping=False)
     best_of: int = arg(8, "reference row: the best of so many base samples", shaping=False)
 
 
-SIZE_ARGS = {  # what --size sets among these flags; the network's sizes are in common/diffusion.py
+SIZE_ARGS = {  # what --size sets here; the network's sizes are in common/diffusion.py
     "tiny": dict(iterations=3, prompts=4, samples=4, kept_samples=8, eval_every=2, eval_repeats=2,
                  best_of=2),
     "paper": dict(steps=10, guidance_scale=2.5, prompts=32, kept_samples=0, micro_batch=64,
@@ -109,7 +102,7 @@ def check_args(args):
         (kept % args.minibatches, f"--minibatches: must divide the {kept} motions trained on"))
 
 
-# ---- 3. The network ------------------------------------------------------------------------------
+# ---- 3. The network ----
 # [sync:denoiser]
 
 
@@ -126,8 +119,8 @@ class Attention(nn.Module):
 
     def __init__(self, width, heads):
         super().__init__()
-        # Four plain linear layers, so that LoRA reaches each of them. nn.MultiheadAttention reads
-        # the weights past its modules and would ignore an adapter without a word.
+        # Four plain linear layers, so that LoRA reaches each. nn.MultiheadAttention reads the
+        # weights past its modules and would ignore an adapter without a word.
         self.heads = heads
         self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
 
@@ -162,8 +155,8 @@ class Layer(nn.Module):
 class MotionDiffusion(nn.Module):
     """A denoiser like MDM's: tokens of motion attend to each other and to the words of a caption.
 
-    Not in the paper: a token is a patch of four frames in principal components (codec), which
-    spares most of the cost; or, as in MLD, a latent of a VAE, with skips between the layers.
+    Not in the paper: a token is a patch of four frames in principal components (codec). Or
+    it is one of the latents of a VAE, as in MLD, with skips between the layers.
     """
 
     def __init__(self, size, vocabulary, codec):
@@ -213,18 +206,15 @@ def make_model(args, vocabulary):
     return MotionDiffusion(size, vocabulary, diffusion.make_codec(size, features.T2M.feature_dim))
 
 
-PARTS = (sinusoid, Attention, Layer, MotionDiffusion)  # a change of one of them trains a new base
-
-
-# ---- 4. The reward -------------------------------------------------------------------------------
+# ---- 4. The reward ----
 
 
 def build_reward(args, source, target, **options):
     """The function that is optimised, reward(motion, lengths, captions) -> (b), and notes on it.
 
-    motion (b t d) are raw features, meaningless after their lengths (b); captions is a list of b.
-    Return another function, and it fills the column `reward` of every table, picks the best of N
-    and stands in the pictures. The joints (b t 22 3) in metres are
+    motion (b t d) are raw features, meaningless after their lengths (b). Return another
+    function here, and it fills the column `reward` of every table, picks the best of N and
+    stands in the pictures. The joints (b t 22 3), in metres, are
     features.features_to_joints(motion, features.T2M).
     """
     seen = [source] if args.reward_data == "source" else [source, target]
@@ -233,12 +223,12 @@ def build_reward(args, source, target, **options):
     return model.similarity, notes
 
 
-# ---- 5. The policy: one denoising step is one Gaussian -------------------------------------------
+# ---- 5. The policy: a denoising step is a Gaussian ----
 
 
 class Steps(NamedTuple):
-    """The N steps of SDE-DPM-Solver++ [DPM]. All but the first are (N 1 1): steps.std[i] fits one
-    state (b n c), and steps.std[:s] fits s of them (b s n c)."""
+    """The N steps of SDE-DPM-Solver++ [DPM]. All fields but the first are (N 1 1):
+    steps.std[i] fits one state (b n c), and steps.std[:s] fits s of them (b s n c)."""
     timesteps: torch.Tensor  # (N,) what the network is told
     p: torch.Tensor          # the network's answer e means the motion m = p x_i + q e
     q: torch.Tensor
@@ -249,8 +239,8 @@ class Steps(NamedTuple):
 
 
 def solver_steps(grid, order, prediction, device="cpu"):
-    """The table of SDE-DPM-Solver++; order 1 is DDPM, and DDIM with eta = 1. prediction: whether
-    the network answers with the motion ("sample") or with the noise ("epsilon")."""
+    """The table of SDE-DPM-Solver++; order 1 is DDPM, and DDIM with eta = 1.
+    prediction: the network answers with the motion ("sample") or the noise ("epsilon")."""
     # In float64, because 1 - exp(-2h) cancels.
     alpha, sigma, lam = grid.alpha.double(), grid.sigma.double(), grid.lam.double()
     h = lam[1:] - lam[:-1]                              # lam = log(alpha / sigma); last h = inf
@@ -271,30 +261,30 @@ class Policy(NamedTuple):
     """A denoiser with adapters, and how it is sampled."""
     model: MotionDiffusion
     steps: Steps
-    grid: samplers.Grid
+    weights: torch.Tensor   # (s,) of the steps that are trained
     tokens: int             # n of every state: a sample must not depend on its batch
-    prediction: str
     guidance_scale: float
     device: torch.device
 
 
 # [sync:predict]
 def predict(policy, x, timesteps, mask, text, text_mask):
-    """The network's answer e for x (b n c). With guidance the guided answer IS the policy, in
-    rollout and update alike: e = e_null + w (e_text - e_null)."""
+    """The network's answer e for x (b n c). With guidance the guided answer IS the policy,
+    in rollout and update alike: e = e_null + w (e_text - e_null)."""
     answer = policy.model(x, timesteps, mask, text, text_mask)
     if policy.guidance_scale == 1.0:
         return answer
     everything = torch.ones(len(x), dtype=torch.bool, device=x.device)
-    null_text = policy.model.drop_text(text, text_mask, everything)
-    null = policy.model(x, timesteps, mask, *null_text)
+    no_text = policy.model.drop_text(text, text_mask, everything)
+    null = policy.model(x, timesteps, mask, *no_text)
     return null + policy.guidance_scale * (answer - null)
 # [/sync:predict]
 
 
 def step_mean(steps, i, x, m, m_last):
     """mu_theta, the mean of x_{i+1} [DPM]; i is a step, or a slice of steps for (b s n c)."""
-    return steps.x_coef[i] * x + steps.m_coef[i] * (m + steps.k[i] * (m - m_last))
+    guess = m + steps.k[i] * (m - m_last)
+    return steps.x_coef[i] * x + steps.m_coef[i] * guess
 
 
 @torch.no_grad()
@@ -334,27 +324,25 @@ def step_logps(policy, states, captions, mask, s):
     steps = policy.steps
     text, text_mask = policy.model.encode_text(captions)
     x, x_next = states[:, :s], states[:, 1:s + 1]  # b s n c
-    # Steps become rows of the batch. All m_i are there at once, so the mean of order 2 is exact.
+    # Steps become rows of the batch. All m_i come at once, so the mean of order 2 is exact.
     per_step = (repeat(y, "b ... -> (b s) ...", s=s) for y in (mask, text, text_mask))
     timesteps = steps.timesteps[:s].float().repeat(len(states))
     answer = predict(policy, rearrange(x, "b s n c -> (b s) n c"), timesteps, *per_step)
     m = steps.p[:s] * x + steps.q[:s] * rearrange(answer, "(b s) n c -> b s n c", s=s)
     m_last = torch.cat([m[:, :1], m[:, :-1]], 1)
     mean, std = step_mean(steps, slice(0, s), x, m, m_last), steps.std[:s]
-    assert (std > 0).all(), "a step without variance has no density and cannot be trained"
+    assert (std > 0).all(), "a step without variance has no density"
     return masked_mean_logp(x_next, mean, std, repeat(mask, "b n -> b s n", s=s)), mean
 
 
-# ---- 6. Advantage, loss, update ------------------------------------------------------------------
+# ---- 6. Advantage, loss, update ----
 
 
 def group_advantages(rewards, captions=None):
-    """rewards (p g) of p prompts -> advantages (p g).
-
-    Not in the paper: the DDPO code keeps statistics of each prompt over iterations; with thousands
-    of captions none comes back often enough.
-    """
+    """rewards (p g) of p prompts -> advantages (p g)."""
     # An easy prompt must not make its motions look good: the mean of its group is the baseline.
+    # Not in the paper: the DDPO code keeps statistics of each prompt over iterations; with
+    # thousands of captions none comes back often enough.
     centred = rewards - rewards.mean(1, keepdim=True)
     # One spread serves all groups; that of a single group explodes where its samples agree.
     return (centred / (centred.square().mean().sqrt() + 1e-4)).clamp(-ADV_CLIP, ADV_CLIP)
@@ -363,8 +351,8 @@ def group_advantages(rewards, captions=None):
 # [sync:strongest]
 def strongest(advantages, count):
     """Numbers of the `count` samples with the largest |advantage|, in order; 0: of all."""
-    # Not in the paper: to sample a motion costs a quarter of its update, and samples near their
-    # group's mean teach little (Xu et al. 2025, arXiv 2504.13818).
+    # Not in the paper: to sample a motion costs a quarter of its update, and samples near
+    # their group's mean teach little (Xu et al. 2025, arXiv 2504.13818).
     order = advantages.abs().argsort(descending=True, stable=True)
     return order[:count or len(order)].sort().values.tolist()
 # [/sync:strongest]
@@ -383,26 +371,21 @@ def masked_mean_kl(mean, mean_base, std, mask):
 
 
 def snr_step_weights(grid, s, prediction="sample"):
-    """Weights (s,) of the steps, 1 / sqrt(gain of signal-to-noise), with mean 1.
-
-    Not in the paper: without weights the late steps, which only polish, drown the early ones,
-    which decide what is done.
-    """
+    """Weights (s,) of the steps, 1 / sqrt(gain of signal-to-noise), with mean 1."""
+    # Not in the paper: without weights the late steps, which only polish, drown the early
+    # ones, which decide what is done. If the guess m moves by d, the KL of its step is
+    # (SNR_{i+1} - SNR_i) |d|^2 / 2; for predicted noise SNR_{i+1} / SNR_i - 1 is the factor.
     snr = torch.exp(2 * grid.lam.double())[:s + 1]
-    # If the guess m moves by d, the KL of its step is (SNR_{i+1} - SNR_i) |d|^2 / 2. If it is the
-    # predicted noise that moves, the factor is SNR_{i+1} / SNR_i - 1.
     gain = snr[1:] - snr[:-1] if prediction == "sample" else snr[1:] / snr[:-1] - 1
     return (gain.rsqrt() / gain.rsqrt().mean()).float()
 
 
 def update(args, policy, batch, advantages, optimizer, iteration, loop):
     """Stage 3: score the stored steps again, one optimizer step a minibatch -> numbers to log.
-    advantages (p*g) are those of all processes; this one has the motions batch["numbers"]."""
-    s, parameters, weights = args.steps - args.skip_last, lora.parameters(policy.model), 1.0
-    if args.snr_weights:
-        weights = snr_step_weights(policy.grid, s, policy.prediction).to(policy.device)
-    # A mean over more entries varies less, by the root of their number: the clip range 1e-4 of the
-    # DDPO code belongs to the 16384 entries of a latent of Stable Diffusion.
+    advantages (p*g) are of all processes; this one has the motions batch["numbers"]."""
+    s, parameters = len(policy.weights), lora.parameters(policy.model)
+    # A mean over more entries varies less, by the root of their number: the DDPO code's
+    # 1e-4 belongs to the 16384 entries of a latent of Stable Diffusion.
     entries = policy.tokens * policy.model.dims
     clip_range = args.clip_range or 1e-4 * math.sqrt(16384 / entries)
     kept = strongest(advantages, args.kept_samples)
@@ -416,8 +399,8 @@ def update(args, policy, batch, advantages, optimizer, iteration, loop):
         captions = [batch["captions"][row] for row in rows]
         return step_logps(policy, batch["states"][rows], captions, batch["mask"][rows], s)
 
-    # The old log-probabilities are computed here and not in the rollout, in the very chunks of the
-    # update. So the first ratio is 1 to the last bit, which `first_ratio_error` checks.
+    # The old log-probabilities are computed here, in the very chunks of the update, and not in
+    # the rollout. So the first ratio is 1 to the last bit, which first_ratio_error checks.
     logp_old = torch.zeros(len(own), s, device=policy.device)
     mean_base = torch.zeros_like(batch["states"][:, :s])
     with torch.no_grad():
@@ -435,7 +418,8 @@ def update(args, policy, batch, advantages, optimizer, iteration, loop):
             logp, mean = rescore(rows)
             logratio = logp - logp_old[rows]
             ratio = logratio.exp()                        # b s
-            loss = (weights * clipped_loss(ratio, own[rows, None], clip_range)).sum() * per_step
+            loss = policy.weights * clipped_loss(ratio, own[rows, None], clip_range)
+            loss = loss.sum() * per_step
             if args.kl_coef:
                 kl = masked_mean_kl(mean, mean_base[rows], policy.steps.std[:s],
                                     batch["mask"][rows, None]).sum() * per_step
@@ -448,26 +432,21 @@ def update(args, policy, batch, advantages, optimizer, iteration, loop):
             log.add(loss=loss, approx_kl=((ratio - 1) - logratio).sum() * per_step,
                     clipfrac=((ratio - 1).abs() > clip_range).sum() * per_step)
         training.all_reduce_grads(parameters)
-        where = f"iteration {iteration}: gradient norm"
-        log.add(grad_norm=training.clip_gradients(parameters, MAX_GRAD_NORM, where))
+        norm = training.clip_gradients(parameters, MAX_GRAD_NORM, f"iteration {iteration}")
+        log.add(grad_norm=norm)
         optimizer.step()
-    first, every = (torch.cat(r) if r else torch.ones(1) for r in (ratios[:1], ratios))
-    log = log.mean(args.minibatches) | {"first_ratio_error": float((first - 1).abs().max()),
-                                        "ratio_min": float(every.min()),
-                                        "ratio_max": float(every.max())}
-    return training.reduce_log(log, lowest={"ratio_min"},
-                               highest={"ratio_max", "first_ratio_error", "grad_norm"})
+    return training.reduce_log(log.mean(args.minibatches) | training.ratio_stats(ratios))
 
 
-# ---- 7. Training: roll out, score, update --------------------------------------------------------
+# ---- 7. Training: roll out, score, update ----
 
 
 def sample(args, policy, captions, lengths, iteration, purpose, numbers):
-    """Trajectories for captions of given lengths (b) in frames -> states (b N+1 n c), mask (b n).
-    Each sample has a noise stream of its own, so it does not depend on its batch or process."""
+    """Trajectories for captions, lengths (b) in frames -> states (b N+1 n c), mask (b n)."""
     mask = policy.model.codec.mask(lengths, policy.tokens).to(policy.device)
-    noise = normal((args.steps + 1, policy.tokens, policy.model.dims), args.seed, iteration,
-                   purpose, numbers)
+    shape = (args.steps + 1, policy.tokens, policy.model.dims)
+    # Each sample has its own noise stream, whatever batch or process it is in.
+    noise = normal(shape, args.seed, iteration, purpose, numbers)
     return rollout(policy, captions, mask, noise.to(policy.device)), mask
 
 
@@ -476,16 +455,16 @@ def collect(args, policy, prompts, length_table, iteration):
     g = generator(args.seed, iteration, "prompts")
     order = torch.randperm(len(prompts), generator=g).tolist()
     chosen = [prompts[order[p % len(order)]] for p in range(args.prompts)]
-    # A group has one length, so that its mean compares like with like. Lengths are drawn from the
-    # source: of the target nothing is known but its words.
+    # A group has one length, so that its mean compares like with like. Lengths are those
+    # of the source: of the target nothing is known but its words.
     lengths = datasets.draw_lengths(length_table, chosen, g)
-    # Of several processes each samples its own share of whole groups.
+    # Each of several processes samples its own share of whole groups.
     numbers = runs.share(args.prompts, args.samples, policy.device)
     groups = [k // args.samples for k in numbers]
     captions, lengths = [chosen[p] for p in groups], lengths[groups]
     states, mask = sample(args, policy, captions, lengths, iteration, "rollout", numbers)
-    return dict(states=states, mask=mask, captions=captions, lengths=lengths, numbers=numbers,
-                prompts=chosen)
+    return dict(states=states, mask=mask, captions=captions, lengths=lengths,
+                numbers=numbers, prompts=chosen)
 
 
 def score(policy, reward, batch, iteration):
@@ -505,15 +484,15 @@ CURVES = ("reward", "val_reward", "val_judge", "val_oracle", "kl_base", "val_jer
 
 
 def train(start, policy, reward, advantages, prompts, scorers, source, target, folder):
-    """The loop. Only the adapters change."""
+    """The training loop changes the adapters alone."""
     args, watch, val = start.args, start.watch, target.splits["val"]
     evaluate.check_names(LOOKS, val, scorers)
     length_table = datasets.length_table(source.splits["train"])
     parameters = lora.parameters(policy.model)
     # No weight decay: with equal rewards nothing must move.
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
-    print(f"  {len(prompts)} prompts; {lora.count(parameters)} weights are trained")
-    same, shown = {"data read": source.fingerprint + target.fingerprint}, {}
+    print(f"  {len(prompts)} prompts, {lora.count(parameters)} trained weights")
+    same = {"data": source.fingerprint + target.fingerprint}
     with runs.Loop("ddpo", start, folder, FIELDS, same, policy.model) as loop:
         if loop.state:  # --resume
             lora.load(policy.model, loop.state["lora"])
@@ -532,31 +511,31 @@ def train(start, policy, reward, advantages, prompts, scorers, source, target, f
             log = update(args, policy, batch, merit, optimizer, iteration, loop)
             watch.lap("update")
             # 4. Log, now and then look at validation prompts, save.
-            spread = groups.std(1)
+            spread = groups.std(1)  # zero where all motions of a prompt got the same reward
             row = dict.fromkeys(FIELDS) | log | {
-                "iteration": iteration, "reward": rewards.mean().item(),
-                "group_std": spread.mean().item(),
-                "frac_zero_std": (spread < 1e-8).float().mean().item()}
+                "iteration": iteration, "reward": float(rewards.mean()),
+                "group_std": float(spread.mean()),
+                "frac_zero_std": float((spread < 1e-8).float().mean())}
             if (iteration + 1) % args.eval_every == 0:
                 row |= evaluate.look(LOOKS, val, scorers, policy_sampler(args, policy))
-                shown = {name: row[name] for name in ("val_judge", "val_oracle")}
                 watch.lap("validation")
-            loop.end(row, {"reward": row["reward"], **shown},
-                     {"lora": lora.state(policy.model), "optimizer": optimizer.state_dict()})
+            loop.end(row, ("reward", "val_judge", "val_oracle"), {
+                "lora": lora.state(policy.model), "optimizer": optimizer.state_dict()})
 
 
-# ---- 8. The run ----------------------------------------------------------------------------------
+# ---- 8. The run ----
 
 
 def make_policy(args, model, longest, device):
     """Adapters into the frozen base, and the steps, for motions of up to `longest` frames."""
     g, (prediction, schedule) = generator(args.seed, 0, "lora"), diffusion.SPACES[args.space]
     lora.inject(model, LORA_LAYERS, args.lora_rank, args.lora_alpha, g)
-    grid = samplers.make_grid(schedule, args.steps, args.spacing)
+    grid, s = samplers.make_grid(schedule, args.steps, args.spacing), args.steps - args.skip_last
     steps = solver_steps(grid, args.order, prediction, device)
+    weights = snr_step_weights(grid, s, prediction) if args.snr_weights else torch.ones(s)
     if diffusion.SIZES[args.space][args.size].bf16:  # log-probabilities stay in float32
         model.forward = training.in_bfloat16(model.forward)
-    return Policy(model.to(device).eval(), steps, grid, model.codec.count(longest), prediction,
+    return Policy(model.to(device).eval(), steps, weights.to(device), model.codec.count(longest),
                   args.guidance_scale, device)
 
 
@@ -570,8 +549,8 @@ def load_policy(args, stored, device):
 
 
 def policy_sampler(args, policy, strength=1.0):
-    """What common/evaluate.py asks for motions: the policy, its adapters at some strength; 0 is
-    the base. Sample k always starts from the same noise: base and tuned are compared in pairs."""
+    """What common/evaluate.py asks for motions; strength 0 of the adapters is the base."""
+    # Sample k always starts from the same noise: base and tuned are compared in pairs.
     def motions(captions, lengths, numbers, purpose, repeat):
         with lora.scaled(policy.model, strength):
             states, _ = sample(args, policy, captions, lengths, repeat, purpose, numbers)
@@ -582,22 +561,21 @@ def policy_sampler(args, policy, strength=1.0):
 def write_motions(args, stored, folder, device):
     """--prompt: GIF, joints and BVH of every caption, from adapter.pt alone."""
     policy, frames = load_policy(args, stored, device), args.length or stored["frames"]
-    before = {"before": policy_sampler(args, policy, 0.0)} if args.compare else {}
-    after = {"after": policy_sampler(args, policy)}
-    evaluate.export(folder, args.prompt, frames, stored["longest"], features.T2M, before | after)
+    strengths = {"before": 0.0, "after": 1.0} if args.compare else {"after": 1.0}
+    motions = {title: policy_sampler(args, policy, s) for title, s in strengths.items()}
+    evaluate.export(folder, args.prompt, frames, stored["longest"], features.T2M, motions)
 
 
 def main(argv, reward=None, advantages=group_advantages):
-    """Prepare, train, evaluate, draw; or use what a finished run has left (--load).
-    A study replaces one function: reward (see build_reward) or advantages (group_advantages)."""
-    start = runs.prepare(Args, SIZE_ARGS, argv, __doc__, method="ddpo", product="ddpo-adapter",
-                         check=check_args)
+    """Prepare, train, report; or use what a finished run has left (--load).
+    A study replaces one function: reward, see build_reward, or group_advantages."""
+    start = runs.prepare(Args, SIZE_ARGS, argv, __doc__, "ddpo", "ddpo-adapter", check_args)
     args, stored, device, watch = start.args, start.stored, start.device, start.watch
     if args.prompt:
         return write_motions(args, stored, start.open_folder(), device)
     size = diffusion.SIZES[args.space][args.size]
-    source, target = datasets.load_pair(args.source, args.dataset, left_out=args.leave_out,
-                                        clips=size.clips, **start.data())
+    source, target = datasets.load_pair(
+        args.source, args.dataset, left_out=args.leave_out, clips=size.clips, **start.data())
     folder = start.open_folder()
     start.announce(source=source, target=target)
 
@@ -614,8 +592,9 @@ def main(argv, reward=None, advantages=group_advantages):
     if stored:
         policy = load_policy(args, stored, device)
     else:
+        parts = sinusoid, Attention, Layer, MotionDiffusion  # change one: a new base is trained
         model, notes["base"] = diffusion.fit_base(
-            partial(make_model, args), PARTS, source, size, *diffusion.SPACES[args.space],
+            partial(make_model, args), parts, source, size, *diffusion.SPACES[args.space],
             **options)
         base = {"base": runs.plain(model.state_dict()), "words": model.vocabulary.words,
                 "frames": source.usual_length, "longest": max(source.longest, target.longest)}
@@ -627,21 +606,14 @@ def main(argv, reward=None, advantages=group_advantages):
         prompts = sorted({c for clip in target.splits["train"] for c in clip.captions})
         asked = retrieval.control(args.reward, reward, prompts, args.seed)
         train(start, policy, asked, advantages, prompts, scorers, source, target, folder)
-        if start.rank:  # the first process evaluates
-            return
-        runs.save_checkpoint(folder / "adapter.pt", kind="ddpo-adapter", keep_previous=False, data={
-            "args": runs.shaping_args(args), "lora": lora.state(policy.model), **base})
+        if start.rank:
+            return  # the first process evaluates
+        start.save_product(folder, {"lora": lora.state(policy.model), **base})
 
-    before, after = policy_sampler(args, policy, 0.0), policy_sampler(args, policy)
     # In the latent space real motion through the VAE and back is the ceiling.
     ceiling = {"VAE": partial(vae.reconstruction, policy.model.codec)} if size.latents else {}
-    tables = evaluate.final_tables(source, target, scorers, before, after, args.eval_repeats,
-                                   args.best_of, ceiling)
-    watch.lap("evaluation")
-    evaluate.draw(folder, target.splits["test"], scorers, {"before": before, "after": after},
-                  () if stored else CURVES)
-    watch.lap("pictures")
-    runs.finish(folder, watch, {**about, **tables})
+    before, after = policy_sampler(args, policy, 0.0), policy_sampler(args, policy)
+    evaluate.report(start, folder, about, source, target, scorers, before, after, CURVES, ceiling)
 
 
 if __name__ == "__main__":

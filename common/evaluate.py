@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from common import InputError, NonFiniteError, datasets, features, generator, metrics, render, retrieval
+from common import (
+    InputError, NonFiniteError, datasets, features, generator, metrics, render, retrieval, runs)
 from common.embedded import oracle
 
 FIRST = ("reward", "judge", "oracle", "oracle_all")  # the order in a table; a script's own come after these
@@ -274,6 +275,20 @@ def final_tables(source, target, scorers, base, tuned, repeats, best_count, more
             samplers |= {title: reference(clips) for title, reference in (more or {}).items()}
         tables[name] = compare(name, clips, scorers, samplers, repeats=repeats)
     return tables
+
+
+def report(start, folder, about, source, target, scorers, before, after, curves, more=None):
+    """End a run of a diffusion script: tables, pictures, results.json with both and `about`.
+
+    before, after: samplers of base and tuned; curves: see draw; more: see final_tables.
+    """
+    args = start.args
+    tables = final_tables(source, target, scorers, before, after, args.eval_repeats, args.best_of, more)
+    start.watch.lap("evaluation")
+    draw(folder, target.splits["test"], scorers, {"before": before, "after": after},
+         () if start.stored else curves)
+    start.watch.lap("pictures")
+    runs.finish(folder, start.watch, {**about, **tables})
 
 
 def columns_of(rows):

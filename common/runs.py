@@ -68,7 +68,10 @@ class RunArgs:
     threads: int = arg(0, "CPU threads; 0: a short probe decides (or OMP_NUM_THREADS)", shaping=False)
     resume: bool = arg(False, "go on from checkpoint.pt of the run folder, bit for bit", shaping=False)
     overwrite: bool = arg(False, "start again in an existing run folder", shaping=False)
-    tiny: bool = arg(False, "the same as --size tiny: a first look, half a minute", shaping=False)
+    size: str = arg("small", "of networks and training; tiny: half a minute, paper: for a GPU",
+                    choices=("tiny", "small", "paper"))
+    tiny: bool = arg(False, "the same as --size tiny", shaping=False)
+    eval_repeats: int = arg(3, "repeats of the final tables (benchmark: 20)", shaping=False)
     load: str = arg("", "what a finished run saved (adapter.pt, policy.pt), for the next two",
                     group="use a finished run", shaping=False)
     eval_only: bool = arg(False, "evaluate --load, train nothing", shaping=False)
@@ -187,6 +190,7 @@ class Start(NamedTuple):
     rank: int               # of this process; 0 writes the files
     watch: "Stopwatch"
     command: str
+    product: str            # kind of the file that --load reads: "ddpo-adapter" is an adapter.pt
 
     def data(self):
         """What datasets.load_dataset and load_pair are told by the flags."""
@@ -223,8 +227,13 @@ class Start(NamedTuple):
             save_json(folder / "args.json", about)
         return about
 
+    def save_product(self, folder, data):
+        """Write what a finished run leaves for --load, with the arguments that shaped it."""
+        save_checkpoint(folder / f"{self.product.partition('-')[2]}.pt", kind=self.product,
+                        keep_previous=False, data={"args": shaping_args(self.args), **data})
 
-def prepare(cls, sizes, argv, description, *, method, product, check):
+
+def prepare(cls, sizes, argv, description, method, product, check):
     """The command line of a script, checked, and what it decides -> Start.
 
     sizes: see parse_args; method: prefix of run folders; product: kind of the file that --load reads;
@@ -247,7 +256,7 @@ def prepare(cls, sizes, argv, description, *, method, product, check):
     device = pick_device(args.device)
     threads = pick_threads(wanted_threads(args, path))
     command = f"python {Path(inspect.getfile(cls)).name} {' '.join(argv)}"
-    return Start(args, stored, path, reopen, device, threads, world(device)[0], watch, command)
+    return Start(args, stored, path, reopen, device, threads, world(device)[0], watch, command, product)
 
 
 def choose_folder(args, prefix, mode=""):
@@ -347,7 +356,7 @@ class Loop:
     def __init__(self, method, start, folder, fields, starts_from, model):
         args, self.rank, self.stop, self.watch = start.args, start.rank, StopSignal(), start.watch
         self.method, self.iterations, self.first, self.state = method, args.iterations, 0, None
-        self.folder, self.model, self.iteration, self.rewards = folder, model, None, None
+        self.folder, self.model, self.iteration, self.rewards, self.shown = folder, model, None, None, {}
         self.path, self.kind = folder / "checkpoint.pt", f"{method}-run"
         self.shaping = shaping_args(args) | starts_from
         if args.resume and self.path.exists():
@@ -374,8 +383,9 @@ class Loop:
         self.stop.check()
 
     def end(self, row, shown, state):
-        """Close an iteration: a row of the log, numbers for the bar, and the state for a checkpoint."""
-        self.bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()}, refresh=False)
+        """Close an iteration: a row of the log, the columns `shown` on the bar, the state in a checkpoint."""
+        self.shown |= {name: f"{row[name]:.3f}" for name in shown if row[name] is not None}
+        self.bar.set_postfix(self.shown, refresh=False)
         if self.rank == 0:
             self.log.write(row)
             save_checkpoint(self.path, kind=self.kind,

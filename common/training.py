@@ -161,6 +161,14 @@ class Sums:
         return {name: value / count for name, value in self.values.items()}
 
 
+def ratio_stats(ratios):
+    """What is logged of the ratios of an update, a list of tensors, one a chunk: how far the first ones are
+    from 1, which must be 0, and the range of all."""
+    first, every = (torch.cat(r) if r else torch.ones(1) for r in (ratios[:1], ratios))
+    return {"first_ratio_error": (first - 1).abs().max().item(), "ratio_min": every.min().item(),
+            "ratio_max": every.max().item()}
+
+
 def check_loss(loss, where, fix="lower --lr"):
     """NonFiniteError if a loss is not finite; where: "iteration 3"."""
     if not torch.isfinite(loss):
@@ -178,7 +186,7 @@ def clip_gradients(parameters, max_norm, where):
     """Scale the gradients down to max_norm -> their norm before; NonFiniteError at `where` if it is not."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm).item()
     if not math.isfinite(norm):
-        raise NonFiniteError(f"{where} {norm}; lower --lr")
+        raise NonFiniteError(f"{where}: gradient norm {norm}; lower --lr")
     return norm
 
 
@@ -207,10 +215,15 @@ def all_gather_rows(rows):
     return torch.cat([part[: int(count)] for part, count in zip(parts, counts)])
 
 
-def reduce_log(values, lowest=(), highest=()):
-    """{name: float} of this process -> of all processes: the sum, or the lowest or highest of those named."""
+LOWEST = ("ratio_min",)
+HIGHEST = ("ratio_max", "first_ratio_error", "grad_norm", "vf_grad_norm")
+
+
+def reduce_log(values):
+    """{name: float} of this process -> of all processes: the sum, or the lowest or highest of LOWEST and
+    HIGHEST. The norm of a gradient that was summed over processes is the same in all."""
     rows = all_gather_rows(torch.tensor([list(values.values())], dtype=torch.float64)).T.tolist()
-    kinds = [min if name in lowest else max if name in highest else sum for name in values]
+    kinds = [min if name in LOWEST else max if name in HIGHEST else sum for name in values]
     return {name: kind(row) for name, kind, row in zip(values, kinds, rows)}
 
 
