@@ -510,6 +510,41 @@ def test_advantages_stay_with_their_samples():
     assert log["loss"] == pytest.approx(whole.log["loss"], abs=1e-6)
 
 
+def test_a_step_of_the_kl_alone_goes_back_to_the_base():
+    """Without a reward the KL is all that is left: it is that of two Gaussians, and the step makes it smaller."""
+    run = one_update(lambda batch: torch.full((16,), 0.3), lr=1e-3, kl_coef=1.0, minibatches=1)
+    batch = ddpo.collect(run.args, tiny_policy()[1], CAPTIONS, {4: [12, 24, 20]}, 0)
+
+    def distance(policy):
+        told = policy, batch["states"], batch["captions"], batch["mask"], 4
+        _, mean = ddpo.step_logps(*told)
+        with lora.scaled(policy.model, 0.0):
+            _, base = ddpo.step_logps(*told)
+        std = policy.steps.std[:4].expand_as(mean)
+        kl = torch.distributions.kl_divergence(*(torch.distributions.Normal(mu, std) for mu in (mean, base)))
+        return torch.stack([kl[k][:, batch["mask"][k]].mean() for k in range(16)]).mean().item()
+    before, after = distance(tiny_policy()[1]), distance(run.policy)
+    assert run.log["kl_base"] == pytest.approx(before, rel=1e-4) and after < 0.99 * before
+
+
+def test_later_minibatches_know_the_old_policy():
+    """The first step has moved the policy: the ratios of the second are to the one that made the rollout."""
+    log = one_update(toy_reward, minibatches=2, lr=1e-3).log
+    assert log["first_ratio_error"] == 0 and log["ratio_max"] > 1 + 1e-6 > 1 - 1e-6 > log["ratio_min"]
+    assert log["approx_kl"] > 0
+
+
+def test_samples_are_those_of_their_prompts():
+    """Samples of a group stand side by side, and each trajectory is that of its own caption."""
+    args, policy = tiny_policy()
+    batch = ddpo.collect(args, policy, CAPTIONS, {4: [12, 24, 20]}, 0)
+    assert batch["captions"] == [prompt for prompt in batch["prompts"] for _ in range(4)]
+    assert sorted(batch["prompts"]) == sorted(CAPTIONS) and batch["numbers"] == list(range(16))
+    states, mask = ddpo.sample(args, policy, batch["captions"][5:6], batch["lengths"][5:6], 0, "rollout", [5])
+    torch.testing.assert_close(states[0], batch["states"][5], rtol=1e-5, atol=1e-5)
+    assert torch.equal(mask[0], batch["mask"][5])
+
+
 def test_the_loss_falls_along_its_own_gradient():
     """The step must raise the log-probability of what was rewarded: the first-order change of the mean of
     advantage x log-probability is positive."""

@@ -11,6 +11,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+# block: the scripts that hold it. A block that loses its markers in one script would be compared no more.
+BLOCKS = {
+    "denoiser": ("ddpo", "stepwise"),
+    "predict": ("ddpo", "stepwise"),
+    "strongest": ("ddpo", "ppo"),
+}
 MARK = re.compile(r"^ *# \[(/?)sync:([a-z0-9_]+)\]\n", re.MULTILINE)
 
 
@@ -59,6 +65,17 @@ def test_copies_are_equal():
     assert texts
     report = differences(texts)
     assert not report, "\n" + report
+
+
+def test_every_block_is_where_the_table_says():
+    found = {}
+    for path in scripts():
+        for block in blocks(path.read_text(encoding="utf-8"), path.name):
+            found.setdefault(block, set()).add(path.stem.removesuffix("_motion"))
+    known = {block: set(holders) for block, holders in BLOCKS.items()}
+    missing = {block: sorted(holders - found.get(block, set())) for block, holders in known.items()}
+    assert not any(missing.values()), f"markers are missing: {missing}"
+    assert found == known, "a block that is not in BLOCKS, or in more scripts"
 
 
 LEFT = "a = 1\n# [sync:net]\nx = 1\n# [/sync:net]\nb = 2\n# [sync:loss]\ny = 1\n# [/sync:loss]\n"
