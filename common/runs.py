@@ -38,6 +38,7 @@ from common import InputError, NonFiniteError
 DISK_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 RUN_SUFFIXES = (".json", ".csv", ".png", ".gif", ".pt", ".npy", ".bvh", ".html")  # --overwrite may delete
 
+
 # ---- 1. The command line ---------------------------------------------------------------------------
 
 
@@ -89,8 +90,8 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 def make_parser(cls, description):
     """The parser of a dataclass of arguments: every field is a flag, in the groups that they name."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                     formatter_class=Help)
+    parser = argparse.ArgumentParser(usage="%(prog)s [--flag value ...]", description=description,
+                                     allow_abbrev=False, formatter_class=Help)
     group = parser
     for entry in dataclasses.fields(cls):
         extra = {name: value for name, value in entry.metadata.items() if name not in ("lowest", "shaping")}
@@ -98,8 +99,11 @@ def make_parser(cls, description):
         group = parser.add_argument_group(title) if title else group
         if entry.type is bool:
             extra["action"] = argparse.BooleanOptionalAction
-        elif "action" not in extra:
-            extra["type"] = entry.type
+        else:
+            if "choices" not in extra:
+                extra["metavar"] = {int: "N", float: "X"}.get(entry.type, "TEXT")
+            if "action" not in extra:
+                extra["type"] = entry.type
         default = "" if entry.default in ("", dataclasses.MISSING) else f" (default {entry.default})"
         extra["help"] = extra["help"].replace("%", "%%") + default
         flag = "--" + entry.name.replace("_", "-")
@@ -175,6 +179,7 @@ def adopt_args(args, usual, stored, path):
     asked = {name: value for name, value in shaping_args(args).items() if value != defaults[name]}
     require_same(path, {name: stored.get(name) for name in asked}, asked)
     return dataclasses.replace(args, **stored)
+
 
 # ---- 2. How a run starts and ends ------------------------------------------------------------------
 
@@ -333,32 +338,31 @@ def run_main(main, argv=None):
         code = 130
     sys.exit(code)
 
+
 # ---- 3. The training loop --------------------------------------------------------------------------
 
 
 class Loop:
-    """The frame of a training loop: progress bar, logs.csv, checkpoint.pt after every iteration, --resume,
-    and Ctrl-C, which stops at the next `check`, where all is saved.
+    """The frame of a training loop: progress bar, logs.csv, checkpoint.pt after every iteration, --resume, and
+    Ctrl-C, which ends the run at the next `check`, where all is saved.
 
-        with runs.Loop("ppo", start, folder, LOG_FIELDS, starts_from, model) as loop:
+        with runs.Loop(method, start, folder, FIELDS, same, model) as loop:
             if loop.state: ...                  # what the interrupted run had saved
             for iteration in loop:
-                ...
-                loop.rewards = rewards          # for nan_report.json
-                ...
-                loop.end(row, shown, state)
+                loop.rewards = ...              # for nan_report.json
+                loop.end(row, shown, state)     # a row of the log, columns on the bar, the checkpoint
 
-    starts_from: a dict of what else must be the same for --resume, besides the arguments. When a
-    NonFiniteError passes, nan_report.json is left in the folder: which weights and gradients of `model` are
-    not finite, and what the rewards were.
+    same: a dict of what else must be the same for --resume, besides the arguments. When a NonFiniteError
+    passes, nan_report.json is left in the folder: which weights and gradients of `model` are not finite, and
+    what the rewards were.
     """
 
-    def __init__(self, method, start, folder, fields, starts_from, model):
+    def __init__(self, method, start, folder, fields, same, model):
         args, self.rank, self.stop, self.watch = start.args, start.rank, StopSignal(), start.watch
         self.method, self.iterations, self.first, self.state = method, args.iterations, 0, None
         self.folder, self.model, self.iteration, self.rewards, self.shown = folder, model, None, None, {}
         self.path, self.kind = folder / "checkpoint.pt", f"{method}-run"
-        self.shaping = shaping_args(args) | starts_from
+        self.shaping = shaping_args(args) | same
         if args.resume and self.path.exists():
             self.state = load_checkpoint(self.path, kind=self.kind)
             require_same(self.path, self.state["args"], self.shaping)
@@ -441,6 +445,7 @@ class Interrupted(Exception):
     def __init__(self, signum):
         super().__init__(f"stopped by {signal.Signals(signum).name}; the state is saved, go on with --resume")
         self.exit_code = 128 + signum
+
 
 # ---- 4. The run folder and its log -----------------------------------------------------------------
 
@@ -558,6 +563,7 @@ class CsvLog:
         """Close the file; `truncate_after` opens it again."""
         if self._handle is not None:
             self._handle.close()
+
 
 # ---- 5. Files --------------------------------------------------------------------------------------
 
@@ -707,6 +713,7 @@ def require_same(path, stored, current, free=()):
                  if name not in free and stored.get(name) != current.get(name)]
     if differing:
         raise InputError(f"{path}: of other arguments ({', '.join(differing)}); use those, or start anew")
+
 
 # ---- 6. The machine, and several processes (torchrun) ----------------------------------------------
 
