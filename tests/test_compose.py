@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 
 from common import InputError, compose as composing, datasets
-from common.compose import MetaMotion, Prompt, compose, conjugate, decompose, novel_prompts, split
+from common.compose import MetaMotion, Prompt, compose, decompose, novel_prompts, split
 from common.datasets import Clip
+from common.embedded import english
+from common.embedded.english import conjugate
 from common.embedded.oracle import caption_attributes
+from common.features import T2M
 from common.runs import run_main
 
 LISTS = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "prompts"
@@ -77,7 +80,7 @@ def test_verb_forms(verb, present, ing, past):
     assert [conjugate(verb, form) for form in ("present", "ing", "past")] == [present, ing, past]
     assert conjugate(verb, "base") == verb
     for form, word in (("present", present), ("ing", ing), ("past", past)):
-        assert composing.VERBS[word][0] == verb, (form, word)
+        assert english.VERBS[word][0] == verb, (form, word)
 
 
 # ---- from a caption to its parts ----
@@ -247,7 +250,7 @@ def test_compose_is_fixed_by_the_seed(pool):
     assert len(other - {prompt.caption for prompt in compose(pool, 50, seed=5)}) > 25
 
 
-def test_prompts_are_new_short_and_made_of_known_parts(pool, many):
+def test_prompts_are_new_short_and_made_of_known_parts(pool, many, monkeypatch):
     keys = {meta.key for meta in pool}
     assert len(many) == 300 == len({prompt.caption for prompt in many})
     assert Counter(len(prompt.parts) for prompt in many).keys() == {2, 3}
@@ -256,9 +259,11 @@ def test_prompts_are_new_short_and_made_of_known_parts(pool, many):
         assert set(prompt.parts) <= keys and len(set(prompt.parts)) == len(prompt.parts)
         assert len(words) <= 20 and len(words) == len(prompt.tokens)
         assert words[:2] == ["a", "person"] and prompt.tokens[:2] == ["a/DET", "person/NOUN"]
-    assert max(len(datasets.words(p.caption)) for p in compose(pool, 300, seed=3, max_words=8)) == 8
-    assert all(len(prompt.parts) == 2 for prompt in compose(pool, 100, seed=3, three_parts=0))
     assert all(p.caption.startswith("a human ") for p in compose(pool, 20, seed=3, subject="a human"))
+    monkeypatch.setattr(composing, "MAX_WORDS", 8)
+    assert max(len(datasets.words(p.caption)) for p in compose(pool, 300, seed=3)) == 8
+    monkeypatch.setattr(composing, "THREE_PARTS", 0)
+    assert all(len(prompt.parts) == 2 for prompt in compose(pool, 100, seed=3))
 
 
 def test_known_captions_do_not_come_out():
@@ -281,21 +286,22 @@ def test_limbs():
     assert {meta.text: composing.limbs(meta) for meta in metas(*expected)} == expected
 
 
-def test_at_once_only_hands_and_feet(pool, many):
+def test_at_once_only_hands_and_feet(pool, many, monkeypatch):
     limbs = {meta.key: composing.limbs(meta) for meta in pool}
     at_once = [prompt for prompt in many if " then " not in prompt.caption]
     assert 100 < len(at_once) < 180                                 # 2/3 of what has two parts, if found
-    assert len([p for p in compose(pool, 300, seed=3, together=0) if " then " not in p.caption]) == 0
     assert {" while " in prompt.caption for prompt in at_once} == {True, False}
     for prompt in at_once:
         assert {limbs[key] for key in prompt.parts} == {"feet", "hands"}, prompt.caption
     for prompt in many:                                             # sitting down and walking take turns
         assert ("sits" in prompt.caption or "sitting" in prompt.caption) <= ("then" in prompt.caption)
+    monkeypatch.setattr(composing, "TOGETHER", 0)
+    assert len([p for p in compose(pool, 300, seed=3) if " then " not in p.caption]) == 0
 
 
 def composed(first, then, template):
     """The prompt of two meta motions that matches a pattern."""
-    return next(prompt for prompt in compose([first, then], 20, seed=1, three_parts=0)
+    return next(prompt for prompt in compose([first, then], 20, seed=1)
                 if re.search(template, prompt.caption))
 
 
@@ -485,3 +491,21 @@ def test_a_key_has_a_lemma_for_each_word(pool):
     for meta in pool:
         assert isinstance(meta, MetaMotion) and len(meta.text.split()) == len(meta.key.split())
     assert [meta.key for meta in pool] == sorted(meta.key for meta in pool)
+
+
+def test_sets_are_written_for_a_reader(tmp_path, capsys):
+    captions = [caption.partition("#")[0] for caption in CAPTIONS]
+    clips = [datasets.Clip(c, None, [c], [[]], [{}]) for c in captions]
+    data = datasets.Dataset("toy", T2M, {"train": clips, "val": clips[:1], "test": []}, {}, False, "x")
+    sets, report = composing.composed_sets(data, 80, seed=1)
+    assert [report[name] for name in ("train", "val", "test")] == [len(clips) for clips in sets.values()]
+    train, val, test = sets.values()
+    assert len(train) > len(test) > 0 and all(clip.features.shape == (0, 263) for clip in train + val + test)
+    composing.write_sets(tmp_path / "a.txt", sets, report, show=2)
+    written, retained = ((tmp_path / name).read_text().splitlines() for name in ("a.txt", "a_retained.txt"))
+    assert [line.split("#")[0] for line in written] == [clip.captions[0] for clip in train]
+    assert [line.split("#")[0] for line in retained] == [clip.captions[0] for clip in val + test]
+    assert capsys.readouterr().out == (f"composed captions: {report}\n  {train[0].captions[0]}\n"
+                                       f"  {train[1].captions[0]}\n")
+    with pytest.raises(InputError, match="absent.a.txt: no such folder; make it first"):
+        composing.write_sets(tmp_path / "absent" / "a.txt", sets, report)

@@ -1,0 +1,158 @@
+"""English as captions of motion speak it: verbs and their forms, misspellings, words by their role.
+
+common/compose.py reads captions by these tables. They were collected on KIT-ML and HumanML3D.
+"""
+import re
+
+# ---- 1. Verbs ----------------------------------------------------------------------------------
+
+# What a person can be asked to do out of nothing; verb:past where the past is irregular.
+_MOTIONS = """
+act aim amble applaud approach attack backstep balance beat beckon bend:bent block bounce bow box
+bring:brought brush catch:caught charge check cheer circle clap clasp clean climb comb come:came conduct
+cook crawl creep:crept cross crouch curl curtsy cut:cut dance dart dash dig:dug dive do:did dodge drag
+draw:drew dribble drink:drank drive:drove drum duck eat:ate evade exercise extend face fall:fell fence
+fight:fought flap flex fling flip fold follow gallop gesticulate gesture get:got glance glide go:went grab
+greet guide hammer hit:hit hobble hold:held hop hug hunch hurry imitate inspect jab jog juggle jump kick
+kickbox kneel:knelt knock lead:led lean leap lie:lay lift limp look lunge lurch make:made march meander mime
+mimic mix motion move nod open pace paint pass pat perform pet pick pirouette pitch pivot place play point
+pose pour practice pray press pretend prance pull punch push put:put race raise reach read rise:rose rock
+roll rotate row rub run:ran salute scratch scrub search shadowbox shake:shook shield shimmy shiver
+shoot:shot shove shrug shuffle sidestep sing:sang sit:sat skate skip slap slash slide:slid slip slouch smack
+sneak sniff spin:spun spread:spread sprint squat squeeze stagger stamp stand:stood step stir stomp stoop
+strafe stretch stride stroke stroll strum strut stumble sway sweep:swept swim:swam swing:swung swipe swivel
+take:took talk tap teeter throw:threw tilt tiptoe toss touch trip trot try tumble turn twirl twist type use
+vault waddle walk waltz wander warm wash wave whirl wiggle wipe wobble wrap wring write:wrote yawn zigzag
+"""
+# Verbs that make no sense without what came before, or that say nothing about a movement.
+_BOUND = """
+accelerate adjust alternate appear assume avoid begin:began bump carry change close compensate complete
+continue counterbalance decelerate drop end enter execute feel:felt finish fix give:gave halt hesitate
+interact keep:kept land lay leave listen lose:lost lower need pause prepare proceed react recover regain
+relax release remain remove repeat reset resume return revert see:saw seem set:set shift show slow speed
+start stay stop straighten struggle support switch tie wait want watch wear work"""
+_PAST = dict(verb.partition(":")[::2] for verb in (_MOTIONS + _BOUND).split())  # "" where it is regular
+BOUND = {verb.partition(":")[0] for verb in _BOUND.split()}
+
+
+def conjugate(verb, form):
+    """English form of a verb: "base" (walk), "present" (walks), "ing" (walking) or "past" (walked)."""
+    # One short vowel before one consonant doubles it: stepping, squatting; but boxing, bowing.
+    double = verb[-1] if re.fullmatch(r"(side|back)?(qu|[^aeiou])*[aeiou][^aeiouwxy]", verb) else ""
+    stem = verb[:-1] + "i" if re.search(r"[^aeiou]y$", verb) else verb          # tries, tried
+    if form == "present":
+        return stem + ("es" if stem != verb or re.search(r"([cs]h|[sxzo])$", verb) else "s")
+    if form == "past":
+        return _PAST.get(verb) or stem + ("d" if verb.endswith("e") else double + "ed")
+    if form == "ing":                                                           # lying, dancing, tiptoeing
+        return (verb[:-2] + "y" if verb.endswith("ie") else re.sub(r"(?<![eo])e$", "", verb) + double) + "ing"
+    return verb
+
+
+def phrase(adverbs, verb, rest, his):
+    """Text in the third person; a pronoun that is the person ends up in one gender, in upper case if it is no
+    possessive. his: the possessive, "his" or "their"."""
+    him, himself = {"his": ("HIM", "himself"), "their": ("THEM", "themselves")}[his]
+    turn = r"(?:\w+ )?(?:turn|curve|jump|rotation|bend|arc|angle|corner|spin)"
+    text = " ".join([*adverbs, conjugate(verb, "present"), *rest])
+    for pattern, new in (
+            (r"\b(front of|behind|around|beside|above) (?:him|them|her(?= and|$))(?= |$)", rf"\1 {him}"),
+            (r"\b(?:him|her|it|them|their)sel(?:f|ves)\b", himself),
+            (r"\b(?:his|her|its|their)\b(?= \w)", his),
+            (r"\bto (left|right)$", r"to the \1"),
+            (rf"\b(\d+) degree\b(?! {turn})", r"\1 degrees"),
+            (rf"\b(\d+) degrees(?= {turn})", r"\1 degree")):
+        text = re.sub(pattern, new, text)
+    return text
+
+
+def forms_of(verbs):
+    """word -> (verb, form); where two forms agree ("put"), the later one counts."""
+    return {conjugate(verb, form): (verb, form)
+            for form in ("base", "past", "ing", "present") for verb in verbs}
+
+
+VERBS = forms_of(_PAST)
+NO_VERB = ("", "")  # VERBS.get(word, NO_VERB)
+
+# ---- 2. Words by their role --------------------------------------------------------------------
+
+SPELLING = dict(pair.split(":") for pair in """
+perfoms:performs performes:performs rigth:right quater:quarter foward:forward forwads:forward forwad:forward
+foreward:forward doges:dodges guitare:guitar guitarre:guitar violine:violin hight:height walkes:walks
+joggs:jogs streching:stretching whiping:wiping laying:lying peron:person somone:someone squad:squat
+degress:degrees trurns:turns kneeing:kneeling jesture:gesture approximatly:approximately""".split())
+SUBJECT = re.compile(
+    r"(?:(?:an?|the|one|this) )?(?:standing )?(?:(?:stick|human) (?=figure|person|man))?"
+    r"(?:persons?|human|man|woman|character|someone|somebody|subject|figure|individual|guy|boy|girl|sim|he|"
+    r"she|they)(?= |$)")
+IN_ORDER = {"then", "after that", "before", ";", "."}  # one after the other
+SEPARATOR = re.compile(r" (then|after that|before|;|\.|while|whilst|meanwhile|at the same time)(?= )")
+JOINT = re.compile(r" ((?:and|but|,)(?: (?:and|but|,))*)(?= |$)")
+BE = {"is", "are", "was", "were"}
+ASPECT = {"start", "begin", "proceed", "appear", "seem"}  # "starts to walk" is "walks"
+TIMES = set("first firstly then next finally lastly afterwards eventually subsequently now just "
+            "immediately meanwhile simultaneously also initially".split())  # only order what is split
+ADVERBS = {"fast", "forward", "backwards", "sideways"}  # before a verb, besides those in -ly
+IDLE = set("box cross face open place point press row type".split()) | BOUND  # mostly other words than verbs
+MOSTLY_VERBS = {verb for verb, _ in VERBS.values()} - IDLE
+LIGHT = {"do", "perform", "practice", "make", "take"}  # "does two kicks": the noun is the motion
+COUNTABLE = set("bounce bow circle dance hop jump kick lift lunge move pace pull punch push roll run "
+                "sidestep spin squat step stomp stretch stride stroke swing throw turn twist walk "
+                "wave".split())
+COUNTS = {word: left for left, words in {  # so many words on, a noun may come
+    0: "times", 1: "the both his her their its", 3: "a an one two three four five six seven eight few some "
+    "several many multiple of with in for by every little"}.items() for word in words.split()}
+NOUNS = set("motion motions movement movements jack jacks position pose stance action actions gesture "
+            "exercise exercises steps".split())  # "walking motion" is a noun, not a verb
+OBJECT = set("bring catch do extend get grab guide hit hold imitate lift make mimic pass perform pet pick "
+             "place open practice pull push put raise shake swing take touch use".split())
+PARTICLES = set("up down out forward forwards back around in off over slowly quickly".split())
+DANGLING = set("a an the and or but with of to from at for by into onto as than like towards toward in on "
+               "his her their its both some few couple through against between if very while above hold "
+               "grab take bring put pick raise make use do get open".split())
+HURTS = {"push", "shove", "hit", "knock", "attack", "pull"}  # "a person pushed from behind" is passive
+
+# What a phrase must not hold, by the reason that is reported.
+REFUSED = {reason: re.compile(rf"\b(?:{pattern})\b") for reason, pattern in {
+    "negation": r"not|no|never|without|cannot|nothing|instead",
+    "passive": r"being|been|(?:is|are|was|were|gets?|getting|got) (?:\w+ly )?(?:\w+ed|hit|hurt)",
+    "refers back":
+        r"it|them|him|again|another|others?|same|these|those|that|this|so|there|here|each|more|too|further|"
+        r"original|initial|previous|opposite|rest of|afterwards|simultaneously|finally|later|our|us|my|your|"
+        r"red|blue|screen|to (?:recover|regain|return)|"
+        r"back (?:to|down|up|in|into|on|onto|out|from|and(?! forth))|"
+        r"(?:walk|goe?|run|jog|come?|turn|sit|stand|move?|bring|put|place?|head)(?:s|n?ing)? back|"
+        r"(?:puts|places|brings) .*(?:down|back)|"
+        r"start(?:ing)? (?:point|position|place|pose|stance|spot|location)|"
+        r"the (?:objects?|items?|thing|box|ball|cup|first|second|last|beginning|jumps|motions?)",
+    "clause":
+        r"who|which|what|where|when|why|how|because|since|until|till|after|although|though|(?<!as )if|"
+        r"as(?! if)|or|looks (?:like|as|to)|he|she|they|would|could|can|will|than|during|whether|either|are|"
+        r"is|was|were|has|had|have|did|probably|maybe",
+    "grammar":  # slips of the annotators that recur
+        r"(\w+) \1|an [^aeiouh\W\d]\w*|(?:to|at|in|into) (?:to|towards?|at|into|of)|some thing|"
+        r"(?:his|their) (?:both|air)|two the|the times|grabbed|makes up|to forward|does across|infront|"
+        r"[b-sv-z] \w+|(?<!a )little bit|takes (?:his|their)|\w+s (?:object|ball|item|step)|"
+        r"(?:step|stand|dance)s (?:his|their|an)|the (?:turn|walk|move|stop)s|"
+        r"(?:an?|the|in|large|larger|small) (?:counter)?clockwise$|"
+        r"an? (?!few|couple|bit|lot|series)(?:\w+ )?steps|"
+        r"(?:with|around|by|pushes) (?:his|their|the) (?:left|right)$|(?:does|performs) some(?:thing| kind)|"
+        r"(?:left|right) (?:food|feet)|both (?:hand|arm|leg|foot|feed)|(?:makes|does|performs) u|(?:casual|"
+        r"horizontal)$|(?:two|three|four|few|\d) step|a \d+ degrees",
+}.items()}
+
+# Words that say which part of the body moves.
+FEET = set("""
+amble backstep charge crisscross dash feet foot gallop go gait heel hop hurry jog jump kick knee leap leg
+limp lunge march meander move pace pivot prance race rotate run rush sidestep skate skip sneak spin sprint
+squat stair stand step stomp stride stroll strut tiptoe toe trot turn twirl waddle walk wander whirl zigzag
+""".split())
+HANDS = set("""
+applaud arm beckon bicep box clap conduct elbow finger fist gesture greet guitar hand jab palm piano punch
+raise salute shoulder stir strum violin wave wipe wrist""".split())
+WHOLE = set("""
+back bend bow cartwheel chair climb crawl crouch dance duck fall floor ground handstand jack kneel lean lie
+pick roll seat sit swim waist""".split())
+LOW = {"sit", "lie", "kneel", "crawl"}
+RISES = re.compile(r"\b(?:(?:stand|get) (?:\w+ )?up|rise|from (?:an?|the) (?:kneel|sit|lie|ground|floor))\b")
