@@ -1,10 +1,12 @@
 """A blind comparison by people: one HTML page with pairs of motions, and what its votes say.
 
-The page (common/ab_page.html) needs no network and no library. Pairs come in random order and sides; each is
-asked about twice, for realism and for the text, as in the user study of "No MoCap Needed". Votes are exported
-as CSV:
+  python -m results.ab_page RUN --pairs 20            # writes RUN/ab_page.html: base against tuned
+  python -m results.ab_page RUN OTHER_RUN --pairs 20  # tuned against the tuned of another run
+  python -m results.ab_page votes.csv [more.csv ...]  # win rates, one file a person
 
-  python -m common.ab_page votes.csv [more.csv ...]     # win rates, one file a person
+The page (results/ab_page.html) needs no network and no library. Pairs come in random order and sides; each
+is asked about twice, for realism and for the text, as in the user study of "No MoCap Needed". Votes are
+exported as CSV. In a comparison of two runs they call the motions of OTHER_RUN "base".
 """
 import argparse
 import base64
@@ -16,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import InputError, generator, render, runs
+from common import InputError, evaluate, generator, render, runs
+from results import studies, tables
 
 QUESTIONS = ("realism", "text")
 SCORES = {"tuned": 1.0, "equal": 0.5, "base": 0.0}
@@ -44,13 +47,20 @@ def write(path, captions, base, tuned, skeleton, seed):
     runs.atomic_write(path, lambda temporary: Path(temporary).write_text(page, encoding="utf-8"))
 
 
-def ab_pairs(folder, clips, scorers, base, tuned, count):
-    """A page on which people compare base and tuned on the captions of `count` clips."""
-    clips = some(clips, count)
-    captions, _, lengths = questions(clips, 0)
-    motions = (to_joints(*sampler(captions, lengths, "people", 0), scorers.skeleton)
-               for sampler in (base, tuned))
-    ab_page.write(folder / "ab_page.html", captions, *motions, scorers.skeleton, 0)
+def write_pairs(run, count, other=None):
+    """Write run/ab_page.html: base and tuned of a finished run on the captions of `count` test clips, or the
+    tuned of two runs of the same data -> the path. The motions are sampled anew, for the page alone."""
+    opened = studies.reopen(run)
+    samplers = opened.samplers["before"], opened.samplers["after"]
+    if other:
+        tables.read_results([run, other])  # of the same data
+        samplers = studies.reopen(other).samplers["after"], samplers[1]
+    clips, skeleton = evaluate.spread_out(opened.clips, count), opened.scorers.skeleton
+    captions, _, lengths = evaluate.questions(clips, 0)
+    motions = [evaluate.to_joints(*sampler(captions, lengths, "people", 0), skeleton)
+               for sampler in samplers]
+    write(Path(run) / "ab_page.html", captions, *motions, skeleton, 0)
+    return Path(run) / "ab_page.html"
 
 
 def wilson(share, n):
@@ -108,10 +118,25 @@ def win_rates(paths):
 
 
 def main(argv=None):
-    """Print the win rates of the files named on the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("votes", nargs="+", help="CSV files that the page exported, one a person")
-    for question, row in win_rates(parser.parse_args(argv).votes).items():
+    """Write the page of a run, or print the win rates of the files named on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=runs.Help)
+    parser.add_argument("paths", nargs="+", metavar="RUN or votes.csv",
+                        help="one or two finished runs; or CSV files that the page exported, one a person")
+    parser.add_argument("--pairs", type=int, default=20, help="pairs of a page (default 20)")
+    args = parser.parse_args(argv)
+    votes = [path for path in args.paths if path.endswith(".csv")]
+    if len(votes) == len(args.paths):
+        print_votes(votes)
+    elif votes or len(args.paths) > 2 or args.pairs < 1:
+        raise InputError(f"{' '.join(args.paths)}: name one run or two with --pairs of at least 1, or "
+                         "files of votes alone")
+    else:
+        print(f"  {write_pairs(args.paths[0], args.pairs, *args.paths[1:])}: open it in a browser")
+
+
+def print_votes(paths):
+    """Print the win rates, a line for each question."""
+    for question, row in win_rates(paths).items():
         print(f"{question:8s} tuned preferred in {row['rate']:.1%} (95 % interval {row['low']:.1%} to "
               f"{row['high']:.1%}): {row['tuned']} for tuned, {row['equal']} equal, {row['base']} for the "
               f"base; {row['votes']} votes of {row['people']} on {row['pairs']} pairs")

@@ -1,13 +1,66 @@
-"""The DDPO code's baseline: reward statistics of every prompt, kept over iterations."""
+"""Studies: a script with one of its functions replaced.
+
+  python -m results.studies NAME [flags of the script]   # a run, in runs/ddpo_NAME_kit_seed0 ...
+  python -m results.studies NAME RUN [flags]             # of a finished run: references, strengths
+"""
+import argparse
+import contextlib
+import io
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import torch
+from tqdm import tqdm
+
+import ddpo_motion
+from common import InputError, diffusion, evaluate, render, retrieval, runs
+from results import tables
+
+# ---- 1. How a study is made ----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def replaced(module, name, value):
+    """`with replaced(module, "function", mine):` -- inside, the module has another one."""
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+def named(study, argv):
+    """Inside, a script's run says that it is a study: by its folder, and in results.json."""
+    usual = runs.prepare
+
+    def prepare(cls, sizes, words, description, method, *rest, **more):
+        start = usual(cls, sizes, words, description, f"{method}_{study}", *rest, **more)
+        return start._replace(command=f"python -m results.studies {study} {' '.join(argv)}".strip())
+    return replaced(runs, "prepare", prepare)
+
+
+def with_reward(build, argv):
+    """ddpo_motion.py with build(args, domains, **options) -> reward, notes. domains: those that a
+    reward model may learn from, which --reward-data says."""
+    def build_reward(args, source, target, **options):
+        seen = [source] if args.reward_data == "source" else [source, target]
+        return build(args, seen, target=target, **options)
+    with replaced(ddpo_motion, "build_reward", build_reward):
+        ddpo_motion.main(argv)
+
+
+# ---- 2. Runs of a script -------------------------------------------------------------------------
 
 
 class PromptTracker:
-    """Advantages from the last `buffer_size` rewards of each prompt (DDPO code, kvablack/ddpo-pytorch).
+    """Advantages from the last `buffer_size` rewards of each prompt (DDPO code, ddpo-pytorch).
 
-    Prompts with fewer than `min_count` known rewards use mean and std of the batch. `rewards` {prompt: list}
-    is the state that a checkpoint has to keep.
+    Prompts with fewer than `min_count` known rewards use mean and std of the batch.
     """
 
     def __init__(self, buffer_size, min_count):
@@ -21,49 +74,199 @@ class PromptTracker:
             self.rewards[prompt] = (self.rewards.get(prompt, []) + new)[-self.buffer_size:]
         advantages = np.empty_like(rewards)
         for n, prompt in enumerate(prompts):
-            known = self.rewards[prompt] if len(self.rewards[prompt]) >= self.min_count else rewards
+            seen = self.rewards[prompt]
+            known = seen if len(seen) >= self.min_count else rewards
             advantages[n] = (rewards[n] - np.mean(known)) / (np.std(known) + 1e-6)
         return advantages
 
+    def advantages(self, rewards, captions):
+        """rewards (p g), captions (list of p) -> advantages (p g): what ddpo_motion.main takes."""
+        prompts = [caption for caption in captions for _ in range(rewards.shape[1])]
+        found = torch.from_numpy(self.update(prompts, rewards.flatten().numpy()))
+        return found.float().clamp(-ddpo_motion.ADV_CLIP, ddpo_motion.ADV_CLIP).view_as(rewards)
 
-STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
+
+def tracker(argv):
+    """The baseline is that of the DDPO code: statistics of every prompt over iterations."""
+    if "--resume" in argv:
+        raise InputError("--resume: the statistics of the tracker are not saved; start anew")
+    ddpo_motion.main(argv, advantages=PromptTracker(buffer_size=32, min_count=16).advantages)
+
+
+def contrastive(argv):
+    """The reward also counts how badly a motion fits all other captions, as in InfoNCE."""
+    def build(args, domains, target, **options):
+        model, notes = retrieval.reward_model(domains, target=target, **options)
+        captions = sorted({c for clip in target.splits["train"] for c in clip.captions})
+        others = torch.nn.functional.normalize(model.embed_text(captions), dim=-1)  # m c
+
+        def reward(motion, lengths, captions):
+            seen, asked = retrieval.embed(model, motion, lengths, captions)         # b c
+            return (seen * asked).sum(-1) - 0.1 * torch.logsumexp(seen @ others.T / 0.1, -1)
+        return reward, notes
+    with_reward(build, argv)
+
+
+def two_families(argv):
+    """The reward is the mean of two reward models of different families."""
+    def build(args, domains, **options):
+        first, notes = retrieval.reward_model(domains, **options)
+        second, more = retrieval.reward_model(domains, family="bigru", number=2, **options)
+
+        def reward(motion, lengths, captions):
+            both = [model.similarity(motion, lengths, captions) for model in (first, second)]
+            return torch.stack(both).mean(0)
+        return reward, {"transformer": notes, "bigru": more}
+    with_reward(build, argv)
+
+
+def other_family(argv):
+    """The reward model is of the family of the judge, a bidirectional GRU."""
+    def build(args, domains, **options):
+        model, notes = retrieval.reward_model(domains, family="bigru", **options)
+        return model.similarity, notes
+    with_reward(build, argv)
+
+
+def long_base(argv):
+    """The base is trained twice as long."""
+    usual = diffusion.fit_base
+
+    def fit_base(make_model, parts, source, size, *rest, **options):
+        size = size._replace(iterations=2 * size.iterations)
+        return usual(make_model, parts, source, size, *rest, **options)
+    with replaced(diffusion, "fit_base", fit_base):
+        ddpo_motion.main(argv)
+
+
+# ---- 3. Of finished runs -------------------------------------------------------------------------
+
+PRODUCTS = {"ddpo-adapter": ddpo_motion}  # kind of what a run has saved -> its script
+FILES = ("adapter.pt", "policy.pt")
+
+
+def product_of(run):
+    """The script of a finished run, and the file that its --load reads; InputError without one."""
+    for path in (Path(run) / name for name in FILES):
+        for kind, script in PRODUCTS.items():
+            with contextlib.suppress(InputError):
+                runs.load_checkpoint(path, kind=kind)
+                return script, path
+    raise InputError(f"{run}: no {' or '.join(FILES)} that can be read; name a finished run")
+
+
+def reopen(run, flags=()):
+    """A finished run, put together again by the main() of its script, with --eval-only.
+
+    -> its script, args and policy; what its pictures show: clips, scorers and samplers (before,
+    after); and source and target, of a script that uses evaluate.final_tables. flags of the script.
+    """
+    script, path = product_of(run)
+    result, = tables.read_results([run])
+    found, load = SimpleNamespace(script=script, result=result), script.load_policy
+    study = tables.program_of(result)[0].partition("results.studies ")[2]
+
+    def load_policy(args, stored, device):
+        found.args, found.policy = args, load(args, stored, device)
+        return found.policy
+
+    def final_tables(source, target, *rest):
+        found.source, found.target = source, target
+        return {}
+
+    def draw(folder, clips, scorers, samplers, *rest):
+        found.clips, found.scorers, found.samplers = clips, scorers, samplers
+    kept = {name: result["args"][name] for name in ("data_root", "cache_dir", "eval_repeats")}
+    argv = [f"--{name.replace('_', '-')}={value}" for name, value in kept.items()]
+    with contextlib.ExitStack() as changed:
+        folder = changed.enter_context(tempfile.TemporaryDirectory())
+        changed.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        changed.enter_context(replaced(script, "load_policy", load_policy))
+        changed.enter_context(replaced(evaluate, "final_tables", final_tables))
+        changed.enter_context(replaced(evaluate, "compare", lambda *given, **options: {}))
+        changed.enter_context(replaced(evaluate, "draw", draw))
+        again = STUDIES[study] if study else script.main
+        again(["--eval-only", f"--load={path}", *argv, *flags, "--out-dir", folder])
+    return found
+
+
+def opened_by(argv, study):
+    """The finished ddpo run that the command line names first, reopened -> its folder, and what
+    `reopen` gives."""
+    if not argv or argv[0].startswith("-"):
+        raise InputError(f"{study}: name a finished run of ddpo_motion.py first")
+    found = reopen(argv[0], argv[1:])
+    if found.script is not ddpo_motion:
+        raise InputError(f"{argv[0]}: not a run of ddpo_motion.py")
+    return Path(argv[0]), found
+
+
+def references(argv):
+    """A table of a finished run with one more row: a base trained on motion of the target."""
+    folder, run = opened_by(argv, "references")
+    args, device = run.args, run.policy.device
+    parts = (ddpo_motion.sinusoid, ddpo_motion.Attention, ddpo_motion.Layer,
+             ddpo_motion.MotionDiffusion)
+    model, _ = diffusion.fit_base(
+        partial(ddpo_motion.make_model, args), parts, run.target,
+        diffusion.SIZES[args.space][args.size], *diffusion.SPACES[args.space],
+        seed=args.base_seed, device=device, cache_dir=args.cache_dir, use_cache=args.cache)
+    longest = max(run.source.longest, run.target.longest)
+    other = ddpo_motion.make_policy(args, model, longest, device)
+    samplers = {"base": run.samplers["before"], "tuned": run.samplers["after"],
+                "target base": ddpo_motion.policy_sampler(args, other, 0.0)}
+    table = evaluate.compare("target_test", run.clips, run.scorers, samplers,
+                             repeats=args.eval_repeats)
+    runs.save_json(folder / "references.json", {"target_test": table})
+
+
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)  # past 1 is what no training has asked for
 
 
 def strength_curve(path, source, target, scorers, sampler_at):
-    """Reward, judge and oracle on both test splits with the adapters at STRENGTHS, one repeat each; drawn as
-    `path` -> {column: list}. sampler_at(strength) -> sampler. Past 1 is what no training has asked for."""
-    log = {"strength": list(STRENGTHS)}
+    """Reward, judge and oracle on both test splits with the adapters at STRENGTHS, one repeat each,
+    drawn as `path` -> {column: list}. sampler_at(strength) -> sampler."""
+    names, log = ("reward", "judge", "oracle"), {"strength": list(STRENGTHS)}
     for strength in tqdm(STRENGTHS, desc="strengths"):
         for title, domain in (("target", target), ("source", source)):
-            row = evaluate(domain.splits["test"], scorers, sampler_at(strength), purpose=f"{title}_test",
-                           benchmark=False)
-            for name in PAIRED[:3]:
+            row = evaluate.evaluate(domain.splits["test"], scorers, sampler_at(strength),
+                                    purpose=f"{title}_test", compare_with_data=False)
+            for name in names:
                 log.setdefault(f"{title}_{name}", []).append(row[name][0])
-    groups = [(f"target_{name}", f"source_{name}") for name in PAIRED[:3]]
+    groups = [(f"target_{name}", f"source_{name}") for name in names]
     columns = {name: np.array(values) for name, values in log.items()}
     render.safely(render.curves, path, columns, groups, "strength")
     return log
 
 
-class Mean(nn.Module):
-    """Several retrieval models as one, whose score is the mean of theirs."""
+def strengths(argv):
+    """Reward, judge and oracle of a finished run, its adapters at 0 to 1.25 of their strength."""
+    folder, run = opened_by(argv, "strengths")
+    log = strength_curve(folder / "strengths.png", run.source, run.target, run.scorers,
+                         partial(ddpo_motion.policy_sampler, run.args, run.policy))
+    runs.save_json(folder / "strengths.json", log)
+    rows = [[f"{value:.3f}" for value in row] for row in zip(*log.values())]
+    print(tables.markdown(list(log), rows))
 
-    def __init__(self, models):
-        super().__init__()
-        self.models = nn.ModuleList(models)
 
-    def _join(self, parts):
-        """Embeddings [(b c)] -> (b sum of c), of which the dot product is the mean of the cosines."""
-        return torch.cat([F.normalize(part, dim=-1) for part in parts], -1) / math.sqrt(len(self.models))
+# ---- 4. Command line -----------------------------------------------------------------------------
 
-    def embed_motion(self, features, lengths):
-        """Raw features (b t d), lengths (b) -> unit embeddings (b c)"""
-        return self._join([model.embed_motion(features, lengths) for model in self.models])
+STUDIES = {"tracker": tracker, "contrastive": contrastive, "two-families": two_families,
+           "other-family": other_family, "long-base": long_base, "references": references,
+           "strengths": strengths}
 
-    def embed_text(self, captions):
-        """Captions (list of b) -> unit embeddings (b c)"""
-        return self._join([model.embed_text(captions) for model in self.models])
 
-    def similarity(self, features, lengths, captions):
-        """Mean cosine (b) of each motion with its caption."""
-        return (self.embed_motion(features, lengths) * self.embed_text(captions)).sum(-1)
+def main(argv=None):
+    """Run the study that is named first, with the flags that follow."""
+    argv = sys.argv[1:] if argv is None else argv
+    lines = [f"  {name:15s}{study.__doc__}" for name, study in STUDIES.items()]
+    parser = argparse.ArgumentParser(description=f"{__doc__}\nstudies\n" + "\n".join(lines),
+                                     formatter_class=runs.Help, usage="%(prog)s NAME ...")
+    parser.add_argument("name", choices=STUDIES, metavar="NAME", help="one of the above")
+    name = parser.parse_args(argv[:1]).name
+    with named(name, argv[1:]):
+        STUDIES[name](argv[1:])
+
+
+if __name__ == "__main__":
+    runs.run_main(main)
