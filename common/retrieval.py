@@ -342,13 +342,13 @@ def retrieval_score(model, clips, *, pool=32, seed=0):
 
 
 def scorer(name, domains, *, family, number, iterations, seed, cache_dir, use_cache, device, target=None,
-           loss_name="infonce", loss=None):
+           loss_name="infonce", loss=None, loss_parts=()):
     """A retrieval model of a family, trained or from the cache -> frozen model, notes.
 
     domains: the data sets it learns from. Of their train splits it sees every second recording: `number` is
     added to the seed, and tells which half. loss: see train_retrieval; loss_name tells it, with its numbers,
-    from others in the cache. The notes say how well it finds the motion of a caption among 32 of the val
-    split of `target`, by default the last domain.
+    from others in the cache, and loss_parts are functions that it calls. The notes say how well it finds
+    the motion of a caption among 32 of the val split of `target`, by default the last domain.
     """
     target = target or domains[-1]
     clips = [clip for domain in domains for clip in half(domain.splits["train"], number % 2)]
@@ -358,7 +358,7 @@ def scorer(name, domains, *, family, number, iterations, seed, cache_dir, use_ca
         return {"model": model.export(), "retrieval": retrieval_score(model, target.splits["val"])}
 
     code = source_of(RetrievalModel, TMREncoder, MotionEncoderBiGRU, TransformerLayer, PatchCodec, info_nce,
-                     duplicate_pairs, train_retrieval, fit_retrieval, *([loss] if loss else []))
+                     duplicate_pairs, train_retrieval, fit_retrieval, *([loss] if loss else []), *loss_parts)
     key = [[domain.fingerprint for domain in domains], target.fingerprint, family, loss_name, number,
            seed, iterations, code]
     stored = cached(cache_dir, key, build, name.split()[0], use_cache)

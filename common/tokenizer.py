@@ -1,25 +1,79 @@
-"""Motion <-> tokens: the VQ-VAE of T2M-GPT (Zhang et al. 2023, arXiv 2301.06052), its loss and its training.
+"""What the token scripts start from: T2M-GPT (Zhang et al. 2023, arXiv 2301.06052) but for its GPT.
 
-Reinforcement learning never touches it, and two scripts use it: that is why it is not in them. Names of
-layers follow the published weights, so those load as they are. Letters: b batch, t frames, d features, n
-tokens, c width of a code, v codebook entries, r rows.
+  1. sizes          --size: networks, clips, supervised iterations
+  2. the VQ-VAE     motion <-> tokens; names of layers follow the published weights
+  3. its training   codebook and loss
+  4. text           captions as vectors, learnt with the GPT
+  5. the GPT        its supervised training; the network is the scripts'
+
+Reinforcement learning changes the GPT alone. Letters: b batch, t frames, d features, n tokens, c width of a
+code, v codebook entries or actions, r rows.
 """
-import inspect
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
-from tqdm import tqdm
 
-from common import (
-    InputError, NonFiniteError, datasets, features, generator, length_mask, patches, published,
-    training)
-from common.published import t2m_gpt
-from common.retrieval import freeze
+from common import TransformerLayer, datasets, features, generator, length_mask
+from common.patches import PatchCodec
+from common.retrieval import TMREncoder, freeze
+from common.training import cached, initialise, source_of, supervised
 
-# ---- 1. The network ----------------------------------------------------------------------------------------
+# ---- 1. Sizes ------------------------------------------------------------------------------------
+
+
+class Size(NamedTuple):
+    """What --size decides: the networks, their supervised training, the embedded data."""
+    codes: int = 256                  # entries of the codebook
+    code_dim: int = 32
+    vq_width: int = 64                # of the tokenizer's convolutions
+    # Frames of a token, 2 or 4; 0: 4 at 20 frames a second and 2 at 12.5. T2M-GPT takes 4 for both; at the
+    # rate of KIT that costs a fifth of the motions.
+    frames_per_token: int = 0
+    vq_iterations: int = 1200
+    vq_lr: float = 2e-3
+    width: int = 64                   # of the GPT
+    heads: int = 4
+    base_layers: int = 3              # layers whose features the critic reads
+    head_layers: int = 1              # layers after these
+    text_layers: int = 2
+    gpt_iterations: int = 1600
+    gpt_lr: float = 2e-3
+    keep: float = 0.8                 # share of input tokens left as they are in the training of the GPT
+    batch: int = 64
+    clips: int = 4000                 # of the embedded data
+    scorer_iterations: int = 900      # of the reward encoders and of the judge
+    perception_iterations: int = 300  # of a critic of naturalness
+    calibration: int = 512            # motions that the scales of several rewards are read off
+
+
+SIZES = {
+    "tiny": Size(codes=48, vq_width=24, vq_iterations=60, width=32, base_layers=1, text_layers=1,
+                 gpt_iterations=60, batch=32, clips=240, scorer_iterations=40, perception_iterations=20,
+                 calibration=64),
+    "small": Size(),
+    "paper": Size(codes=512, code_dim=512, vq_width=512, frames_per_token=4, vq_iterations=300_000,
+                  vq_lr=2e-4, width=1024, heads=16, base_layers=9, head_layers=9, gpt_iterations=300_000,
+                  gpt_lr=1e-4, keep=0.5, batch=128)}
+
+
+def export(part):
+    """Sizes and weights of a network as plain data, for a checkpoint; {} of anything else."""
+    return {"sizes": part.sizes, "weights": part.state_dict()} if isinstance(part, nn.Module) else {}
+
+
+def restore(kind, stored, device):
+    """The network of class `kind` that `export` has stored, frozen."""
+    part = kind(**stored["sizes"])
+    part.load_state_dict(stored["weights"])
+    return freeze(part.to(device))
+
+
+# ---- 2. The VQ-VAE -------------------------------------------------------------------------------
+
 
 class ResidualBlock(nn.Module):
     """x + conv1x1(relu(dilated conv(relu(x)))), applied by `walk`."""
@@ -42,8 +96,9 @@ class Stack(nn.Module):
 
 
 def walk(layers, x, lengths):
-    """What lies behind the end of a row is set to zero before each convolution that looks sideways, as the
-    layer's own padding would be: a row gives the same in any batch. Zeroing the codes alone is not enough."""
+    """Apply layers to x (b c t) -> x, lengths. What comes after the end of a row is set to zero before each
+    convolution with a kernel over 1, like the layer's own padding: so a row gives the same in any batch. To
+    zero the codes alone is not enough, because later layers have biases."""
     for layer in layers:
         inside = length_mask(lengths, x.shape[2])[:, None]  # b 1 t
         if isinstance(layer, nn.Sequential):
@@ -70,6 +125,8 @@ class VQVAE(nn.Module):
     def __init__(self, feature_dim, width, code_dim, codes, halvings):
         super().__init__()
         self.halvings = halvings
+        self.sizes = dict(feature_dim=feature_dim, width=width, code_dim=code_dim, codes=codes,
+                          halvings=halvings)
 
         def conv(i, o):
             return nn.Conv1d(i, o, 3, padding=1)
@@ -100,7 +157,7 @@ class VQVAE(nn.Module):
         return (squares[0] - 2 * latents @ book.T + squares[1]).argmin(-1)
 
     def reconstruct(self, latents, counts):
-        """latents or codes' vectors (b n c) -> x (b t d) normalised, zero behind the ends"""
+        """latents or codes' vectors (b n c) -> x (b t d) normalised, zero after the ends"""
         x, lengths = self.decoder(rearrange(latents, "b n c -> b c n"), counts)
         return rearrange(x, "b d t -> b t d") * length_mask(lengths, x.shape[2])[..., None]
 
@@ -110,16 +167,17 @@ class VQVAE(nn.Module):
         return self.nearest(latents), counts
 
     def decode(self, codes, counts):
-        """codes (b n), any number behind the end, counts (b) -> motion (b t d) raw, lengths (b) in frames"""
+        """codes (b n), any number after the end, counts (b) -> motion (b t d) raw, lengths (b) in frames"""
         x = self.reconstruct(self.quantizer.codebook[codes * length_mask(counts, codes.shape[1])], counts)
         return x * self.std + self.mean, counts * 2**self.halvings
 
 
-# ---- 2. Codebook, loss, training ---------------------------------------------------------------------------
+# ---- 3. Its codebook, loss and training ---------------------------------------------------------
+
 
 class EMACodebook:
     """Running sums from which the codebook is made (T2M-GPT section 3.1): a code is the mean of the latents
-    that chose it; one that hardly any chose is put where latents are."""
+    that chose it; a code that hardly any latent chose moves to a latent of the batch."""
 
     def __init__(self, codebook, rows):
         self.codebook = codebook
@@ -138,7 +196,7 @@ class EMACodebook:
 
 def vq_loss_parts(x, recon, latents, codes, counts, positions):
     """Smooth L1 of all features, again of the positions alone (T2M-GPT calls it velocity), and how far the
-    latents are from their codes; over real frames. x, recon (b t d), zero behind the ends; latents, codes
+    latents are from their codes; over real frames. x, recon (b t d), zero after the ends; latents, codes
     (b n c); positions: slice of features -> three scalars"""
     frames = counts.sum() * (x.shape[1] // latents.shape[1])
     error = F.smooth_l1_loss(recon, x, reduction="none").sum((0, 1)) / frames  # d
@@ -157,21 +215,23 @@ def perplexity(codes, codebook_size):
     return torch.exp(-(share * torch.log(share + 1e-7)).sum())
 
 
-def train_tokenizer(vq, clips, skeleton, *, iterations, lr, batch, patch_weight, seed, device):
-    """Learn codes for the clips -> {"loss", "dead", "perplexity"}, means of the last 50 updates: codes that
-    were dead and replaced in an update, and how many are in even use."""
+def train_tokenizer(vq, clips, skeleton, *, iterations, lr, batch, seed, device, patch_weight=2.0):
+    """Learn codes for the clips -> {"loss", "dead", "perplexity"}, see training.supervised: codes that were
+    dead and replaced in an update, and how many are in even use.
+
+    patch_weight: of the error in whitened patches, beside the loss of T2M-GPT.
+    """
     count = sum(len(clip.features) // 4 for clip in clips)  # components of few patches would have no spread
-    whitened = patches.PatchCodec(4, skeleton.feature_dim, min(64, max(1, count // 4))).to(device)
+    whitened = PatchCodec(4, skeleton.feature_dim, min(64, max(1, count // 4))).to(device)
     statistics = datasets.Statistics.from_clips(clips, role="generator")
     whitened.fit(clips, statistics, features.block_weights(skeleton, features.PATCH_WEIGHTS))
     vq.mean.copy_(whitened.mean)
     vq.std.copy_(whitened.std)
-    optimizer = torch.optim.AdamW(vq.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, iterations,
-                                                    pct_start=max(0.05, 2 / max(iterations, 3)))
     codebook_size, positions = len(vq.quantizer.codebook), features.blocks(skeleton)["positions"]
-    log, bar, book = [], tqdm(range(iterations), desc="tokenizer", mininterval=1.0), None
-    for iteration in bar:
+    book = None
+
+    def loss(iteration):
+        nonlocal book
         g = generator(seed, iteration, "tokenizer")
         part = datasets.collate([clips[k] for k in torch.randint(len(clips), (batch,), generator=g)])
         x, lengths = part.motion.to(device), part.lengths.to(device)
@@ -184,70 +244,146 @@ def train_tokenizer(vq, clips, skeleton, *, iterations, lr, batch, patch_weight,
         numbers = vq.nearest(latents)
         codes = vq.quantizer.codebook[numbers]
         recon = vq.reconstruct(latents + (codes - latents).detach(), counts)  # straight through
-        loss = vq_loss(*vq_loss_parts(x, recon, latents, codes, counts, positions))
+        value = vq_loss(*vq_loss_parts(x, recon, latents, codes, counts, positions))
         # Not in the paper: the same error in whitened patches of four frames. Waves, claps and punches are
         # small and fast; by the features alone they cost so little that the codes forget them.
         error = rearrange(recon - x, "b (n f) d -> b n (f d)", f=4) @ whitened.basis / whitened.scale
         error = F.smooth_l1_loss(error, torch.zeros_like(error), reduction="none").mean(-1).sum()
-        loss = loss + patch_weight * error * 4 / lengths.sum()
-        if not torch.isfinite(loss):
-            raise NonFiniteError(f"tokenizer: loss {loss.item()} at iteration {iteration}; huge values in "
-                                 "the clips?")
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        scheduler.step()
-        dead = book.update(rows, numbers[inside], fresh)  # after the output was made with the old codes
-        log.append([loss.item(), dead, perplexity(numbers[inside], codebook_size).item()])
-        bar.set_postfix(loss=f"{log[-1][0]:.3f}", dead=dead, perplexity=f"{log[-1][2]:.0f}", refresh=False)
-    return dict(zip(("loss", "dead", "perplexity"), np.mean(log[-50:], 0).tolist()))
+        value = value + patch_weight * error * 4 / lengths.sum()
+        # The codebook moves after the output was made with the old codes.
+        dead = book.update(rows, numbers[inside], fresh)
+        return value, {"dead": dead, "perplexity": perplexity(numbers[inside], codebook_size).item()}
+
+    return supervised("tokenizer", vq.parameters(), loss, iterations=iterations, lr=lr, betas=(0.9, 0.99),
+                      weight_decay=0.0)
 
 
-def reconstruction(vq, clips, device):
-    """A sampler for common/reports.py: the clips themselves, through the tokenizer and back. What the codes
-    alone lose."""
-    @torch.no_grad()
-    def sampler(captions, lengths, purpose, repeat):
-        part = datasets.collate(clips)
-        motion, _ = vq.decode(*vq.tokenise(part.motion.to(device), part.lengths.to(device)))
-        return motion.cpu(), lengths
-    return sampler
-
-
-def build(dataset, *, codes, width, frames_per_token, iterations, batch, seed, cache_dir, use_cache, device,
-          code_dim=32, lr=2e-3, patch_weight=2.0):
-    """A tokenizer trained on the data set's train split, or its copy in the cache -> frozen VQVAE, notes.
-
-    frames_per_token: 2 or 4; 0: 4 at 20 frames a second and 2 at 12.5. (T2M-GPT takes 4 for both; at KIT's
-    rate that costs a fifth of the motions.) patch_weight: of the error in whitened patches.
-    """
+def fit_tokenizer(dataset, size, *, seed, device, cache_dir, use_cache):
+    """A tokenizer, trained on the data set's train split or from the cache -> frozen VQVAE, notes."""
     skeleton, clips = dataset.skeleton, dataset.splits["train"]
-    halvings = (frames_per_token or (4 if skeleton.fps > 15 else 2)) // 2
-    vq = VQVAE(skeleton.feature_dim, width, code_dim, codes, halvings)
-    training.initialise(vq, generator(seed, 0, "tokenizer"))
+    halvings = (size.frames_per_token or (4 if skeleton.fps > 15 else 2)) // 2
+    vq = VQVAE(skeleton.feature_dim, size.vq_width, size.code_dim, size.codes, halvings)
+    initialise(vq, generator(seed, 0, "tokenizer"))
+    training = dict(iterations=size.vq_iterations, lr=size.vq_lr, batch=size.batch, seed=seed)
 
-    def train():
-        notes = train_tokenizer(vq.to(device), clips, skeleton, iterations=iterations, lr=lr, batch=batch,
-                                patch_weight=patch_weight, seed=seed, device=device)
+    def build():
+        notes = train_tokenizer(vq.to(device), clips, skeleton, device=device, **training)
         return {"model": vq.state_dict(), **notes}
 
-    parts = (VQVAE, walk, EMACodebook, vq_loss_parts, vq_loss, train_tokenizer, patches)
-    code = [inspect.getsource(part) for part in parts]
-    key = [dataset.fingerprint, code, features.PATCH_WEIGHTS, halvings, codes, code_dim, width, iterations,
-           lr, batch, patch_weight, seed]
-    stored = training.cached(cache_dir, key, train, "tokenizer", use_cache)
+    code = source_of(VQVAE, ResidualBlock, Stack, walk, EMACodebook, vq_loss_parts, vq_loss, train_tokenizer,
+                     PatchCodec, supervised)
+    key = [dataset.fingerprint, vq.sizes, features.PATCH_WEIGHTS, training, code]
+    stored = cached(cache_dir, key, build, "tokenizer", use_cache)
     vq.load_state_dict(stored.pop("model"))
     print("  tokenizer: " + ", ".join(f"{name} {value:.3g}" for name, value in stored.items()))
     return freeze(vq.to(device)), stored
 
 
-def load_published(path, statistics, feature_dim, device):
-    """The published tokenizer of a T2M-GPT checkpoint, with its own mean and std -> frozen VQVAE, notes."""
-    state = published.read_state(path, "net")
-    vq = VQVAE(**t2m_gpt.tokenizer_sizes(state, path))
-    if len(vq.mean) != feature_dim:
-        raise InputError(f"{path}: codes features of width {len(vq.mean)}, the data have {feature_dim}")
-    published.load_strict(vq, state, path, free=("mean", "std"))
-    for own, given in zip((vq.mean, vq.std), t2m_gpt.read_statistics(statistics, feature_dim)):
-        own.copy_(given)
-    return freeze(vq.to(device)), {"published": str(path)}
+def reconstruction(vq, clips):
+    """A sampler (common/evaluate.py) that gives the clips themselves, through the tokenizer: the ceiling."""
+    @torch.no_grad()
+    def sampler(captions, lengths, purpose, repeat):
+        part = datasets.collate(clips)
+        motion, _ = vq.decode(*vq.tokenise(part.motion.to(vq.mean.device), part.lengths.to(vq.mean.device)))
+        return motion.cpu(), lengths
+    return sampler
+
+
+# ---- 4. Text -------------------------------------------------------------------------------------
+
+
+class TextEncoder(nn.Module):
+    """Captions -> one vector each; learnt with the supervised GPT in place of CLIP, frozen afterwards."""
+
+    def __init__(self, words, width, layers, heads):
+        super().__init__()
+        self.sizes = dict(words=list(words), width=width, layers=layers, heads=heads)
+        self.vocabulary = datasets.Vocabulary(words)
+        self.words = nn.Embedding(len(self.vocabulary), width)
+        self.encoder = TMREncoder(width, width, 4 * width, layers, heads)
+
+    def forward(self, captions, spoil=None):
+        """b captions -> (b c). spoil: see datasets.Vocabulary.encode."""
+        ids, mask = self.vocabulary.encode(captions, spoil=spoil)
+        # A caption without words reads as one unknown word.
+        ids[~mask.any(1), 0], mask[:, 0] = 1, True
+        device = self.words.weight.device
+        return self.encoder(self.words(ids.to(device)), mask.to(device))[:, 0]
+
+
+# ---- 5. The GPT ----------------------------------------------------------------------------------
+
+
+def sequence_loss(logits, target, counts):
+    """Mean over samples of the mean cross-entropy over tokens and end (T2M-GPT). logits (b n v), target
+    (b n) with end and padding, counts (b)."""
+    mask = length_mask(counts + 1, target.shape[1])  # the end token counts
+    loss = F.cross_entropy(logits.mT, target.clamp(max=logits.shape[-1] - 1), reduction="none")
+    return ((loss * mask).sum(1) / mask.sum(1)).mean()
+
+
+def token_table(vq, clips, end, device):
+    """Codes of all clips with end and padding (m n), and their counts (m)."""
+    rows = []
+    for clip in clips:
+        motion = torch.from_numpy(clip.features)[None].to(device)
+        rows.append(vq.tokenise(motion, torch.tensor([motion.shape[1]], device=device))[0][0])
+    counts = torch.tensor([len(row) for row in rows], device=device)
+    table = torch.full((len(rows), int(counts.max()) + 1), end + 1, device=device)
+    for k, row in enumerate(rows):
+        table[k, :len(row) + 1] = torch.cat([row, row.new_tensor([end])])
+    return table, counts
+
+
+def train_gpt(gpt, text_encoder, vq, clips, *, iterations, lr, keep, batch, seed, device):
+    """Learn to predict the next token from the caption and the tokens so far -> {"loss"} (T2M-GPT section
+    3.2). A share 1 - keep of the input tokens is replaced by random ones, so that the model learns to go on
+    from its own mistakes."""
+    table, counts = token_table(vq, clips, gpt.end, device)
+
+    def loss(iteration):
+        g = generator(seed, iteration, "gpt")
+        chosen = torch.randint(len(clips), (batch,), generator=g)
+        captions = datasets.draw_captions([clips[k] for k in chosen], g)
+        target = table[chosen.to(device)]
+        other = torch.randint(gpt.codes, target.shape, generator=g).to(device)
+        replaced = (torch.rand(target.shape, generator=g) >= keep).to(device) & (target < gpt.end)
+        tokens = torch.where(replaced, other, target)[:, :-1]
+        logits, _ = gpt(tokens, text_encoder(captions, spoil=g))
+        return sequence_loss(logits, target, counts[chosen.to(device)])
+
+    parameters = [*gpt.parameters(), *text_encoder.parameters()]
+    return supervised("supervised GPT", parameters, loss, iterations=iterations, lr=lr, betas=(0.9, 0.99))
+
+
+def fit_gpt(make_gpt, parts, vq, dataset, size, *, seed, device, cache_dir, use_cache):
+    """GPT and text encoder, trained on the data set's train split or from the cache -> both frozen, notes.
+
+    make_gpt(codes=, text_dim=, width=, heads=, base_layers=, head_layers=, block_size=) -> the network with
+    any weights; parts: the classes that it is made of.
+    """
+    clips = dataset.splits["train"]
+    words = datasets.Vocabulary.from_captions([c for clip in clips for c in clip.captions]).words
+    text_encoder = TextEncoder(words, size.width, size.text_layers, size.heads)
+    longest = max(len(clip.features) for clip in clips) // 2**vq.halvings
+    gpt = make_gpt(codes=len(vq.quantizer.codebook), text_dim=size.width, width=size.width, heads=size.heads,
+                   base_layers=size.base_layers, head_layers=size.head_layers,
+                   block_size=longest + 2)  # the text, and the end
+    training = dict(iterations=size.gpt_iterations, lr=size.gpt_lr, keep=size.keep, batch=size.batch,
+                    seed=seed)
+
+    def build():
+        initialise(gpt, generator(seed, 0, "gpt"))
+        initialise(text_encoder, generator(seed, 0, "text"))
+        notes = train_gpt(gpt.to(device), text_encoder.to(device), vq, clips, device=device, **training)
+        return {"gpt": gpt.state_dict(), "text": text_encoder.state_dict(), **notes}
+
+    code = source_of(TextEncoder, TMREncoder, TransformerLayer, datasets.Vocabulary, sequence_loss, train_gpt,
+                     supervised, *parts)
+    key = [dataset.fingerprint, gpt.sizes, text_encoder.sizes, vq.state_dict(), training, code,
+           [datasets.WORD_DROP, datasets.WORD_SWAP]]
+    stored = cached(cache_dir, key, build, "gpt", use_cache)
+    gpt.load_state_dict(stored.pop("gpt"))
+    text_encoder.load_state_dict(stored.pop("text"))
+    print(f"  supervised GPT: loss {stored['loss']:.3f}")
+    return freeze(gpt.to(device)), freeze(text_encoder.to(device)), stored

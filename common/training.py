@@ -132,6 +132,15 @@ def minibatches(samples, count, index, chunk, generator, apart=()):
     return plan
 
 
+def select_rows(batch, samples):
+    """The part of a batch that belongs to `samples` (numbers in a list). batch: dict of tensors and lists, a
+    row a sample; batch["numbers"] says whose."""
+    wanted = set(samples)
+    rows = [row for row, number in enumerate(batch["numbers"]) if number in wanted]
+    return {name: value[rows] if torch.is_tensor(value) else [value[row] for row in rows]
+            for name, value in batch.items()}
+
+
 def rise_and_fall(iteration, iterations, warmup):
     """Factor of a learning rate: it rises over `warmup` iterations, and falls to zero over all.
 

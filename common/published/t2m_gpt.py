@@ -1,4 +1,7 @@
-"""T2M-GPT (Zhang et al. 2023, github.com/Mael-zys/T2M-GPT): sizes and statistics of its published weights."""
+"""T2M-GPT (Zhang et al. 2023, github.com/Mael-zys/T2M-GPT): published tokenizer and GPT, and their text.
+
+A source of text features is a function text(captions) -> (b d), float32 on its device.
+"""
 import re
 import zipfile
 from pathlib import Path
@@ -7,7 +10,11 @@ import numpy as np
 import torch
 
 from common import InputError
-from common.published import size
+from common.published import load_strict, read_state, size
+from common.retrieval import freeze
+from common.tokenizer import VQVAE
+
+PUBLISHED_BLOCK = 51  # positions of its GPT: the text and 50 tokens
 
 
 def tokenizer_sizes(state, path):
@@ -20,14 +27,15 @@ def tokenizer_sizes(state, path):
 
 
 def gpt_sizes(state, path, heads, block_size):
-    """The arguments of motion_gpt.MotionGPT that fit the weights. The files do not tell the heads: the
-    published width of 1024 has 16, another width those asked for."""
+    """The arguments of the GPT that fit the weights. The files do not tell the heads: the published width of
+    1024 has 16, another width those asked for."""
     def layers(part):
         return len({key.split(".")[2] for key in state if key.startswith(f"{part}.blocks.")})
     width = size(state, path, "trans_base.cond_emb.weight")
     heads = 16 if width == 1024 else heads
     if width % heads:
-        raise InputError(f"{path}: a width of {width} does not split into {heads} heads; correct --heads")
+        raise InputError(f"{path}: a width of {width} does not split into {heads} heads; the published GPT "
+                         "has a width of 1024")
     return dict(codes=size(state, path, "trans_head.head.weight") - 1, heads=heads, block_size=block_size,
                 text_dim=size(state, path, "trans_base.cond_emb.weight", 1), width=width,
                 base_layers=layers("trans_base"), head_layers=layers("trans_head"))
@@ -47,3 +55,77 @@ def read_statistics(folder, feature_dim):
             raise InputError(f"{folder}: needs {name} of the tokenizer, {feature_dim} finite numbers")
         found.append(torch.from_numpy(np.float32(array)))
     return found
+
+
+def load_tokenizer(path, statistics, feature_dim, device):
+    """The tokenizer of a checkpoint, with its own mean and std -> frozen VQVAE, notes."""
+    state = read_state(path, "net")
+    vq = VQVAE(**tokenizer_sizes(state, path))
+    if len(vq.mean) != feature_dim:
+        raise InputError(f"{path}: codes features of width {len(vq.mean)}, the data have {feature_dim}")
+    load_strict(vq, state, path, free=("mean", "std"))
+    for own, given in zip((vq.mean, vq.std), read_statistics(statistics, feature_dim)):
+        own.copy_(given)
+    return freeze(vq.to(device)), {"published": str(path)}
+
+
+def file_features(path, device="cpu"):
+    """Text features from a .npz with `captions` (n) strings and `vectors` (n d) -> text function, d.
+
+    InputError for a file that is not one, and, when called, for a caption that it does not hold.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            captions = np.atleast_1d(file["captions"]).tolist()
+            vectors = torch.from_numpy(np.atleast_1d(np.float32(file["vectors"])))
+    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: needs arrays captions (n strings), vectors (n d): {error}") from error
+    if vectors.ndim != 2 or len(captions) != len(vectors) or not torch.isfinite(vectors).all():
+        raise InputError(f"{path}: {len(captions)} captions, vectors {tuple(vectors.shape)}; give each a "
+                         "finite vector")
+    rows = {caption: k for k, caption in enumerate(captions)}
+
+    def text(asked):
+        missing = [caption for caption in asked if caption not in rows]
+        if missing:
+            raise InputError(f"{path}: holds no vector for {missing[0]!r}; add it, or install CLIP")
+        return vectors[[rows[caption] for caption in asked]].to(device)
+    return text, vectors.shape[1]
+
+
+def clip_features(flag, device="cpu"):
+    """Text features of an installed CLIP ViT-B/32, as T2M-GPT uses them -> text function, 512.
+
+    The package is no requirement of this project; InputError that names `flag` if it is not there.
+    """
+    try:
+        import clip
+    except ImportError:
+        raise InputError(f"{flag}: name a .npz of captions and vectors; CLIP is not installed") from None
+    model, _ = clip.load("ViT-B/32", device=device, jit=False)
+
+    @torch.no_grad()
+    def text(asked):
+        return model.encode_text(clip.tokenize(asked, truncate=True).to(device)).float()
+    return text, 512
+
+
+def text_features(path, flag, device="cpu"):
+    """The text function of a file, or of CLIP where none is named, and its width; flag: for messages."""
+    return file_features(path, device) if path else clip_features(flag, device)
+
+
+def load_gpt(make_gpt, path, text, vq, heads, device):
+    """The GPT of a checkpoint, for the codes of vq -> frozen GPT, text function, notes.
+
+    text: the text function and its width, see text_features. make_gpt: see tokenizer.fit_gpt; heads: of a
+    width that is not the published one.
+    """
+    (text, text_dim), state = text, read_state(path, "trans")
+    sizes, codes = gpt_sizes(state, path, heads, PUBLISHED_BLOCK), len(vq.quantizer.codebook)
+    if (sizes["codes"], sizes["text_dim"]) != (codes, text_dim):
+        raise InputError(f"{path}: for {sizes['codes']} codes, {sizes['text_dim']} text features; here are "
+                         f"{codes} and {text_dim}")
+    gpt = make_gpt(**sizes)
+    load_strict(gpt, state, path)
+    return freeze(gpt.to(device)), text, {"published": str(path)}
