@@ -5,8 +5,11 @@ import importlib
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
+import tempfile
+import traceback
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -14,7 +17,7 @@ from unittest import mock
 import pytest
 import torch
 
-from common import datasets, diffusion, render, runs, training
+from common import datasets, diffusion, evaluate, render, runs, training
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -29,7 +32,8 @@ def load(name):
 
 # ---- a finished run of each script -------------------------------------------------------------------------
 
-LITTLE = {"iterations": 30, "scorer_iterations": 10, "clips": (120, 80), "vae_iterations": 20, "latent_dims": 8}
+LITTLE = {"iterations": 30, "scorer_iterations": 10, "vae_iterations": 20, "clips": (120, 80),
+          "latent_dims": 8}
 
 
 @contextlib.contextmanager
@@ -143,6 +147,52 @@ def refused(script, *argv):
     return err
 
 
+class Forked:
+    """A process of its own that calls `function`, forked from this one: importing torch again takes seconds.
+
+    env: added to its environment. What it prints goes to the pipe `stdout` and, at the end, to `errors`.
+    """
+
+    def __init__(self, function, env=None):
+        reading, writing = os.pipe()
+        self.errors_file = tempfile.TemporaryFile("w+")
+        self.pid, self.code = os.fork(), None
+        if self.pid == 0:
+            code = 1
+            try:
+                os.close(reading)
+                os.dup2(writing, 1)
+                os.dup2(self.errors_file.fileno(), 2)
+                os.close(writing)
+                sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", 1, closefd=False)
+                os.environ.update(env or {})
+                function()
+                code = 0
+            except SystemExit as end:
+                code = end.code or 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                with contextlib.suppress(OSError):
+                    sys.stdout.flush()
+                os._exit(code)
+        os.close(writing)
+        self.stdout = os.fdopen(reading)
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def wait(self):
+        """Until it ends -> self. `code` is negative for a signal, as in subprocess; `out` the rest of stdout."""
+        self.out = "" if self.stdout.closed else self.stdout.read()
+        self.stdout.close()
+        self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        self.errors_file.seek(0)
+        self.errors = self.errors_file.read()
+        self.errors_file.close()
+        return self
+
+
 WHOLE = """
 import SCRIPT as script
 from common import runs
@@ -153,72 +203,67 @@ with smaller():
 
 
 def start(script, flags, folder):
-    """An uninterrupted run in a process of its own, at the sizes of `smaller` -> its stdout, stderr."""
+    """An uninterrupted run in a fresh interpreter, at the sizes of `smaller` -> its stdout, stderr."""
     command = [sys.executable, "-c", WHOLE.replace("SCRIPT", script.__name__), *flags]
     child = subprocess.run(command, cwd=folder, env=ENV, capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stderr
     return child.stdout, child.stderr
 
 
-INTERRUPTED = """
-import os, sys
-import SCRIPT as script
-from common import runs
-from tests.run_helpers import smaller
-moment, count, number = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-save, calls = runs.save_checkpoint, []
-def strike():
-    os.kill(os.getpid(), number)
-def counted(function):
-    def called(*args, **options):
-        calls.append(args)
-        if len(calls) == count:
-            strike()
-        return function(*args, **options)
-    return called
-def saved(path, data, **options):
-    here = options.get("kind", "").endswith("-run") and data["iteration"] == count
-    if here and moment == "between log and checkpoint":
-        strike()
-    save(path, data, **options)
-    if here and moment == "after a checkpoint":
-        strike()
-if hasattr(script, moment):
-    setattr(script, moment, counted(getattr(script, moment)))
-runs.save_checkpoint = saved
-with smaller():
-    runs.run_main(script.main, sys.argv[4:])
-"""
-
-
 def interrupted(script, flags, moment, count, number):
     """A run in a process of its own that gets a signal: in call `count` of the script's function `moment`,
     or "after a checkpoint" or "between log and checkpoint" of iteration `count`."""
-    command = [sys.executable, "-c", INTERRUPTED.replace("SCRIPT", script.__name__), moment, str(count),
-               str(int(number)), *flags]
-    return subprocess.run(command, env=ENV, capture_output=True, text=True, check=False)
+    save, calls = runs.save_checkpoint, []
+
+    def strike():
+        os.kill(os.getpid(), number)
+
+    def counted(function):
+        def called(*args, **options):
+            calls.append(args)
+            if len(calls) == count:
+                strike()
+            return function(*args, **options)
+        return called
+
+    def saved(path, data, **options):
+        here = options.get("kind", "").endswith("-run") and data["iteration"] == count
+        if here and moment == "between log and checkpoint":
+            strike()
+        save(path, data, **options)
+        if here and moment == "after a checkpoint":
+            strike()
+
+    def main():
+        runs.save_checkpoint = saved
+        if hasattr(script, moment):
+            setattr(script, moment, counted(getattr(script, moment)))
+        with smaller():
+            runs.run_main(script.main, flags)
+
+    return Forked(main).wait()
 
 
-ONLY_TRAINING = """
-import SCRIPT as script
-from common import evaluate, runs
-from tests.run_helpers import smaller
-evaluate.draw = lambda *args, **named: None
-for module in (evaluate, script):
-    if hasattr(module, "final_tables"):
-        module.final_tables = lambda *args, **named: {}
-with smaller():
-    runs.run_main(script.main)
-"""
+def training_only(script, flags):
+    """A run without tables and pictures."""
+    evaluate.draw = lambda *args, **named: None
+    for module in (evaluate, script):
+        if hasattr(module, "final_tables"):
+            module.final_tables = lambda *args, **named: {}
+    with smaller():
+        runs.run_main(script.main, [str(word) for word in flags])
 
 
-def two_processes(script, flags, folder):
-    """The training of a run in two processes; `folder` takes a file that torchrun can start."""
-    (folder / "training.py").write_text(ONLY_TRAINING.replace("SCRIPT", script.__name__))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               folder / "training.py", *flags]
-    child = subprocess.run(command, env=ENV, capture_output=True, text=True, check=False, timeout=300)
-    assert child.returncode == 0, child.stderr[-3000:]
+def two_processes(script, flags):
+    """The training of a run in two processes that torchrun's environment announces."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    run = functools.partial(training_only, script, flags)
+    children = [Forked(run, {**env, "RANK": rank}) for rank in "01"]
+    for child in children:
+        assert child.wait().code == 0, child.errors[-3000:]
 
 
 def only_cached(monkeypatch):

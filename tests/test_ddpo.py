@@ -1,5 +1,7 @@
-"""The algorithm of ddpo_motion.py against closed forms. The mutants that must not survive are in test_mutants.py,
-the equations that it shares with other scripts in test_shared.py."""
+"""The algorithm of ddpo_motion.py against closed forms.
+
+The mutants that must not survive are in test_mutants.py, tests of shared equations in test_shared.py.
+"""
 
 import contextlib
 import dataclasses
@@ -190,8 +192,9 @@ def test_policy_gradient_equals_the_gradient_of_the_expected_reward():
 
     def expected_reward(theta):
         variance = torch.tensor(1.0, dtype=torch.float64)
-        for x_coef, m_coef, std in zip(*(y[:steps - 1, 0, 0] for y in (table.x_coef, table.m_coef, table.std))):
-            variance = (x_coef + m_coef * theta)**2 * variance + std ** 2
+        for i in range(steps - 1):
+            x_coef, m_coef, std = (float(y[i]) for y in (table.x_coef, table.m_coef, table.std))
+            variance = (x_coef + m_coef * theta)**2 * variance + std**2
         return variance
 
     h = 1e-5
@@ -511,7 +514,7 @@ def test_advantages_stay_with_their_samples():
 
 
 def test_a_step_of_the_kl_alone_goes_back_to_the_base():
-    """Without a reward the KL is all that is left: it is that of two Gaussians, and the step makes it smaller."""
+    """Without a reward the KL is all there is: that of two Gaussians, and the step makes it smaller."""
     run = one_update(lambda batch: torch.full((16,), 0.3), lr=1e-3, kl_coef=1.0, minibatches=1)
     batch = ddpo.collect(run.args, tiny_policy()[1], CAPTIONS, {4: [12, 24, 20]}, 0)
 
@@ -560,7 +563,7 @@ def test_the_loss_falls_along_its_own_gradient():
 # ---- the loop ----------------------------------------------------------------------------------------------
 
 
-def trained(folder, reward, advantages=None, monkeypatch=None, **changes):
+def trained(folder, reward, advantages=None, **changes):
     """train() with a given reward at toy size -> policy, weights before."""
     args, policy = tiny_policy(**{**dict(iterations=2, kept_samples=0, eval_every=99), **changes})
     folder.mkdir()
@@ -570,8 +573,8 @@ def trained(folder, reward, advantages=None, monkeypatch=None, **changes):
     domain = SimpleNamespace(splits={"train": clips, "val": clips}, fingerprint="x")
     before = {k: v.clone() for k, v in policy.model.state_dict().items()}
     with mock.patch.object(evaluate, "check_names", lambda *args: None):
-        ddpo.train(start, policy, retrieval.control("", reward, CAPTIONS, 0), advantages or ddpo.group_advantages,
-                   CAPTIONS, None, domain, domain, folder)
+        ddpo.train(start, policy, retrieval.control("", reward, CAPTIONS, 0),
+                   advantages or ddpo.group_advantages, CAPTIONS, None, domain, domain, folder)
     return policy, before
 
 

@@ -1,8 +1,8 @@
 """Wrong algorithms that the tests must notice, in every script that holds the code.
 
-A mutant is a script with a piece of its text replaced. It is loaded as a module, and one of the named tests has
-to fail with it. Sync markers are taken out before, so none of this rests on the comparison of copies. A piece that
-is not found fails too: whoever changes a line here changes its mutant.
+A mutant is a script with a piece of its text replaced. It is loaded as a module, and one of the named tests
+has to fail with it. Sync markers are taken out before, so none of this rests on the comparison of copies. A
+piece that is not found fails too: whoever changes a line here changes its mutant.
 
 A test that is named here lives in test_shared.py and takes the script's module, or in the script's own file,
 test_ddpo.py for ddpo, and uses its global `ddpo`.
@@ -157,5 +157,5 @@ KILLERS = sorted({(script, name, tuple(arguments.items())) for mutant in MUTANTS
 @pytest.mark.parametrize("script, name, arguments", KILLERS)
 def test_what_kills_mutants_lets_the_script_live(script, name, arguments, tmp_path, monkeypatch):
     """The same calls pass with the script as it is: a mutant dies of its fault, not of how it is called."""
-    run(name, script, mutated(script, "import torch\n", "import torch\n", tmp_path, monkeypatch), dict(arguments),
-        tmp_path)
+    module = mutated(script, "import torch\n", "import torch\n", tmp_path, monkeypatch)
+    run(name, script, module, dict(arguments), tmp_path)

@@ -1,12 +1,17 @@
 """Faults that a run must survive or refuse: killed writers, damaged files, full disks, signals, two runs."""
+import contextlib
+import dataclasses
 import errno
+import io
 import itertools
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,9 +19,9 @@ import numpy as np
 import pytest
 import torch
 
-import ddpo_motion
-from common import InputError, NonFiniteError, generator, mix, runs, training
-from common.runs import CsvLog, RunFolder, load_checkpoint, save_checkpoint
+from common import InputError, NonFiniteError, generator, mix, runs
+from common.runs import CsvLog, RunArgs, RunFolder, arg, load_checkpoint, save_checkpoint
+from tests.run_helpers import Forked
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = {"iteration": 3, "lora": {"a": torch.arange(600.0), "b": torch.ones(2, 2).long()}, "note": "x"}
@@ -27,6 +32,114 @@ def python(code, *args, **env):
     """Run code in a fresh interpreter at the repository root."""
     command = [sys.executable, "-c", code, *map(str, args)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**ENV, **env}, check=False)
+
+
+# ---- the command line --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Args(RunArgs):
+    """Flags of a script that there is none of."""
+    reward: str = arg("good", "50 % of it", choices=("good", "bad"), group="what is learnt")
+    iterations: int = arg(100, "of learning")
+    kept: int = arg(8, "samples; 0: all", lowest=0)
+    chunk: int = arg(0, "at once; 0: all")
+    lr: float = arg(1e-3, "learning rate")
+    weights: bool = arg(True, "whether steps count")
+    frames: int = arg(0, "of a motion", group="afterwards", shaping=False)
+
+
+SIZES = {"tiny": dict(iterations=3, lr=0.5), "paper": dict(iterations=10**6)}
+DESCRIPTION = """A script that there is none of.
+
+    the code    stands as it is written
+    100 %       a percent sign too
+"""
+
+
+def parse(*argv):
+    return runs.parse_args(Args, SIZES, [str(word) for word in argv], DESCRIPTION)
+
+
+def test_sizes_are_defaults():
+    assert parse() == Args() and parse().iterations == 100
+    assert parse("--tiny") == Args(size="tiny", tiny=True, iterations=3, lr=0.5)
+    assert dataclasses.replace(parse("--tiny"), tiny=False) == parse("--size", "tiny")
+    assert parse("--size", "small") == Args() and parse("--size", "paper").iterations == 10**6
+    assert parse("--tiny", "--iterations", 7) == parse("--iterations", 7, "--tiny")
+    assert (parse("--tiny", "--iterations", 7).iterations, parse("--tiny", "--iterations", 7).lr) == (7, 0.5)
+    assert parse("--tiny", "--size", "tiny") == parse("--tiny")
+    with pytest.raises(InputError, match="--tiny: is --size tiny; leave it or --size paper out"):
+        parse("--tiny", "--size", "paper")
+
+
+def test_help_is_the_docstring_and_groups_with_defaults():
+    text = runs.make_parser(Args, DESCRIPTION).format_help()
+    assert DESCRIPTION.strip() in text, "as it is written, whole"
+    titles = ("run", "use a finished run", "what is learnt", "afterwards")
+    places = sorted((text.index(f"\n{title}:\n"), title) for title in titles)
+    ends = [place for place, _ in places[1:]] + [None]
+    groups = {title: text[place:end] for (place, title), end in zip(places, ends)}
+    assert text.index("\nrun:\n") < text.index("\nwhat is learnt:\n") < text.index("\nafterwards:\n")
+    for group, flags in (("run", "--dataset --no-cache --size --tiny"),
+                         ("use a finished run", "--load --prompt --compare"),
+                         ("what is learnt", "--reward --lr --no-weights"), ("afterwards", "--frames")):
+        assert all(flag in groups[group] for flag in flags.split()), group
+    words = " ".join(text.split())
+    for entry in dataclasses.fields(Args):
+        flag = "--" + entry.name.replace("_", "-")
+        told = words[words.index(f" {flag}", words.index("run: ")):]
+        if entry.default not in ("", dataclasses.MISSING):
+            assert f"(default {entry.default})" in told[:500], flag
+        assert entry.metadata["help"] in told, flag
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--lr", "-1"], "--lr -1.0: must be at least 0"), (["--lr", "nan"], "--lr nan: must be"),
+    (["--lr", "inf"], "--lr inf"), (["--iterations", 0], "--iterations 0: must be at least 1"),
+    (["--kept", -1], "--kept -1: must be at least 0"), (["--chunk", -1], "--chunk -1")])
+def test_numbers_have_a_least(flags, words):
+    with pytest.raises(InputError, match=words):
+        parse(*flags)
+    assert (parse("--kept", 0).kept, parse("--chunk", 0).chunk, parse("--lr", 0).lr) == (0, 0, 0.0)
+
+
+@pytest.mark.parametrize("flags", (["--lr"], ["--rewar", "bad"], ["--reward", "worse"], ["--kept", "1.5"]))
+def test_flags_that_are_none(flags):
+    """No prefix passes for a flag; argparse says what is wrong."""
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end:
+        parse(*flags)
+    assert end.value.code == 2 and flags[0] in err.getvalue().splitlines()[-1]
+
+
+def test_refuse_says_the_first_thing_that_is_wrong():
+    runs.refuse((False, "a"), (False, "b"))
+    with pytest.raises(InputError, match="^b$"):
+        runs.refuse((False, "a"), (True, "b"), (True, "c"))
+
+
+def test_arguments_of_a_finished_run():
+    """What shaped it holds: a flag that says otherwise is refused, one that shapes nothing is not."""
+    stored = runs.shaping_args(Args(lr=0.1, iterations=7, seed=3, frames=5, device="cuda", resume=True))
+    assert "lr" in stored and not {"frames", "device", "resume", "out_dir", "tiny", "prompt"} & set(stored)
+    args = runs.adopt_args(Args(frames=9, seed=3, out_dir="x"), Args(), stored, "a.pt")
+    assert args == Args(lr=0.1, iterations=7, seed=3, frames=9, out_dir="x")
+    with pytest.raises(InputError, match="a.pt.*lr was 0.1 and is 0.2"):
+        runs.adopt_args(Args(lr=0.2), Args(), stored, "a.pt")
+
+
+def test_groups_are_shared_whole(monkeypatch):
+    """Every motion in one process, and those of a prompt together."""
+    assert runs.share(3, 4) == list(range(12))
+    for processes in (2, 3, 5):
+        parts = []
+        for rank in range(processes):
+            monkeypatch.setattr(runs, "world", lambda device, rank=rank: (rank, processes))
+            parts.append(runs.share(5, 4))
+        assert sorted(sum(parts, [])) == list(range(20))
+        groups = [{k // 4 for k in part} for part in parts]
+        assert sum(map(len, groups)) == 5 and all(groups)
 
 
 # ---- random numbers ----------------------------------------------------------------------------------------
@@ -50,7 +163,7 @@ def test_generators_depend_on_their_arguments_only():
 
 
 def test_numbers_do_not_depend_on_the_hash_seed():
-    code = ("import torch; from common import runs; "
+    code = ("import torch; from common import generator, runs; "
             "print(torch.rand(2, generator=generator(3, 1, 'noise')).tolist(), "
             "runs.fingerprint({'b': 1, 'a': [1.5, 'z']}))")
     first, second = (python(code, PYTHONHASHSEED=seed).stdout for seed in "12")
@@ -215,34 +328,30 @@ def test_unstorable_values_leave_the_old_file_alone(tmp_path):
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
-KILLED = """
-import os, signal, sys, torch
-from pathlib import Path
-from types import SimpleNamespace
-from common import runs
-path = Path(sys.argv[1]) / "checkpoint.pt"
-folder = runs.RunFolder(path.parent)
-(path.parent / "args.json").write_text("{}")
-runs.save_checkpoint(path, {"iteration": 1, "x": torch.ones(1000)})
-whole = Path.write_bytes
-def half(self, data):
-    whole(self, bytes(data)[: len(data) // 2])
-    os.kill(os.getpid(), signal.SIGKILL)
-if sys.argv[2] == "writing":
-    Path.write_bytes = half
-else:  # between keeping the old file and putting the new one in its place
-    replace = os.replace
-    def kept(a, b):
+def killed(folder, moment):
+    """Save a second checkpoint and die while it is written, or before it takes the place of the first."""
+    path, whole, replace = folder / "checkpoint.pt", Path.write_bytes, os.replace
+    RunFolder(folder)
+    (folder / "args.json").write_text("{}")
+    save_checkpoint(path, {"iteration": 1, "x": torch.ones(1000)})
+
+    def half(self, data):
+        whole(self, bytes(data)[: len(data) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def kept(a, b):  # between keeping the old file and putting the new one in its place
         replace(a, b) if str(b).endswith("prev.pt") else os.kill(os.getpid(), signal.SIGKILL)
-    os.replace = kept
-runs.save_checkpoint(path, {"iteration": 2, "x": torch.ones(1000)})
-"""
+    if moment == "writing":
+        Path.write_bytes = half
+    else:
+        os.replace = kept
+    save_checkpoint(path, {"iteration": 2, "x": torch.ones(1000)})
 
 
 @pytest.mark.parametrize("moment", ["writing", "renaming"])
 def test_killed_while_saving(tmp_path, moment):
-    child = python(KILLED, tmp_path, moment)
-    assert child.returncode == -signal.SIGKILL, child.stderr
+    child = Forked(lambda: killed(tmp_path, moment)).wait()
+    assert child.code == -signal.SIGKILL, child.errors
     assert load_checkpoint(tmp_path / "checkpoint.pt")["iteration"] == 1
     assert len(list(tmp_path.glob("*.tmp-*"))) == 1
     RunFolder(tmp_path, resume=True).close()  # the dead owner's lock does not hold, its leftovers go
@@ -250,20 +359,15 @@ def test_killed_while_saving(tmp_path, moment):
     assert load_checkpoint(tmp_path / "checkpoint.pt")["iteration"] == 1
 
 
-LIMITED = """
-import resource, sys, torch
-from common import runs
-def main(argv):
-    runs.save_checkpoint(argv[0], {"iteration": 1})
+def limited(path):
+    save_checkpoint(path, {"iteration": 1})
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-    runs.save_checkpoint(argv[0], {"iteration": 2, "x": torch.ones(100_000)})
-runs.run_main(main, sys.argv[1:])
-"""
+    save_checkpoint(path, {"iteration": 2, "x": torch.ones(100_000)})
 
 
 def test_disk_full(tmp_path, monkeypatch):
-    child = python(LIMITED, tmp_path / "checkpoint.pt")
-    assert child.returncode == 4 and "--resume" in child.stderr and "Traceback" not in child.stderr
+    child = Forked(lambda: runs.run_main(limited, tmp_path / "checkpoint.pt")).wait()
+    assert child.code == 4 and "--resume" in child.errors and "Traceback" not in child.errors
     assert load_checkpoint(tmp_path / "checkpoint.pt") == {"iteration": 1}
     assert [item.name for item in tmp_path.iterdir()] == ["checkpoint.pt"]
 
@@ -274,31 +378,6 @@ def test_disk_full(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         save_checkpoint(tmp_path / "checkpoint.pt", {"iteration": 2})
     assert load_checkpoint(tmp_path / "checkpoint.pt") == {"iteration": 1}
-
-
-def test_cache(tmp_path, capsys):
-    calls = []
-
-    def build():
-        calls.append(1)
-        return {"x": torch.ones(2), "pair": (1, 2)}
-
-    def get(key, **options):
-        return training.cached(tmp_path, key, build, "base", **options)
-
-    first, second = get({"a": 1}), get({"a": 1})
-    assert len(calls) == 1 and torch.equal(first["x"], second["x"])
-    assert first["pair"] == second["pair"] == [1, 2]  # the same types, whether built or loaded
-    get({"a": 2})
-    get({"a": 1}, use_cache=False)
-    assert len(calls) == 3 and len(list(tmp_path.iterdir())) == 2
-    for path in tmp_path.iterdir():
-        path.write_bytes(path.read_bytes()[:100])
-    capsys.readouterr()
-    get({"a": 1})
-    assert len(calls) == 4 and capsys.readouterr().out.count("\n") == 1
-    get({"a": 1})
-    assert len(calls) == 4
 
 
 def test_fingerprint_tells_values_apart():
@@ -321,33 +400,6 @@ def test_json(tmp_path):
 
 def rows(path):
     return [line.split(",") for line in path.read_text().splitlines()[2:]]
-
-
-def test_minibatches_split_the_named_samples_over_processes():
-    """Every sample is in one minibatch of one process; both processes agree on the sizes."""
-    samples = [0, 2, 3, 5, 6, 7, 8, 11]
-    plans = [training.minibatches(samples, 2, index, 3, generator(0, 0, "shuffle"))
-             for index in (list(range(6)), list(range(6, 12)))]
-    for plan in plans:
-        assert [size for size, _ in plan] == [4, 4]
-        assert all(1 <= len(rows) <= 3 for _, chunks in plan for rows in chunks)
-    found = [[6 * rank + row for rows in plans[rank][n][1] for row in rows]
-             for n in (0, 1) for rank in (0, 1)]
-    assert sorted(sum(found, [])) == samples
-    assert len(found[0]) + len(found[1]) == len(found[2]) + len(found[3]) == 4
-    whole = training.minibatches(samples, 2, list(range(12)), 0, generator(0, 0, "shuffle"))
-    assert sorted(whole[0][1][0]) == sorted(found[0] + found[1])
-    assert sorted(whole[1][1][0]) == sorted(found[2] + found[3])
-
-
-def test_minibatches_keep_samples_apart():
-    """In the same minibatches as without, but in no chunk with the others."""
-    samples, index, apart = [0, 2, 3, 5, 6, 7, 8, 11], list(range(12)), {2, 6, 7}
-    plan = training.minibatches(samples, 2, index, 2, generator(0, 0, "shuffle"), apart)
-    whole = training.minibatches(samples, 2, index, 0, generator(0, 0, "shuffle"))
-    for (size, chunks), (_, [rows]) in zip(plan, whole):
-        assert sorted(sum(chunks, [])) == sorted(rows) and size == 4
-        assert all(len({row in apart for row in chunk}) == 1 and len(chunk) <= 2 for chunk in chunks)
 
 
 def test_threads_of_an_interrupted_run_are_used_again(tmp_path):
@@ -421,9 +473,8 @@ def test_overwrite_needs_an_earlier_run(tmp_path):
 
 def test_two_runs_in_one_folder(tmp_path):
     folder = RunFolder(tmp_path)
-    code = "import sys; from common.runs import *; run_main(lambda argv: RunFolder(*argv), sys.argv[1:])"
-    child = python(code, tmp_path, "resume")
-    assert child.returncode == 2 and f"process {os.getpid()}" in child.stderr
+    child = Forked(lambda: runs.run_main(lambda argv: RunFolder(*argv), (tmp_path, "resume"))).wait()
+    assert child.code == 2 and f"process {os.getpid()}" in child.errors
     with pytest.raises(InputError, match="in use"):
         RunFolder(tmp_path, resume=True)
     folder.close()
@@ -438,13 +489,10 @@ def test_stale_lock_and_leftovers(tmp_path):
     assert sorted(item.name for item in tmp_path.iterdir()) == [".lock", f"b.pt.tmp-{os.getpid()}"]
 
 
-READ_ONLY = """
-import os, sys
-from common import runs
-if os.geteuid() == 0:
-    os.seteuid(65534)
-runs.run_main(lambda argv: runs.RunFolder(argv[0]), sys.argv[1:])
-"""
+def as_a_user(folder):
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+    runs.run_main(RunFolder, folder)
 
 
 def test_folders_that_cannot_be_written(tmp_path):
@@ -455,34 +503,29 @@ def test_folders_that_cannot_be_written(tmp_path):
     locked.mkdir()
     locked.chmod(0o555)
     for target in (locked, locked / "run"):
-        child = python(READ_ONLY, target)
-        assert child.returncode == 2 and "--out-dir" in child.stderr, child.stderr
-        assert child.stderr.count("\n") == 1
+        child = Forked(lambda target=target: as_a_user(target)).wait()
+        assert child.code == 2 and "--out-dir" in child.errors, child.errors
+        assert child.errors.count("\n") == 1
     locked.chmod(0o755)
 
 
 # ---- the process -------------------------------------------------------------------------------------------
 
-LOOP = """
-import sys, time
-from common import runs
-def main(argv):
+def loop(argv):
+    """Wait for a signal; "save" obeys it, any other word only says so."""
     with runs.StopSignal() as stop:
         print("ready", flush=True)
         for _ in range(600):
             time.sleep(0.05)
             if stop.requested and argv[0] == "save":
-                runs.save_checkpoint(argv[1], {"iteration": 1})
+                save_checkpoint(argv[1], {"iteration": 1})
                 stop.check()
             elif stop.requested:
                 print("seen", flush=True)
-runs.run_main(main, sys.argv[1:])
-"""
 
 
-def start(*args):
-    child = subprocess.Popen([sys.executable, "-c", LOOP, *map(str, args)], cwd=ROOT, text=True, env=ENV,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def start(*argv):
+    child = Forked(lambda: runs.run_main(loop, argv))
     assert child.stdout.readline() == "ready\n"
     return child
 
@@ -491,8 +534,8 @@ def start(*args):
 def test_one_signal_saves_and_stops(tmp_path, number, code):
     child = start("save", tmp_path / "c.pt")
     child.send_signal(number)
-    _, errors = child.communicate(timeout=60)
-    assert child.returncode == code and "--resume" in errors and "Traceback" not in errors
+    child.wait()
+    assert child.code == code and "--resume" in child.errors and "Traceback" not in child.errors
     assert load_checkpoint(tmp_path / "c.pt") == {"iteration": 1}
 
 
@@ -501,8 +544,7 @@ def test_second_sigint_acts_at_once(tmp_path):
     child.send_signal(signal.SIGINT)
     assert child.stdout.readline() == "seen\n"
     child.send_signal(signal.SIGINT)
-    child.communicate(timeout=60)
-    assert child.returncode == 130
+    assert child.wait().code == 130
 
 
 def test_signal_handlers_are_put_back():
@@ -574,12 +616,11 @@ def test_a_second_thread_must_be_worth_it(monkeypatch, speed_up, chosen):
 
 
 def test_stopwatch_adds_up(monkeypatch):
-    clock = iter([0.0, 1.0, 5.0, 7.5, 8.0, 9.0])
+    clock = iter([0.0, 1.0, 3.5, 4.5])
     monkeypatch.setattr(runs.time, "perf_counter", lambda: next(clock))
     watch = runs.Stopwatch()
     for name in ("a", "b", "a"):
-        with watch.stage(name):
-            pass
+        watch.lap(name)
     assert watch.seconds == {"a": 2.0, "b": 2.5}
 
 
@@ -588,101 +629,9 @@ def test_versions_and_memory():
     assert 20 < runs.peak_memory_mb() < 1e6
 
 
-# ---- several processes -------------------------------------------------------------------------------------
-
-GROUP = """
-import torch
-from common import runs
-rank, size = runs.world()
-rows = torch.arange(2.0 * (rank + 1)).reshape(-1, 2) + 10 * rank  # one row on rank 0, two on rank 1
-print(rank, size, training.all_gather_rows(rows).tolist())
-a, b = (torch.zeros(2, requires_grad=True) for _ in range(2))
-(a * (rank + 1.0)).sum().backward()
-if rank == 1:
-    (b * 5).sum().backward()
-training.all_reduce_grads([a, b])
-runs.barrier()
-print(a.grad.tolist(), b.grad.tolist())
-"""
-
-
-def test_two_processes_gather_rows_and_sum_gradients(tmp_path):
-    env = {**ENV, "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
-           "MASTER_PORT": str(20000 + os.getpid() % 20000)}
-    command = [sys.executable, "-c", GROUP]
-    children = [subprocess.Popen(command, cwd=ROOT, env={**env, "RANK": rank}, text=True,
-                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in "01"]
-    outputs = [child.communicate(timeout=120) for child in children]
-    gathered = "[[0.0, 1.0], [10.0, 11.0], [12.0, 13.0]]"
-    for rank, (out, err) in enumerate(outputs):
-        assert out.splitlines() == [f"{rank} 2 {gathered}", "[3.0, 3.0] [5.0, 5.0]"], err
-
-
-def test_one_process_needs_no_group(monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    rows = torch.ones(2, 3)
-    assert runs.world() == (0, 1) and training.all_gather_rows(rows) is rows
-    training.all_reduce_grads([rows])
-    runs.barrier()
-
-
-
-PIPE = """
-import sys
-from common import runs
-runs.run_main(lambda argv: print("x" * int(argv[0])), sys.argv[1:])
-"""
-
-
 @pytest.mark.parametrize("size", (10, 1_000_000))
 def test_output_that_nobody_reads_ends_quietly(size):
     """As in `| head -1`: with all of it still in the buffer, and in the middle."""
-    child = subprocess.Popen([sys.executable, "-c", PIPE, str(size)], stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, cwd=Path(__file__).resolve().parents[1])
+    child = Forked(lambda: time.sleep(0.1) or runs.run_main(lambda argv: print("x" * size), []))
     child.stdout.close()
-    assert child.stderr.read() == b"" and child.wait() == 141
-
-
-# ---- a supervised update -----------------------------------------------------------------------------------
-
-
-def test_descend():
-    """Gradient of norm 4 clipped to 1, a step of the rate, the rate of the next one; nothing for a NaN."""
-    weight = torch.nn.Parameter(torch.tensor([1.0, 0.0]))
-    optimizer = torch.optim.SGD([weight], lr=0.5)
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.1)
-    weight.grad = torch.full((2,), 9.0)
-    assert training.descend((4 * weight[0]).square() / 8, [weight], optimizer, schedule, "here", "mend it") == 2.0
-    assert weight.tolist() == pytest.approx([0.5, 0.0]) and schedule.get_last_lr() == [pytest.approx(0.05)]
-    with pytest.raises(NonFiniteError, match="here: loss nan; mend it"):
-        training.descend(weight.sum() * math.nan, [weight], optimizer, schedule, "here", "mend it")
-    assert weight.tolist() == pytest.approx([0.5, 0.0])
-
-
-def test_rewards_that_are_not_finite_name_the_caption():
-    training.check_rewards(torch.tensor([0.1, -2.0]), ["a", "b"], "here: reward")
-    with pytest.raises(NonFiniteError, match="here: reward inf for 'b'"):
-        training.check_rewards(torch.tensor([0.1, math.inf, math.nan]), ["a", "b", "c"], "here: reward")
-
-
-def test_bfloat16_inside_float32_outside():
-    seen = []
-
-    def forward(x, weight):
-        seen.append((x @ weight).dtype)
-        return x @ weight
-    out = training.in_bfloat16(forward)(torch.ones(2, 2), torch.full((2, 2), 1 / 3))
-    assert seen == [torch.bfloat16] and out.dtype == torch.float32
-    assert 1e-5 < abs(out[0, 0].item() - 2 / 3) < 1e-2
-    assert torch.ones(2, 2).matmul(torch.ones(2, 2)).dtype == torch.float32, "nothing is left switched on"
-
-
-def test_presets():
-    presets = {"seed": {3: dict(threads=7, device="x")}, "device": {"y": dict(threads=9)}}
-
-    def known(*argv):
-        return runs.parse_args(ddpo_motion.Args, dict(threads=1), list(argv), "x", presets)
-    assert known().threads == 0 and known("--seed", "3").threads == 7
-    assert known("--seed", "3", "--device", "y").threads == 9, "later ones over earlier ones"
-    assert known("--seed", "3", "--tiny").threads == 1 and known("--seed", "3", "--threads", "2").threads == 2
-    assert known("--seed", "3").device == "x"
+    assert child.wait().code == 141 and child.errors == ""
