@@ -31,8 +31,6 @@ from common.embedded import english, wording
 from common.embedded.oracle import COUNTED, caption_attributes, one_counterclockwise
 from common.runs import atomic_write, run_main
 
-THREE_PARTS = 0.1   # chance that a sentence has three meta motions, which take turns
-TOGETHER = 0.67     # share of the sentences of two whose parts go on at once, while such pairs are found
 MAX_WORDS = 20      # the text encoders cut what is longer
 PATIENCE = 5000     # draws without a new prompt, after which few are left to be found
 LONG_LIST = 500     # captions, of which a word that occurs once is more often misspelt than rare
@@ -94,8 +92,7 @@ def _head(words, verbs, bare=True):
             adverbs.append(word)
             at += 1
         else:
-            return None
-    return None
+            break
 
 
 def _starts_part(words, before, comma, verbs):
@@ -314,8 +311,10 @@ def _sentence(template, subject, metas, tags):
     return " ".join(words), tokens
 
 
-def compose(metas, count, *, seed, known=(), tags=None, subject="a person"):
-    """At most `count` Prompts of two or three meta motions, fixed by the seed.
+def compose(metas, count, *, seed, known=(), tags=None, subject="a person", three_parts=0.2,
+            together=2 / 3):
+    """At most `count` Prompts of two or, with probability three_parts, three meta motions, fixed by the seed.
+    Of two, a share `together` goes on at once, while such pairs are easily found; the others take turns.
 
     known: captions that may not come out, by their words. tags: of word_tags, for the tokens.
     """
@@ -325,18 +324,17 @@ def compose(metas, count, *, seed, known=(), tags=None, subject="a person"):
         if waited % 50 == 0:        # one kind of sentence, until parts are found for it or seem not to exist
             three, at_once, which = torch.rand(3, generator=g).tolist()
         waited += 1
-        number = 3 if three < THREE_PARTS else 2
+        number = 3 if three < three_parts else 2
         chosen = [metas[k] for k in torch.randint(len(metas), (number,), generator=g).tolist()]
         if not _possible(chosen):
             continue
         first, then = chosen[0].attributes, chosen[1].attributes
         if number == 3:
             template, attributes = THREE_IN_TURN, {}
-        elif at_once < TOGETHER:
+        elif at_once < together:
             if not _at_once(*chosen):
                 continue
-            # "a and b and c" would be one list
-            template = AT_ONCE[which < .5 and " and " not in chosen[0].text]
+            template = AT_ONCE[which < .5 and " and " not in chosen[0].text]  # "a and b and c" would be one list
             attributes = first | then
         else:
             template = IN_TURN[which < .5]
@@ -380,17 +378,17 @@ def word_tags(clips):
 
 # ---- 3. The whole pipeline, and its command line -----------------------------------------------
 
-def novel_prompts(clips, count, *, seed, avoid=()):
+def novel_prompts(clips, count, *, seed, avoid=(), **kind):
     """(train, retained test, report) of at most `count` prompts from the captions of clips (datasets.Clip).
 
-    avoid: further captions that may not come out, those of the other splits. The report counts what was read,
-    understood, not used (by its reason) and composed.
+    avoid: further captions that may not come out, those of the other splits. kind: three_parts and together
+    of `compose`. The report counts what was read, understood, not used (by its reason) and composed.
     """
     items = [item for clip in clips for item in zip(clip.captions, clip.attributes)]
     captions, tags = [caption for caption, _ in items], word_tags(clips)
     metas, why = decompose(items, tags)
     prompts = compose(metas, count, seed=seed, known=[*captions, *avoid], tags=tags,
-                      subject=usual_words(captions)[0])
+                      subject=usual_words(captions)[0], **kind)
     train, test = split(prompts, seed=seed)
     read = len({" ".join(caption.lower().split()) for caption in captions})
     return train, test, {
@@ -403,7 +401,9 @@ def composed_sets(dataset, count, *, seed):
     """Captions composed of those of the train split, as clips without a motion -> {"composed_train",
     "composed_val", "composed_test": [Clip]}, report. No two of the sets share a pair of movements."""
     others = [c for split_ in ("val", "test") for clip in dataset.splits[split_] for c in clip.captions]
-    train, held_back, report = novel_prompts(dataset.splits["train"], count, seed=seed, avoid=others)
+    # Fewer sentences of three parts than in a list: of these the oracle can check nothing.
+    train, held_back, report = novel_prompts(dataset.splits["train"], count, seed=seed, avoid=others,
+                                             three_parts=0.1, together=0.67)
     val, test = split(held_back, 2 / 3, seed + 1)
     empty, sets = np.zeros((0, dataset.skeleton.feature_dim), np.float32), {}
     for name, part in (("train", train), ("val", val), ("test", test)):

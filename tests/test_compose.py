@@ -260,10 +260,9 @@ def test_prompts_are_new_short_and_made_of_known_parts(pool, many, monkeypatch):
         assert len(words) <= 20 and len(words) == len(prompt.tokens)
         assert words[:2] == ["a", "person"] and prompt.tokens[:2] == ["a/DET", "person/NOUN"]
     assert all(p.caption.startswith("a human ") for p in compose(pool, 20, seed=3, subject="a human"))
+    assert all(len(prompt.parts) == 2 for prompt in compose(pool, 100, seed=3, three_parts=0))
     monkeypatch.setattr(composing, "MAX_WORDS", 8)
     assert max(len(datasets.words(p.caption)) for p in compose(pool, 300, seed=3)) == 8
-    monkeypatch.setattr(composing, "THREE_PARTS", 0)
-    assert all(len(prompt.parts) == 2 for prompt in compose(pool, 100, seed=3))
 
 
 def test_known_captions_do_not_come_out():
@@ -286,7 +285,7 @@ def test_limbs():
     assert {meta.text: composing.limbs(meta) for meta in metas(*expected)} == expected
 
 
-def test_at_once_only_hands_and_feet(pool, many, monkeypatch):
+def test_at_once_only_hands_and_feet(pool, many):
     limbs = {meta.key: composing.limbs(meta) for meta in pool}
     at_once = [prompt for prompt in many if " then " not in prompt.caption]
     assert 100 < len(at_once) < 180                                 # 2/3 of what has two parts, if found
@@ -295,13 +294,12 @@ def test_at_once_only_hands_and_feet(pool, many, monkeypatch):
         assert {limbs[key] for key in prompt.parts} == {"feet", "hands"}, prompt.caption
     for prompt in many:                                             # sitting down and walking take turns
         assert ("sits" in prompt.caption or "sitting" in prompt.caption) <= ("then" in prompt.caption)
-    monkeypatch.setattr(composing, "TOGETHER", 0)
-    assert len([p for p in compose(pool, 300, seed=3) if " then " not in p.caption]) == 0
+    assert len([p for p in compose(pool, 300, seed=3, together=0) if " then " not in p.caption]) == 0
 
 
 def composed(first, then, template):
     """The prompt of two meta motions that matches a pattern."""
-    return next(prompt for prompt in compose([first, then], 20, seed=1)
+    return next(prompt for prompt in compose([first, then], 20, seed=1, three_parts=0)
                 if re.search(template, prompt.caption))
 
 
