@@ -20,7 +20,7 @@ The decision process ([DDPO] section 4.2), for denoising steps i = 0 .. N-1
   m                   m_theta(x_i, t_i, c)      the network's guess of the finished motion
   mean, std           mu_theta, sigma_i         policy: x_{i+1} ~ N(mean, std^2)
   logp, logp_old      log pi_theta, log pi_old  averaged over the entries of x, not summed
-  ratio               pi_theta / pi_old         of one step, clipped as in PPO
+  ratio               exp(logp - logp_old)      of one step, clipped as in PPO
   rewards             R(x_N, c)                 one number a motion, at the end
 
 Read sections 5 and 6 first, then 7: policy, update, loop.
@@ -52,34 +52,34 @@ from common.runs import RunArgs, arg
 class Args(RunArgs):
     """Every field is a flag. RunArgs has those of all scripts: --dataset, --seed, --resume ..."""
     source: str = arg("", "source domain; empty: the other one of kit and humanml3d", group="data")
-    leave_out: str = arg("", "an action (kick): source without, target with it alone")
+    leave_out: str = arg("", "an action (kick): cut from the source, alone in the target")
     length: int = arg(0, "frames of a --prompt; 0: the median of the source", shaping=False)
     space: str = arg("joint", "what is diffused: motion (MDM), or latents of a VAE (MLD)",
                      choices=("joint", "latent"), group="sampling")
-    steps: int = arg(5, "denoising steps N ([NM]: 10); more gain no more here")
-    order: int = arg(1, "of the DPM-Solver++ step; 2 pays from 10 steps on", choices=(1, 2))
-    spacing: str = arg("linspace", "of the steps; karras learns with --skip-last 3 only",
+    steps: int = arg(5, "denoising steps N ([NM]: 10); more do not help here")
+    order: int = arg(1, "DPM-Solver++ order; 2 helps from 10 steps on", choices=(1, 2))
+    spacing: str = arg("linspace", "where the steps are; karras needs --skip-last 3",
                        choices=("linspace", "trailing", "karras"))
-    guidance_scale: float = arg(1.0, "classifier-free (MDM: 2.5, MLD: 7.5), costs twice")
+    guidance_scale: float = arg(1.0, "classifier-free (MDM: 2.5, MLD: 7.5); doubles cost")
     reward: str = arg("retrieval", "shuffled and random are controls: they must teach nothing",
                       choices=("retrieval", "shuffled", "random"), group="reward")
-    reward_data: str = arg("both", "whose motions the reward model saw; source: no MoCap",
+    reward_data: str = arg("both", "whose motions the reward model saw; source: strict",
                            choices=("source", "both"))
-    iterations: int = arg(200, "of RL (DDPO: 100 to 200, [NM]: 30000)", group="update")
+    iterations: int = arg(200, "RL iterations (DDPO: 100 to 200, [NM]: 30000)", group="update")
     prompts: int = arg(24, "prompts P of a rollout; more make less noise")
     samples: int = arg(16, "motions G of each prompt; their mean is the baseline", lowest=2)
     kept_samples: int = arg(128, "motions trained on, by |advantage|; 0: all", lowest=0)
-    minibatches: int = arg(2, "optimizer steps an iteration; more drift away from the rollout")
+    minibatches: int = arg(2, "optimizer steps an iteration; more is more off-policy")
     micro_batch: int = arg(0, "motions of a forward pass, fewer save memory; 0: a minibatch")
     lr: float = arg(1.5e-3, "learning rate of the adapters (DDPO code: 3e-4)")
-    clip_range: float = arg(0.0, "of the ratio; 0: by the size of a state, see update()")
+    clip_range: float = arg(0.0, "bound of the ratio; 0: by the size of a state")
     kl_coef: float = arg(0.02, "weight of the KL to the base; it keeps the source")
     skip_last: int = arg(1, "last steps not trained; the very last has no variance")
     snr_weights: bool = arg(True, "let early steps, which decide what is done, count more")
     lora_rank: int = arg(8, "rank of the adapters ([NM]: 4)")
     lora_alpha: float = arg(8.0, "their scale is alpha / rank ([NM]: 16)")
     eval_every: int = arg(25, "iterations between looks at val prompts", group="evaluation")
-    best_of: int = arg(8, "reference row: the best of so many base samples", shaping=False)
+    best_of: int = arg(8, "table row: the best of so many base samples", shaping=False)
 
 
 SIZE_ARGS = {  # what --size sets here; the network's sizes are in common/diffusion.py
@@ -119,8 +119,8 @@ class Attention(nn.Module):
 
     def __init__(self, width, heads):
         super().__init__()
-        # Four plain linear layers, so that LoRA reaches each. nn.MultiheadAttention reads the
-        # weights past its modules and would ignore an adapter without a word.
+        # Four plain linear layers, so that LoRA reaches each: nn.MultiheadAttention uses
+        # weights without calling their layers, and an adapter would be ignored.
         self.heads = heads
         self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
 
@@ -137,7 +137,7 @@ class Layer(nn.Module):
 
     def __init__(self, width, heads, cross):
         super().__init__()
-        # No dropout: rollout and update must compute log-probabilities by the same function.
+        # No dropout: rollout and update must agree on every log-probability.
         self.self_attention, self.norm_self = Attention(width, heads), nn.LayerNorm(width)
         self.cross_attention = Attention(width, heads) if cross else None
         self.norm_cross = nn.LayerNorm(width) if cross else None
@@ -155,8 +155,8 @@ class Layer(nn.Module):
 class MotionDiffusion(nn.Module):
     """A denoiser like MDM's: tokens of motion attend to each other and to the words of a caption.
 
-    Not in the paper: a token is a patch of four frames in principal components (codec). Or
-    it is one of the latents of a VAE, as in MLD, with skips between the layers.
+    Unlike MDM's a token is a patch of four frames in principal components (codec). Or it is
+    one of the latents of a VAE, as in MLD, with skips between the layers.
     """
 
     def __init__(self, size, vocabulary, codec):
@@ -184,7 +184,7 @@ class MotionDiffusion(nn.Module):
         return self.text_norm(x), text_mask
 
     def drop_text(self, text, text_mask, dropped):
-        """Put the null token in place of the captions where `dropped` (b) is True."""
+        """The captions with `dropped` (b) become the null token alone."""
         text = torch.where(dropped[:, None, None], self.null_text.expand_as(text), text)
         first = torch.arange(text.shape[1], device=text.device) == 0
         return text, torch.where(dropped[:, None], first[None], text_mask)
@@ -210,11 +210,11 @@ def make_model(args, vocabulary):
 
 
 def build_reward(args, source, target, **options):
-    """The function that is optimised, reward(motion, lengths, captions) -> (b), and notes on it.
+    """The function that is optimised, reward(motion, lengths, captions) -> (b), and a note.
 
     motion (b t d) are raw features, meaningless after their lengths (b). Return another
-    function here, and it fills the column `reward` of every table, picks the best of N and
-    stands in the pictures. The joints (b t 22 3), in metres, are
+    function here, and it fills the column `reward` of every table, picks the best of
+    --best-of and labels the pictures. The joints (b t 22 3), in metres and with y up, are
     features.features_to_joints(motion, features.T2M).
     """
     seen = [source] if args.reward_data == "source" else [source, target]
@@ -230,7 +230,7 @@ class Steps(NamedTuple):
     """The N steps of SDE-DPM-Solver++ [DPM]. All fields but the first are (N 1 1):
     steps.std[i] fits one state (b n c), and steps.std[:s] fits s of them (b s n c)."""
     timesteps: torch.Tensor  # (N,) what the network is told
-    p: torch.Tensor          # the network's answer e means the motion m = p x_i + q e
+    p: torch.Tensor          # the motion is m = p x_i + q e, e the network's answer
     q: torch.Tensor
     x_coef: torch.Tensor     # mean = x_coef x_i + m_coef (m_i + k (m_i - m_{i-1}))
     m_coef: torch.Tensor
@@ -241,14 +241,14 @@ class Steps(NamedTuple):
 def solver_steps(grid, order, prediction, device="cpu"):
     """The table of SDE-DPM-Solver++; order 1 is DDPM, and DDIM with eta = 1.
     prediction: the network answers with the motion ("sample") or the noise ("epsilon")."""
-    # In float64, because 1 - exp(-2h) cancels.
+    # In float64. A state is x = alpha m + sigma e; a step goes from node i to j = i + 1.
     alpha, sigma, lam = grid.alpha.double(), grid.sigma.double(), grid.lam.double()
     h = lam[1:] - lam[:-1]                              # lam = log(alpha / sigma); last h = inf
     x_coef = sigma[1:] / sigma[:-1] * torch.exp(-h)     #   (sigma_j / sigma_i) e^-h x_i
     m_coef = alpha[1:] * -torch.expm1(-2 * h)           # + alpha_j (1 - e^-2h) m_i
     std = sigma[1:] * torch.sqrt(-torch.expm1(-2 * h))  # + sigma_j sqrt(1 - e^-2h) z
     k, p, q = torch.zeros_like(h), torch.zeros_like(h), torch.ones_like(h)
-    if prediction == "epsilon":                         # x = alpha m + sigma e, solved for m
+    if prediction == "epsilon":                         # the same, solved for m
         p, q = 1 / alpha[:-1], -sigma[:-1] / alpha[:-1]
     if order == 2:                                      # 2M, the midpoint rule:
         k[1:] = h[1:] / (2 * h[:-1])                    # m_i + h_i / (2 h_{i-1}) (m_i - m_{i-1})
@@ -262,7 +262,7 @@ class Policy(NamedTuple):
     model: MotionDiffusion
     steps: Steps
     weights: torch.Tensor   # (s,) of the steps that are trained
-    tokens: int             # n of every state: a sample must not depend on its batch
+    tokens: int             # n of every state, the same in every batch
     guidance_scale: float
     device: torch.device
 
@@ -314,7 +314,7 @@ def masked_mean_logp(x, mean, std, mask):
     """Gaussian log-density of x (... n c), averaged over entries: x, mean (... n c) -> (...)"""
     # x is an action that was taken, so it is data: gradient flows through the mean alone.
     logp = -(x.detach() - mean).square() / (2 * std**2) - torch.log(std)
-    # A mean, as in the DDPO code: the ratio of sums over thousands of entries would overflow.
+    # A mean, as in the DDPO code: exp of a sum over thousands of entries would overflow.
     return masked_mean(logp - 0.5 * math.log(2 * math.pi), mask)
 
 
@@ -325,9 +325,9 @@ def step_logps(policy, states, captions, mask, s):
     text, text_mask = policy.model.encode_text(captions)
     x, x_next = states[:, :s], states[:, 1:s + 1]  # b s n c
     # Steps become rows of the batch. All m_i come at once, so the mean of order 2 is exact.
-    per_step = (repeat(y, "b ... -> (b s) ...", s=s) for y in (mask, text, text_mask))
+    rows = (repeat(y, "b ... -> (b s) ...", s=s) for y in (mask, text, text_mask))
     timesteps = steps.timesteps[:s].float().repeat(len(states))
-    answer = predict(policy, rearrange(x, "b s n c -> (b s) n c"), timesteps, *per_step)
+    answer = predict(policy, rearrange(x, "b s n c -> (b s) n c"), timesteps, *rows)
     m = steps.p[:s] * x + steps.q[:s] * rearrange(answer, "(b s) n c -> b s n c", s=s)
     m_last = torch.cat([m[:, :1], m[:, :-1]], 1)
     mean, std = step_mean(steps, slice(0, s), x, m, m_last), steps.std[:s]
@@ -338,10 +338,10 @@ def step_logps(policy, states, captions, mask, s):
 # ---- 6. Advantage, loss, update ----
 
 
-def group_advantages(rewards, captions=None):
-    """rewards (p g) of p prompts -> advantages (p g)."""
+def group_advantages(rewards, prompts=None):
+    """rewards (p g) of p prompts -> advantages (p g); another baseline may read the prompts."""
     # An easy prompt must not make its motions look good: the mean of its group is the baseline.
-    # Not in the paper: the DDPO code keeps statistics of each prompt over iterations; with
+    # Not in [NM]: the DDPO code keeps statistics of each prompt over iterations; with
     # thousands of captions none comes back often enough.
     centred = rewards - rewards.mean(1, keepdim=True)
     # One spread serves all groups; that of a single group explodes where its samples agree.
@@ -350,8 +350,8 @@ def group_advantages(rewards, captions=None):
 
 # [sync:strongest]
 def strongest(advantages, count):
-    """Numbers of the `count` samples with the largest |advantage|, in order; 0: of all."""
-    # Not in the paper: to sample a motion costs a quarter of its update, and samples near
+    """Indices of the `count` samples with the largest |advantage|, in order; 0: of all."""
+    # Not in [NM]: to sample a motion costs a quarter of its update, and samples near
     # their group's mean teach little (Xu et al. 2025, arXiv 2504.13818).
     order = advantages.abs().argsort(descending=True, stable=True)
     return order[:count or len(order)].sort().values.tolist()
@@ -359,7 +359,7 @@ def strongest(advantages, count):
 
 
 def clipped_loss(ratio, advantages, clip_range):
-    """The pessimistic one of two losses ([DDPO] section 4.3, PPO eq. 7). (b s) each."""
+    """The larger of two losses ([DDPO] section 4.3, PPO eq. 7): ratio (b s), advantages (b 1)."""
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
     return torch.maximum(unclipped, clipped)
@@ -372,28 +372,28 @@ def masked_mean_kl(mean, mean_base, std, mask):
 
 def snr_step_weights(grid, s, prediction="sample"):
     """Weights (s,) of the steps, 1 / sqrt(gain of signal-to-noise), with mean 1."""
-    # Not in the paper: without weights the late steps, which only polish, drown the early
-    # ones, which decide what is done. If the guess m moves by d, the KL of its step is
-    # (SNR_{i+1} - SNR_i) |d|^2 / 2; for predicted noise SNR_{i+1} / SNR_i - 1 is the factor.
+    # Not in [NM]: without weights the late steps, which polish, drown the early ones, which
+    # decide what is done. If m moves by d, the KL of its step is (SNR_{i+1} - SNR_i) |d|^2 / 2
+    # (for noise SNR_{i+1} / SNR_i - 1), and the gradient goes with the root of the KL.
     snr = torch.exp(2 * grid.lam.double())[:s + 1]
     gain = snr[1:] - snr[:-1] if prediction == "sample" else snr[1:] / snr[:-1] - 1
     return (gain.rsqrt() / gain.rsqrt().mean()).float()
 
 
 def update(args, policy, batch, advantages, optimizer, iteration, loop):
-    """Stage 3: score the stored steps again, one optimizer step a minibatch -> numbers to log.
-    advantages (p*g) are of all processes; this one has the motions batch["numbers"]."""
+    """Stage 3: log pi of the stored steps again, one optimizer step a minibatch -> a log.
+    advantages (p*g) are of all processes; batch["numbers"] are the indices of our own."""
     s, parameters = len(policy.weights), lora.parameters(policy.model)
-    # A mean over more entries varies less, by the root of their number: the DDPO code's
-    # 1e-4 belongs to the 16384 entries of a latent of Stable Diffusion.
+    # The log-ratio of a mean over D entries shrinks as 1 / sqrt(D): the DDPO code's 1e-4
+    # belongs to the 16384 entries of a latent of Stable Diffusion.
     entries = policy.tokens * policy.model.dims
     clip_range = args.clip_range or 1e-4 * math.sqrt(16384 / entries)
     kept = strongest(advantages, args.kept_samples)
     own = advantages[batch["numbers"]].to(policy.device)  # b
-    # A minibatch is a list of chunks: lists of rows that fit into memory together.
+    # A minibatch is (its size, chunks); a chunk is a list of rows that fit into memory.
     minibatches = training.minibatches(kept, args.minibatches, batch["numbers"], args.micro_batch,
                                        generator(args.seed, iteration, "shuffle", 0))
-    per_step = 1 / (len(kept) // args.minibatches * s)    # a mean over samples and steps
+    scale = 1 / (len(kept) // args.minibatches * s)    # a mean over samples and steps
 
     def rescore(rows):
         captions = [batch["captions"][row] for row in rows]
@@ -404,7 +404,7 @@ def update(args, policy, batch, advantages, optimizer, iteration, loop):
     logp_old = torch.zeros(len(own), s, device=policy.device)
     mean_base = torch.zeros_like(batch["states"][:, :s])
     with torch.no_grad():
-        for rows in (rows for _, chunks in minibatches for rows in chunks):
+        for rows in (chunk for _, chunks in minibatches for chunk in chunks):
             logp_old[rows], _ = rescore(rows)
             if args.kl_coef:
                 with lora.scaled(policy.model, 0.0):      # without its adapters it is the base
@@ -414,23 +414,23 @@ def update(args, policy, batch, advantages, optimizer, iteration, loop):
     for _, chunks in minibatches:
         optimizer.zero_grad()
         for rows in chunks:
-            loop.check()                                  # Ctrl-C ends here, with all saved
+            loop.check()                                  # Ctrl-C ends here, see --resume
             logp, mean = rescore(rows)
             logratio = logp - logp_old[rows]
             ratio = logratio.exp()                        # b s
             loss = policy.weights * clipped_loss(ratio, own[rows, None], clip_range)
-            loss = loss.sum() * per_step
+            loss = loss.sum() * scale
             if args.kl_coef:
                 kl = masked_mean_kl(mean, mean_base[rows], policy.steps.std[:s],
-                                    batch["mask"][rows, None]).sum() * per_step
+                                    batch["mask"][rows, None]).sum() * scale
                 loss = loss + args.kl_coef * kl
                 log.add(kl_base=kl)
             training.check_loss(loss, f"iteration {iteration}")
             loss.backward()
             ratios.append(ratio.detach().flatten())
-            # approx_kl estimates KL(old || new) (Schulman 2020), clipfrac counts clipped steps.
-            log.add(loss=loss, approx_kl=((ratio - 1) - logratio).sum() * per_step,
-                    clipfrac=((ratio - 1).abs() > clip_range).sum() * per_step)
+            # approx_kl estimates KL(old || new) (Schulman 2020); clipfrac: share out of range.
+            log.add(loss=loss, approx_kl=((ratio - 1) - logratio).sum() * scale,
+                    clipfrac=((ratio - 1).abs() > clip_range).sum() * scale)
         training.all_reduce_grads(parameters)
         norm = training.clip_gradients(parameters, MAX_GRAD_NORM, f"iteration {iteration}")
         log.add(grad_norm=norm)
@@ -456,7 +456,7 @@ def collect(args, policy, prompts, length_table, iteration):
     order = torch.randperm(len(prompts), generator=g).tolist()
     chosen = [prompts[order[p % len(order)]] for p in range(args.prompts)]
     # A group has one length, so that its mean compares like with like. Lengths are those
-    # of the source: of the target nothing is known but its words.
+    # of the source: of the target the policy gets only words.
     lengths = datasets.draw_lengths(length_table, chosen, g)
     # Each of several processes samples its own share of whole groups.
     numbers = runs.share(args.prompts, args.samples, policy.device)
@@ -476,7 +476,7 @@ def score(policy, reward, batch, iteration):
     return training.all_gather_rows(own)
 
 
-LOOKS = ("reward", "judge", "oracle", "foot_skate", "jerk")  # at val prompts, as val_reward ...
+LOOKS = ("reward", "judge", "oracle", "foot_skate", "jerk")  # logged as val_reward, ...
 FIELDS = ("iteration", "reward", "group_std", "frac_zero_std", "loss", "approx_kl", "clipfrac",
           "kl_base", "grad_norm", "first_ratio_error", "ratio_min", "ratio_max",
           *(f"val_{name}" for name in LOOKS))
@@ -484,12 +484,12 @@ CURVES = ("reward", "val_reward", "val_judge", "val_oracle", "kl_base", "val_jer
 
 
 def train(start, policy, reward, advantages, prompts, scorers, source, target, folder):
-    """The training loop changes the adapters alone."""
+    """The loop of the four stages; it changes the adapters alone."""
     args, watch, val = start.args, start.watch, target.splits["val"]
     evaluate.check_names(LOOKS, val, scorers)
     length_table = datasets.length_table(source.splits["train"])
     parameters = lora.parameters(policy.model)
-    # No weight decay: with equal rewards nothing must move.
+    # No weight decay: without a gradient nothing must move.
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
     print(f"  {len(prompts)} prompts, {lora.count(parameters)} trained weights")
     same = {"data": source.fingerprint + target.fingerprint}
@@ -505,10 +505,10 @@ def train(start, policy, reward, advantages, prompts, scorers, source, target, f
             # 2. Score, and compare each motion with those of the same prompt.
             rewards = loop.rewards = score(policy, reward, batch, iteration)
             groups = rearrange(rewards, "(p g) -> p g", g=args.samples)
-            merit = advantages(groups, batch["prompts"]).flatten()
+            adv = advantages(groups, batch["prompts"]).flatten()
             watch.lap("reward")
             # 3. Update.
-            log = update(args, policy, batch, merit, optimizer, iteration, loop)
+            log = update(args, policy, batch, adv, optimizer, iteration, loop)
             watch.lap("update")
             # 4. Log, now and then look at validation prompts, save.
             spread = groups.std(1)  # zero where all motions of a prompt got the same reward
@@ -550,7 +550,7 @@ def load_policy(args, stored, device):
 
 def policy_sampler(args, policy, strength=1.0):
     """What common/evaluate.py asks for motions; strength 0 of the adapters is the base."""
-    # Sample k always starts from the same noise: base and tuned are compared in pairs.
+    # A number always starts from the same noise: base and tuned are compared in pairs.
     def motions(captions, lengths, numbers, purpose, repeat):
         with lora.scaled(policy.model, strength):
             states, _ = sample(args, policy, captions, lengths, repeat, purpose, numbers)
@@ -579,7 +579,7 @@ def main(argv, reward=None, advantages=group_advantages):
     folder = start.open_folder()
     start.announce(source=source, target=target)
 
-    # Reward model and judge see no clip in common, and the judge is never optimised.
+    # Reward model and judge share no clip; the judge is never optimised, nor sees the action.
     notes, options = {}, start.training()
     scoring = dict(options, iterations=size.scorer_iterations)
     if reward is None:
@@ -602,9 +602,9 @@ def main(argv, reward=None, advantages=group_advantages):
     watch.lap("base")
     about = start.about(folder, notes, source, target)
     if not stored:
-        # Of the target only the captions are read, no motion.
+        # Of the target the policy gets captions, and no motion.
         prompts = sorted({c for clip in target.splits["train"] for c in clip.captions})
-        asked = retrieval.control(args.reward, reward, prompts, args.seed)
+        asked = retrieval.control(args.reward, reward, prompts, args.seed)  # or a control
         train(start, policy, asked, advantages, prompts, scorers, source, target, folder)
         if start.rank:
             return  # the first process evaluates
