@@ -5,6 +5,7 @@
 """
 import argparse
 import contextlib
+import importlib
 import io
 import sys
 import tempfile
@@ -141,18 +142,17 @@ def long_base(argv):
 
 # ---- 3. Of finished runs -------------------------------------------------------------------------
 
-PRODUCTS = {"ddpo-adapter": ddpo_motion}  # kind of what a run has saved -> its script
-FILES = ("adapter.pt", "policy.pt")
+METHODS = {"ddpo": "adapter.pt", "stepwise": "adapter.pt", "ppo": "policy.pt", "pareto": "policy.pt"}
 
 
 def product_of(run):
     """The script of a finished run, and the file that its --load reads; InputError without one."""
-    for path in (Path(run) / name for name in FILES):
-        for kind, script in PRODUCTS.items():
-            with contextlib.suppress(InputError):
-                runs.load_checkpoint(path, kind=kind)
-                return script, path
-    raise InputError(f"{run}: no {' or '.join(FILES)} that can be read; name a finished run")
+    for method, name in METHODS.items():
+        path = Path(run) / name
+        with contextlib.suppress(InputError):  # a product says in it which script has made it
+            runs.load_checkpoint(path, kind=f"{method}-{path.stem}")
+            return importlib.import_module(f"{method}_motion"), path
+    raise InputError(f"{run}: no adapter.pt or policy.pt that can be read; name a finished run")
 
 
 def reopen(run, flags=()):
