@@ -1,4 +1,4 @@
-"""common/ab_page.py: the page that people vote on, in a real browser where there is one, and its votes."""
+"""results/ab_page.py: the page that people vote on, in a real browser where there is one, and its votes."""
 import base64
 import json
 import re
@@ -8,9 +8,10 @@ import subprocess
 import numpy as np
 import pytest
 
-from common import InputError
+from common import InputError, evaluate
 from common.features import T2M
-from results import ab_page
+from results import ab_page, studies
+from tests.run_helpers import smaller
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 CAPTIONS = ["a person walks", 'she says "stop" & </script><b>turns</b>', "waves, twice", "a person kicks"]
@@ -183,3 +184,41 @@ def test_wrong_votes(tmp_path):
             ab_page.win_rates([tmp_path / "bad.csv"])
     with pytest.raises(InputError, match="none.csv: cannot be read"):
         ab_page.win_rates([tmp_path / "none.csv"])
+
+
+# ---- A page of finished runs -------------------------------------------------------------------------------
+
+
+def test_the_page_of_a_run_shows_both_sides_of_the_same_captions(finished_run, monkeypatch):
+    """Base and tuned, from the same noise, on captions of test clips that are chosen by position."""
+    shown, ddpo = [], finished_run("ddpo")
+    with monkeypatch.context() as patch, smaller():
+        patch.setattr(ab_page, "write", lambda *given: shown.append(given))
+        ab_page.main([str(ddpo.folder), "--pairs", "3"])
+        run = studies.reopen(ddpo.folder)
+    (path, captions, base, tuned, skeleton, _), = shown
+    clips = [run.clips[k * len(run.clips) // 3] for k in range(3)]
+    assert path == ddpo.folder / "ab_page.html" and skeleton is T2M
+    assert captions == [clip.captions[0] for clip in clips]
+    assert [len(j) for j in base] == [len(j) for j in tuned] == [len(clip.features) for clip in clips]
+    asked = captions, evaluate.questions(clips, 0)[2], "people", 0
+    for motions, name in ((base, "before"), (tuned, "after")):
+        expected = evaluate.to_joints(*run.samplers[name](*asked), T2M)
+        assert all(np.array_equal(*pair) for pair in zip(motions, expected))
+
+
+def test_the_page_of_two_runs_compares_what_was_tuned(finished_run, tmp_path, capsys):
+    """A run against itself: the same motion on both sides."""
+    ddpo = finished_run("ddpo")
+    shutil.copytree(ddpo.folder, tmp_path / "other")
+    with smaller():
+        ab_page.main([str(tmp_path / "other"), str(ddpo.folder), "--pairs", "2"])
+    assert "ab_page.html: open it in a browser" in capsys.readouterr().out
+    pairs = study_of(tmp_path / "other" / "ab_page.html")["pairs"]
+    assert len(pairs) == 2 and all(pair["left"] == pair["right"] for pair in pairs)
+
+
+@pytest.mark.parametrize("argv", (["a.csv", "run"], ["a", "b", "c"], ["run", "--pairs", "0"]))
+def test_a_page_needs_one_run_or_two(argv):
+    with pytest.raises(InputError, match="name one run or two"):
+        ab_page.main(argv)

@@ -1,19 +1,19 @@
-"""What a rollout and an update cost, in calls and FLOPs; the seconds are in `python -m tests.bench`."""
+"""What a rollout and an update cost, in calls and FLOPs; the seconds are in `python -m results.bench`."""
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import ddpo_motion as ddpo
 import ppo_motion as ppo
-from common import InputError
-from tests import bench
+from common import InputError, diffusion, tokenizer
+from results import bench, memory
 
 BATCH, TOKENS = 3, 6
 
 
 def small(**changes):
-    args = ddpo.Args(**{"width": 16, "layers": 1, "heads": 2, "patch_dims": 8, "steps": 4, **changes})
-    return args, bench.prepare(args, TOKENS)
+    args = ddpo.Args(**{"steps": 4, **changes})
+    return args, bench.prepare(args, diffusion.Size(width=16, layers=1, heads=2, patch_dims=8), TOKENS)
 
 
 def roll_out(args, policy):
@@ -39,8 +39,7 @@ def test_rescoring_all_steps_is_one_call(trained, order, guidance, rows):
     args, policy = small(order=order, guidance_scale=guidance)
     states, mask = roll_out(args, policy)
     with bench.CountedCalls(policy.model) as calls:
-        logp, *_ = ddpo.step_logps(policy.model, policy.grid, policy.transition, states, [""] * BATCH, mask,
-                                   trained, guidance)
+        logp, _ = ddpo.step_logps(policy, states, [""] * BATCH, mask, trained)
     assert calls == [rows * trained] and logp.shape == (BATCH, trained)
 
 
@@ -53,7 +52,7 @@ def flops(function, *args):
 @pytest.mark.parametrize("batch", (1, 5))
 def test_a_cached_rollout_costs_one_forward_pass(batch):
     tokens = 50
-    gpt, text = bench.make_gpt(ppo.Args(), tokens), torch.randn(batch, ppo.Args().width)
+    gpt, text = bench.make_gpt(tokens), torch.randn(batch, tokenizer.SIZES["small"].width)
     uniform = torch.full((batch, tokens), 0.5)
     cached = flops(ppo.rollout, gpt, text, uniform, tokens, 1.0)
     once = flops(gpt, torch.zeros(batch, tokens - 1, dtype=torch.long), text)
@@ -63,8 +62,8 @@ def test_a_cached_rollout_costs_one_forward_pass(batch):
 
 
 def test_the_cache_changes_no_token():
-    gpt, g = bench.make_gpt(ppo.Args(), 20), torch.Generator().manual_seed(0)
-    text, uniform = torch.randn(4, ppo.Args().width, generator=g), torch.rand(4, 20, generator=g)
+    gpt = bench.make_gpt(20)
+    text, uniform = bench.draws(gpt, 4, 20)
     whole = bench.recompute(gpt, text, uniform, 20, 1.0)
     assert len(whole.unique()) > 20
     assert torch.equal(ppo.rollout(gpt, text, uniform, 20, 1.0)[0], whole)
@@ -97,8 +96,8 @@ def test_command_line(capsys):
     bench.main(["rollout", "--batch", "2", "--tokens", "3", "--gpt-tokens", "4", "--rounds", "5"])
     lines = capsys.readouterr().out.splitlines()
     assert "1 thread(s)" in lines[0] and "batch 2, 3 tokens of 4 frames, 5 steps" in lines[0]
-    args = ddpo.Args()
-    assert f"width {args.width}, {args.layers} layers" in lines[0] and "parameters" in lines[0]
+    size = diffusion.SIZES["joint"]["small"]
+    assert f"width {size.width}, {size.layers} layers" in lines[0] and "parameters" in lines[0]
     assert len(lines) == 14 and "5 rounds" in lines[2] and "ratio" in lines[3]
     for first, batch in ((5, 1), (10, 32)):
         assert lines[first].startswith(f"batch {batch}, 4 tokens") and "100.0 % of the tok" in lines[first]
@@ -117,7 +116,7 @@ def test_the_bench_of_the_selection(capsys):
 def test_what_the_methods_keep_for_their_backward_pass(capsys, tmp_path):
     """The whole update, reward included: easytune to the byte the same for any number of steps, the chain
     with a constant slope; what is fixed in length stops growing; checkpoints cost states and one step."""
-    saved = bench.measure_memory((1, 3, 5, 7), 2, 4, tmp_path / "memory.png")
+    saved = memory.measure_memory((1, 3, 5, 7), 2, 4, tmp_path / "memory.png")
     assert len(set(saved["easytune"])) == 1 and len(set(saved["refl"])) == 1
     chain, slope = saved["draft"], saved["draft"][2] - saved["draft"][1]
     assert chain[3] - chain[2] == pytest.approx(slope) == chain[1] - chain[0] and slope > 0
