@@ -334,7 +334,7 @@ def compose(metas, count, *, seed, known=(), tags=None, subject="a person", thre
         elif at_once < together:
             if not _at_once(*chosen):
                 continue
-            template = AT_ONCE[which < .5 and " and " not in chosen[0].text]  # "a and b and c" would be one list
+            template = AT_ONCE[which < .5 and " and " not in chosen[0].text]  # no list: "a and b and c"
             attributes = first | then
         else:
             template = IN_TURN[which < .5]
@@ -411,6 +411,20 @@ def composed_sets(dataset, count, *, seed):
                                     for p in part]
         report[name] = len(part)
     return sets, report
+
+
+def draw(clips, composed, count, share, g, shuffled=False):
+    """The prompts of a rollout -> captions, clips, lists of `count`. A `share` of them is composed, with
+    clips that have no frames. shuffled: no caption gets its own clip, as a control needs it."""
+    alone = round(count * share)
+    rows = torch.randint(len(clips), (count - alone,), generator=g).tolist()
+    paired = [clips[k] for k in rows]
+    captions = datasets.draw_captions(paired, g)
+    if shuffled:
+        paired = paired[1:] + paired[:1]
+    rows = torch.randint(max(len(composed), 1), (alone,), generator=g).tolist()
+    others = [composed[k] for k in rows]
+    return captions + [clip.captions[0] for clip in others], paired + others
 
 
 def prompt_line(prompt):

@@ -29,8 +29,9 @@ import torch
 
 import ddpo_motion as ddpo
 import ppo_motion as ppo
-from common import (InputError, datasets, diffusion, features, generator, lora, render, runs, samplers,
+from common import (InputError, datasets, diffusion, features, generator, lora, runs, samplers,
                     tokenizer, training)
+from results import pictures
 
 WORDS = "a person walks forward slowly then turns left and waves with the right hand"
 SPREAD_LIMIT = 0.2
@@ -149,7 +150,7 @@ def snr_law(steps, picture=None):
         print(f"{name:38s}" + "".join(f"{value:9.2g}" for value in law[name]) + f"  within {gap:.1%}")
     if picture:
         panels = {"KL for a change of 1 of the answer": law}
-        render.lines(picture, np.arange(steps - 1), "denoising step", panels, "linear")
+        pictures.lines(picture, np.arange(steps - 1), "denoising step", panels, "linear")
     return law
 
 

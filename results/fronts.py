@@ -39,7 +39,7 @@ def compare_fronts(policies, clips, scorers, names, path):
         cells = (f"{title} {value[0]:+.3f} +-{value[1]:.3f}" if isinstance(value, list)
                  else f"{title} {value:.3f}" for title, value in found[name].items())
         print(f"{name:14s} " + ", ".join(cells))
-    render.safely(render.fronts, path, clouds, names, samplers)
+    render.safely(pictures.fronts, path, clouds, names, samplers)
     return found
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 import stepwise_motion as stepwise
-from common import diffusion, features, generator, motion_reward, render, runs
-from results import bench
+from common import diffusion, features, generator, motion_reward, runs
+from results import bench, pictures
 
 # ---- 1. Counting bytes ---------------------------------------------------------------------------
 
@@ -86,20 +86,22 @@ def one_update(flags, steps, prompts, tokens):
     size = diffusion.SIZES["joint"][args.size]
     model = bench.random_model(stepwise, size)
     policy = stepwise.make_policy(args, model, tokens * size.patch, torch.device("cpu"))
-    with torch.random.fork_rng(devices=[]):
-        judge = motion_reward.MotionReward(model.vocabulary, features.T2M, has_heads=True,
-                                           **motion_reward.SIZES).requires_grad_(False).eval()
-    reward = partial(stepwise.reward_terms, judge, stepwise.weights_of(args), args.representation)
+    with torch.random.fork_rng(devices=[]):  # constructors draw from the global stream
+        scorer = motion_reward.MotionReward(model.vocabulary, features.T2M, **motion_reward.SIZES)
+        scorer.adapt().requires_grad_(False).eval()
+    weights = stepwise.weights_of(args)
+    reward = partial(stepwise.weighted_reward, scorer, args.representation, weights)
     lengths, captions = torch.full((prompts,), tokens * size.patch), [bench.WORDS] * prompts
     noise, mask = stepwise.start_noise(policy, lengths, 0, 0, "bench", range(prompts))
-    batch = dict(captions=captions, asked=captions, real=None, noise=noise, mask=mask,
+    batch = dict(captions=captions, asked=captions, more={}, noise=noise, mask=mask,
                  lengths=lengths, g=generator(0, 0, "route"))
-    updates = stepwise.Updates(args, list(stepwise.trained(policy).values()))
-    ask = partial(stepwise.score, policy, reward, batch)
+    optimizer = torch.optim.AdamW(list(policy.trained().values()), lr=args.lr)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    move = partial(stepwise.learn, optimizer=optimizer, scheduler=scheduler)
     loop, start = SimpleNamespace(check=lambda: None, rewards=None), time.perf_counter()
-    with SavedBytes(policy.model, judge) as saved:
-        stepwise.update(args, policy, ask, batch, updates, 0, loop)
-    return saved.peak / 1e6, time.perf_counter() - start
+    with SavedBytes(policy.model, scorer) as saved:
+        stepwise.update(args, policy, reward, batch, move, 0, loop)
+    return saved.peak / 2**20, time.perf_counter() - start
 
 
 def measure_memory(counts, prompts, tokens, picture=None):
@@ -120,7 +122,7 @@ def measure_memory(counts, prompts, tokens, picture=None):
         cells = (f"{saved:8.2f} ({taken:6.2f} s)" for saved, taken in zip(kept[name], seconds[name]))
         print(f"{name:20s}" + "".join(f"{cell:>18s}" for cell in cells))
     if picture:
-        render.lines(picture, np.array(counts, float), "denoising steps", {
+        pictures.lines(picture, np.array(counts, float), "denoising steps", {
             "MB kept for a backward pass": kept, "seconds of an update": seconds})
     return kept
 

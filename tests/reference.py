@@ -14,7 +14,7 @@ from einops import rearrange, repeat
 from torch import nn
 
 from common import InputError, TransformerLayer, features as motion_features, sinusoid
-from common.render import JOINT_NAMES, _rotation
+from common.render import JOINT_NAMES
 from common.retrieval import info_nce
 from common.vae import gaussian_kl
 
@@ -145,6 +145,17 @@ def features_to_joints_rot6d(features, skeleton, offsets=None):
     return torch.stack([joints[j] for j in range(skeleton.joints)], -2)
 
 
+def rotation(axis, degrees):
+    """Rotations (t 3 3) about "X", "Y" or "Z" by degrees (t)."""
+    i = "XYZ".index(axis)
+    j, k = (i + 1) % 3, (i + 2) % 3
+    sine, cosine = np.sin(np.radians(degrees)), np.cos(np.radians(degrees))
+    matrix = np.zeros((len(degrees), 3, 3))
+    matrix[:, i, i], matrix[:, j, j], matrix[:, k, k] = 1, cosine, cosine
+    matrix[:, k, j], matrix[:, j, k] = sine, -sine
+    return matrix
+
+
 def read_bvh(path, skeleton):
     """Read a BVH in centimetres, Y up, names of `JOINT_NAMES` -> joints (t j 3), skeleton's units and rate.
 
@@ -188,7 +199,7 @@ def forward_kinematics(words, data):
                     if len(stack) == 2:
                         places[name][:, "XYZ".index(channel[0])] = values[:, column]
                 else:
-                    turn = turn @ _rotation(channel[0], values[:, column])
+                    turn = turn @ rotation(channel[0], values[:, column])
                 column += 1
             stack[-1] = (places[name], turn)
         elif word == "}":

@@ -7,6 +7,7 @@ import torch
 
 from common import InputError, NonFiniteError, datasets, features, generator, representations
 from common.representations import REPRESENTATIONS, from_features, to_features, to_joints, width
+from tests import reference
 
 KIT, T2M = features.KIT, features.T2M
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,7 +29,7 @@ def clips(data, count=6):
 def direct(motion, representation, skeleton):
     """Joints as common/features.py computes them."""
     if representation == "rotations":
-        return features.features_to_joints_rot6d(motion, skeleton)
+        return reference.features_to_joints_rot6d(motion, skeleton)
     return features.features_to_joints(motion, skeleton)
 
 

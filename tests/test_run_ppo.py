@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 import ppo_motion as ppo
-from common import compose, datasets, features, render, runs, token_policy, training
-from tests import run_helpers as helpers
+from common import compose, datasets, features, runs, token_policy, training
+from tests import reference, run_helpers as helpers
 from tests.run_helpers import all_finite, equal, log_rows, products
 
 NETWORKS = ("gpt", "reference", "vq", "text")
@@ -333,7 +333,7 @@ def test_prompts_become_files(finished, tmp_path):
             row = row[: row.index(gpt.end)] if gpt.end in row else row
             joints = np.load(tmp_path / "out" / f"prompt{k:02d}_{title}.npy")
             assert joints.shape == (len(row) * 2**policy.vq.halvings, 21, 3) and np.isfinite(joints).all()
-            bvh = render.read_bvh(tmp_path / "out" / f"prompt{k:02d}_{title}.bvh", features.KIT)
+            bvh = reference.read_bvh(tmp_path / "out" / f"prompt{k:02d}_{title}.bvh", features.KIT)
             assert bvh.shape == joints.shape
             lengths.append(len(row))
     limit = policy.gpt.block_size - 1

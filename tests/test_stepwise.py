@@ -9,6 +9,7 @@ import torch
 import stepwise_motion as sw
 from common import InputError, datasets, denoising, generator, lora, runs, samplers, training
 from results import memory
+from tests import reference
 
 STEPS, CAPTIONS = 6, ["a person walks forward", "someone turns left slowly", "a man waves"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -99,7 +100,7 @@ def test_the_three_answers_walk_the_same_way():
     x = small.x
     for i in range(8):  # and those of the sampler that evaluation uses
         with torch.no_grad():
-            x = samplers.ddim_step(grid, i, x, small.network(x, i), eta=0.0)[0]
+            x = reference.ddim_step(grid, i, x, small.network(x, i), eta=0.0)[0]
     assert torch.allclose(found["sample"], x)
 
 

@@ -1,0 +1,66 @@
+"""Pictures of tables and studies: curves over anything, and what policies can do in several rewards."""
+import itertools
+
+import numpy as np
+from matplotlib.ticker import LogLocator
+
+from common.render import GREY, new_figure, plain_axes, save_png, write_text
+
+
+def lines(path, x, label, panels, scale="log"):
+    """Curves over x on logarithmic axes in one PNG: panels: title -> {name: values like x}, the same names in
+    each; label names x, whose axis has this scale. The legend stands at the right."""
+    legend = 40 + 6 * max(len(name) for values in panels.values() for name in values)  # pixels
+    figure = new_figure(300 * len(panels) + legend, 280)
+    for i, (title, values) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, len(panels), i + 1)
+        for k, (name, y) in enumerate(values.items()):  # the first one may lie under others
+            axes.plot(x, y, ".-", linewidth=1.3 if k else 4, markersize=5, label=name)
+        axes.set_xscale(scale)
+        axes.set_yscale("log")
+        axes.set_xticks(x, [f"{value:g}" for value in x])
+        lowest, highest = axes.get_ylim()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if highest < 1e4 * lowest else (1.0,)))
+        axes.yaxis.set_major_formatter(lambda value, place: f"{value:g}")
+        axes.minorticks_off()
+        axes.set_title(title, fontsize=9, loc="left", weight="bold")
+        axes.set_xlabel(label, fontsize=7, color=GREY)
+        plain_axes(axes)
+    width = 300 * len(panels) / (300 * len(panels) + legend)
+    figure.legend(*axes.get_legend_handles_labels(), fontsize=7, frameon=False, loc="center left",
+                  bbox_to_anchor=(width, 0.5))
+    figure.tight_layout(pad=0.9, rect=(0, 0, width, 1))
+    save_png(path, figure)
+
+
+def fronts(path, clouds, names, groups=1):
+    """What several policies can do in two rewards at a time, in one PNG with a projection for each pair.
+
+    clouds: policy -> (p s k), k = len(names) rewards of s motions for each of p prompts, in `groups` equal
+    parts (tokens). Line: the best of a prompt's s motions by a weighted sum of the two rewards, mean over the
+    prompts, from all weight on one to all on the other; an outer line is better. Dots: means of the parts,
+    with the first letter of the reward whose token they were sampled with.
+    """
+    pairs = list(itertools.combinations(range(len(names)), 2))
+    figure = new_figure(290 * len(pairs), 290)
+    for i, (x, y) in enumerate(pairs):
+        axes = figure.add_subplot(1, len(pairs), i + 1)
+        for name, cloud in clouds.items():
+            points = np.asarray(cloud)[..., [x, y]]
+            weights = np.linspace(0, 1, 41)[:, None, None] * [1, -1] + [0, 1]  # w 1 2: of x, of y
+            best = np.einsum("psk,wok->wps", points, weights).argmax(-1)
+            front = np.take_along_axis(points[None], best[..., None, None], 2).mean((1, 2))
+            colour = axes.plot(*front.T, ".-", linewidth=1.2, markersize=3, label=name)[0].get_color()
+            parts = points.reshape(len(points), groups, -1, 2).mean((0, 2))
+            axes.plot(*parts.T, "o", markersize=5, color=colour, markeredgecolor="white")
+            for mean, letter in zip(parts, [word[0] for word in names] if groups == len(names) else ""):
+                axes.annotate(letter, mean, (3, 3), textcoords="offset points", fontsize=7, color=colour)
+        axes.set_xlabel(names[x], fontsize=8)
+        axes.set_ylabel(names[y], fontsize=8)
+        plain_axes(axes)
+        if i == 0:
+            axes.legend(fontsize=7, frameon=False, loc="center left")
+    legend = "line: best of a prompt's motions by two weights, dots: mean with a token (first letter)"
+    write_text(figure, 290 * len(pairs) - 8, 286, legend, 6, ha="right", va="bottom", color=GREY)
+    figure.tight_layout(pad=0.9, rect=(0, 0.03, 1, 1))
+    save_png(path, figure)
