@@ -1,33 +1,30 @@
 """PPO on motion tokens: a VQ-VAE makes motions a language, and a GPT learns to speak it better.
 
-The idea. A GPT has learnt motion tokens from captioned motions. It repeats what it has seen, and
-new combinations of known movements are hardly ever right. No motion exists that could be shown to
-it for a new sentence, but there are encoders that say how well a motion fits a text. So the GPT
-samples motions for known captions and for composed ones, and PPO makes the tokens of motions that
-fit well more likely.
+The idea. A GPT that has learnt motion tokens from captioned motions repeats what it has seen; new
+combinations of known movements are hardly ever right. For a new sentence no motion exists to
+learn from, but encoders can say how well a motion fits it. So the GPT samples motions for known
+and for composed captions, and PPO makes the tokens of well-fitting motions more likely.
 
 Papers
-  [IM]   InstructMotion, Mao et al. 2024, arXiv 2405.15541: this method, and Eq. (1) to (5);
-         the repository of the same name belongs to another paper
+  [IM]   InstructMotion, Mao et al. 2024, arXiv 2405.15541: this method, Eq. (1) to (5)
   [PPO]  Schulman et al. 2017, arXiv 1707.06347; [GAE] Schulman et al. 2016, arXiv 1506.02438
-  [T2M]  T2M-GPT, Zhang et al. 2023, arXiv 2301.06052: tokenizer and GPT; its weights can be loaded
+  [T2M]  T2M-GPT, Zhang et al. 2023, arXiv 2301.06052: tokenizer and GPT
 
-The decision process ([IM] section 4), one motion is one episode
-  in the code              symbol                meaning
-  text, tokens[:, :t]      s_t                   state: the caption and the tokens so far
-  tokens[:, t]             a_t                   action: a code 0 .. K-1, or the end K; K+1 pads
-  mask (b n)                                     True for codes and the end, which is an action too
-  logp, logp_old           log pi_theta, pi_old  of the action, at the temperature of the rollout
-  logp_ref                 log pi_ref            of the supervised GPT, which never changes
-  ratio                    rho_t                 pi_theta / pi_old, clipped to 1 +- eps
-  r (b)                    Eq. (2)               how well the finished motion fits
-  rewards (b n)            Eq. (3)               -beta (logp_old - logp_ref), plus r at the end
-  values, advantages       V(s_t), A_t           of a small critic; GAE, whitened over the batch
+The decision process ([IM] section 4): one motion is one episode
+  in the code           symbol                meaning
+  text, tokens[:, :t]   s_t                   state: the caption and the tokens so far
+  tokens[:, t]          a_t                   action: a code 0 .. K-1, or the end K; K+1 pads
+  mask (b n)                                  True for codes and the end, which is an action too
+  logp, logp_old        log pi_theta, pi_old  of the action, at the temperature of the rollout
+  logp_ref              log pi_ref            of the supervised GPT, which never changes
+  ratio                 rho_t                 pi_theta / pi_old, clipped to 1 +- eps
+  r (b)                 Eq. (2)               how well the finished motion fits
+  rewards (b n)         Eq. (3)               -beta (logp_old - logp_ref), plus r at the end
+  values, advantages    V(s_t), A_t           of a small critic; GAE, whitened over the batch
 
-Read sections 6 and 7 first. Section 4 says what is rewarded, sections 3 and 5 what is trained.
-
-  python ppo_motion.py --dataset kit              # from nothing to a tuned model; README: minutes
-  python ppo_motion.py --dataset kit --tiny       # the same code at toy size
+Read sections 5 and 6 first, then 7: policy, update, loop.
+  python ppo_motion.py --dataset kit              # from nothing to a tuned model
+  python ppo_motion.py --dataset kit --tiny       # the same at toy size
   python ppo_motion.py --prompt "a person waves" --load runs/ppo_kit_seed0/policy.pt
   python ppo_motion.py --write-captions new.txt   # the composed captions, to be read
 """
@@ -55,16 +52,13 @@ from common.runs import RunArgs, arg
 @dataclass
 class Args(RunArgs):
     """Every field is a flag. RunArgs has those of all scripts: --dataset, --seed, --resume ..."""
-    write_captions: str = arg("", "write the composed captions to this file and stop",
-                              group="data", shaping=False)
-    vq_checkpoint: str = arg("", "published tokenizer of T2M-GPT (.pth); needs --vq-statistics",
-                             group="supervised model")
+    vq_checkpoint: str = arg("", "published tokenizer of T2M-GPT (.pth)", group="published weights")
     vq_statistics: str = arg("", "folder of the Mean.npy and Std.npy it was trained with")
-    gpt_checkpoint: str = arg("", "published GPT of T2M-GPT (.pth); needs --vq-checkpoint")
+    gpt_checkpoint: str = arg("", "published GPT of T2M-GPT (.pth)")
     text_features: str = arg("", ".npz of captions (n) and vectors (n d) for it; empty: CLIP")
-    text_only_share: float = arg(0.5, "share of composed captions in a rollout ([IM]: 0, 1/2)",
-                                 group="prompts")
-    composed: int = arg(3000, "sentences composed of the training captions", lowest=0)
+    composed: int = arg(3000, "sentences made of known captions", lowest=0, group="prompts")
+    text_only_share: float = arg(0.5, "share of them in a rollout ([IM]: 0 or 1/2)")
+    write_captions: str = arg("", "write them to this file and stop", shaping=False)
     reward: str = arg("encoders", "shuffled and random are controls: they must teach nothing",
                       choices=("encoders", "shuffled", "random"), group="reward")
     reward_loss: str = arg("infonce", "what the encoders learn from; margin: Eq. (1)",
@@ -91,12 +85,12 @@ class Args(RunArgs):
     best_of: int = arg(8, "reference row: the best of so many base samples", shaping=False)
 
 
-SIZE_ARGS = {  # what --size sets among these flags; all other sizes are in common/tokenizer.py
+SIZE_ARGS = {  # what --size sets here; the sizes of networks are in common/tokenizer.py
     "tiny": dict(composed=300, iterations=3, prompts=16, eval_every=2, eval_repeats=2, best_of=2),
     "paper": dict(iterations=40_000, prompts=128, samples=1, kept_samples=0, lr=5e-6,
                   eval_every=1000, eval_repeats=20)}
-MARGIN = 1.4          # of Eq. (1): embeddings of unit length are at most 2 apart ([IM]: unknown)
-GAMMA, VF_COEF, MAX_GRAD_NORM = 1.0, 0.5, 1.0    # episodes are finite: no discount
+MARGIN = 1.4  # of Eq. (1): unit vectors are at most 2 apart ([IM]: unknown)
+GAMMA, VF_COEF, MAX_GRAD_NORM = 1.0, 0.5, 1.0  # episodes are finite, so there is no discount
 
 
 def check_args(args):
@@ -109,9 +103,9 @@ def check_args(args):
         (kept > motions, f"--kept-samples: at most prompts x samples, {motions}"),
         (kept % args.minibatches, f"--minibatches: must divide the {kept} motions trained on"),
         (args.text_only_share > 1, "--text-only-share: 0 to 1"),
-        (args.text_only_share and not args.composed, "--composed: above 0, or no share of them"),
-        (not args.lambda_t and (not args.lambda_m or not paired), "--lambda-t: above 0"),
-        (args.reward == "shuffled" and paired == 1, "--prompts: one paired prompt has no other"),
+        (args.text_only_share and not args.composed, "--composed: above 0"),
+        (not args.lambda_t and not (args.lambda_m and paired), "--lambda-t: above 0"),
+        (args.reward == "shuffled" and paired == 1, "--prompts: two paired ones, or none"),
         (not args.temperature, "--temperature: above 0"),
         (args.vq_checkpoint and not args.vq_statistics, "--vq-statistics: name its folder"),
         (args.gpt_checkpoint and not args.vq_checkpoint, "--vq-checkpoint: name its tokenizer"))
@@ -133,8 +127,7 @@ class CausalAttention(nn.Module):
         q, k, v = (rearrange(f(x), "b n (h c) -> b h n c", h=self.heads)
                    for f in (self.query, self.key, self.value))
         if cache is not None:
-            # x is what follows position `start`. Earlier keys and values come from the cache, so
-            # that a new token costs one position and not the whole sequence.
+            # Earlier keys and values come from the cache: a new token costs one position.
             for kept, new in zip(cache, (k, v)):
                 kept[:, :, start:start + x.shape[1]] = new
             k, v = (kept[:, :, :start + x.shape[1]] for kept in cache)
@@ -162,15 +155,10 @@ class Block(nn.Module):
 
 
 class MotionGPT(nn.Module):
-    """p(next token | text, tokens so far), T2M-GPT section 3.2: the text is the first position.
-
-    Names of layers follow the published weights.
-    """
+    """p(next token | text, tokens so far), T2M-GPT section 3.2, with its names of layers."""
 
     def __init__(self, codes, text_dim, width, heads, base_layers, head_layers, block_size):
         super().__init__()
-        self.sizes = dict(codes=codes, text_dim=text_dim, width=width, heads=heads,
-                          base_layers=base_layers, head_layers=head_layers, block_size=block_size)
         self.codes, self.end, self.pad = codes, codes, codes + 1
         self.heads, self.block_size = heads, block_size
         self.trans_base = nn.ModuleDict({
@@ -184,8 +172,8 @@ class MotionGPT(nn.Module):
 
     def forward(self, tokens, text):
         """tokens (b n), text (b d) -> logits (b n+1 v), features of the base layers (b n+1 c)"""
-        x = self.trans_base["cond_emb"](text)[:, None]
-        x = torch.cat([x, self.trans_base["tok_emb"](tokens)], 1)  # b n+1 c
+        x = self.trans_base["cond_emb"](text)[:, None]  # the text is the first position
+        x = torch.cat([x, self.trans_base["tok_emb"](tokens)], 1)
         return self.run(x + self.positions[: x.shape[1]])
 
     def run(self, x, caches=None, start=0):
@@ -206,13 +194,8 @@ class MotionGPT(nn.Module):
         return [tuple(self.positions.new_zeros(shape) for _ in "kv") for _ in range(blocks)]
 
 
-PARTS = (CausalAttention, Block, MotionGPT)  # a change of one of them trains a new GPT
-# [/sync:gpt]
-
-
-# [sync:critic]
 class Critic(nn.Module):
-    """V(s_t) from the policy's base layers, or from a copy of its own ("separate")."""
+    """V(s_t) from the base layers of the policy, or from a copy of its own ("separate")."""
 
     def __init__(self, gpt, kind, g):
         super().__init__()
@@ -231,7 +214,7 @@ class Critic(nn.Module):
             # InstructMotion section 4.1: the critic must not bend the policy.
             hidden = hidden.detach()
         return self.value(self.norm(self.block(hidden)))[..., 0]
-# [/sync:critic]
+# [/sync:gpt]
 
 
 # ---- 4. The reward ----
@@ -239,7 +222,7 @@ class Critic(nn.Module):
 
 # [sync:margin]
 def margin_loss(text, motion, negative, margin=10.0):
-    """InstructMotion Eq. (1), MotionRL Eq. (1); text, motion (... c), negative (...) -> mean."""
+    """Eq. (1) of InstructMotion and of MotionRL; text, motion (... c), negative (...) -> mean."""
     # d^2 for pairs that belong together, max(0, margin - d)^2 for the others. InstructMotion says
     # that y = 1 marks matched pairs; its formula and the code that it cites say the opposite.
     distance = (text - motion).square().sum(-1).clamp(min=1e-12).sqrt()
@@ -247,15 +230,14 @@ def margin_loss(text, motion, negative, margin=10.0):
 
 
 def margin_pairs(text, motion, duplicates):
-    """Eq. (1) over a batch, as retrieval.train_retrieval asks for it; duplicates (b b) bool."""
+    """Eq. (1) over a batch (b c), in place of InfoNCE; duplicates (b b) are no negatives."""
     # Not in the papers: embeddings of unit length, all other motions of the batch as negatives
     # and not one, matched and mismatched pairs weighted alike.
     text, motion = F.normalize(text, dim=-1), F.normalize(motion, dim=-1)
     own = torch.eye(len(text), dtype=torch.bool, device=text.device)
     t, m = (~(duplicates | own)).nonzero().T
     matched = margin_loss(text, motion, torch.zeros_like(own[0]), MARGIN)
-    negative = torch.ones_like(t, dtype=torch.bool)
-    return matched + margin_loss(text[t], motion[m], negative, MARGIN)
+    return matched + margin_loss(text[t], motion[m], torch.ones_like(t, dtype=torch.bool), MARGIN)
 # [/sync:margin]
 
 
@@ -267,43 +249,38 @@ def reward_terms(f_text, f_motion, f_paired):
 def motion_reward(text_distance, motion_distance, paired, lambda_t, lambda_m):
     """[IM] Eq. (2), r <= 0. All (b), paired bool -> reward (b), pseudo score."""
     motion_term = -lambda_m * motion_distance
-    # A caption without a motion gets the mean motion term of the paired ones, the pseudo score,
-    # so that it is not better off than they are.
+    # A caption without a motion gets the mean motion term of the others, the pseudo score: it
+    # must not be better off than they are.
     pseudo = motion_term[paired].mean() if paired.any() else motion_term.new_zeros(())
     return -lambda_t * text_distance + torch.where(paired, motion_term, pseudo), pseudo
 
 
 class Reward(NamedTuple):
-    """Eq. (2) by frozen encoders: the function that is optimised. Tables ask the same function;
-    there all captions of a call have a motion, or none has, and then the text term is left."""
+    """The function that is optimised, Eq. (2) by frozen encoders; tables ask it as well."""
     encoders: retrieval.RetrievalModel
-    lambda_t: float
-    lambda_m: float
+    lambdas: tuple
 
     @torch.no_grad()
     def distances(self, motion, lengths, captions, clips):
-        """Raw motions (b t d), lengths (b), captions and clips of b, None or without frames where
-        a caption has no motion -> distance to text, to paired motion, 1 if paired (b 3)."""
-        clips = [clip if clip is not None and len(clip.features) else None for clip in clips]
+        """Raw motions (b t d), lengths (b), captions and clips of b; a clip without frames is no
+        motion -> (b 3): distances to the text and to the motion, 1 where there is one."""
+        clips = [clip if len(clip.features) else None for clip in clips]
         unit = retrieval.embed_pairs(self.encoders, motion, lengths, captions, clips)
         paired = torch.tensor([float(clip is not None) for clip in clips], device=motion.device)
         return torch.stack([*reward_terms(*unit), paired], -1)
 
-    def combine(self, distances):
-        """distances (b 3) of a whole batch -> reward (b), pseudo score."""
-        text, motion, paired = distances.T
-        return motion_reward(text, motion, paired > 0, self.lambda_t, self.lambda_m)
-
     def __call__(self, motion, lengths, captions, clips):
-        return self.combine(self.distances(motion, lengths, captions, clips))[0]
+        # In a table all captions of a call have a motion, or none: then the text term is left.
+        text, moved, paired = self.distances(motion, lengths, captions, clips).T
+        return motion_reward(text, moved, paired > 0, *self.lambdas)[0]
 
 
 def build_reward(args, data, **options):
-    """The encoders of Eq. (2), trained or cached -> Reward, notes."""
+    """Eq. (2) with encoders that are trained or cached -> Reward, notes."""
     if args.reward_loss == "margin":
         options |= dict(loss=margin_pairs, loss_parts=[margin_loss], loss_name=f"margin {MARGIN}")
     encoders, notes = retrieval.reward_model([data], **options)
-    return Reward(encoders, args.lambda_t, args.lambda_m), notes
+    return Reward(encoders, (args.lambda_t, args.lambda_m)), notes
 
 
 # ---- 5. The policy: one token is one action ----
@@ -312,11 +289,9 @@ def build_reward(args, data, **options):
 class Policy(NamedTuple):
     """Everything that turns a caption into a motion."""
     vq: tokenizer.VQVAE
-    text: object             # captions -> (b d), frozen
-    gpt: MotionGPT           # pi_theta, the only network here that PPO changes
-    reference: MotionGPT     # pi_ref: the supervised GPT, which shares no weight with it
-    shortest: int            # tokens of four frames, the least that has an embedding
-    device: torch.device
+    text: object          # captions -> (b d), frozen
+    gpt: MotionGPT        # pi_theta, the only one that PPO changes
+    reference: MotionGPT  # pi_ref: the supervised GPT, which shares no weight with it
 
 
 # [sync:policy]
@@ -365,9 +340,9 @@ def action_logps(logits, tokens, shortest, temperature):
 
 
 def score_actions(gpt, critic, tokens, text, shortest, temperature, grad=True):
-    """Score actions under the current weights: tokens (b n), text (b d) -> logp (b n), logps of
-    all actions (b n v), values (b n) or None without a critic. grad: whether the GPT learns."""
-    # One pass over the whole sequence, for the old, the new and the reference policy alike.
+    """tokens (b n), text (b d) -> their logp (b n), logps of all actions (b n v), values (b n) or
+    None without a critic. grad: whether the GPT learns."""
+    # One pass over the whole sequence, for the new, the old and the reference policy alike.
     with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
         logits, hidden = gpt(tokens[:, :-1], text)
     values = None if critic is None else critic(hidden, tokens[:, :-1], text)
@@ -443,42 +418,15 @@ def score_rollout(args, policy, critic, batch, epochs):
     """logp_old, logp_ref and values (b n) of a batch -> the three, and numbers to log."""
     tokens, text, mask = batch["tokens"], batch["text"], batch["mask"]
     old, ref, values, entropy, kl = (torch.zeros_like(mask, dtype=text.dtype) for _ in range(5))
-    options = policy.shortest, args.temperature
-    # In the very chunks of the first update: its ratios are then 1 to the last bit.
+    # In the very chunks of the first update, so that its ratios are 1 to the last bit.
     for rows in (rows for _, chunks in epochs[0] for rows in chunks):
-        asked = tokens[rows], text[rows], *options
+        asked = tokens[rows], text[rows], policy.vq.shortest, args.temperature
         old[rows], logps, values[rows] = score_actions(policy.gpt, critic, *asked)
         ref[rows], logps_ref, _ = score_actions(policy.reference, None, *asked)
         entropy[rows] = -(logps.exp() * logps).sum(-1)
         kl[rows] = (logps.exp() * (logps - logps_ref)).sum(-1)  # exact, over all actions
-    made, whole = training.all_gather_rows(tokens), training.all_gather_rows
-    return old, ref, values, {
-        "kl_ref": whole((kl * mask).sum(1)).mean(), "entropy": whole(entropy[mask]).mean(),
-        "length": whole(batch["lengths"]).float().mean(),               # in frames
-        "truncated": (made[:, -1] < policy.gpt.end).float().mean(),     # share without an end
-        "distinct": len(torch.unique(made, dim=0)) / len(made)}
-
-
-def explained_variance(values, returns, mask):
-    """Share of the variance of the returns that the critic foresees; all (b n). 1 at best."""
-    values, returns = (training.all_gather_rows(part[mask]) for part in (values, returns))
-    return 1 - (returns - values).var() / returns.var().clamp(min=1e-12)
-# [/sync:ppo]
-
-
-def assess(args, policy, critic, batch, r, epochs):
-    """Judge every action: r (b) -> rewards, advantages and returns, added to the batch; numbers
-    to log."""
-    mask = batch["mask"]
-    old, ref, values, log = score_rollout(args, policy, critic, batch, epochs)
-    rewards = token_rewards(r, old, ref, mask, args.kl_coef)
-    advantages, returns = gae(rewards, values, mask, GAMMA, args.gae_lambda)
-    white = whiten(advantages, mask, training.all_gather_rows(advantages[mask]))
-    batch |= dict(logp_old=old, returns=returns, advantages=white, weight=mask.to(old.dtype))
-    return log | {"explained_variance": explained_variance(values, returns, mask)}
-
-
-# [sync:update]
+    return old, ref, values, training.token_stats(tokens, mask, batch["lengths"], policy.gpt.end,
+                                                  kl, entropy)
 TRAINED = ("tokens", "text", "mask", "weight", "logp_old", "returns", "advantages")
 
 
@@ -489,42 +437,49 @@ def update(args, policy, critic, batch, epochs, optimizer, iteration, loop):
     steps, ratios = [step for epoch in epochs for step in epoch], []
     for _, chunks in steps:
         optimizer.zero_grad()
-        # Both losses are means over the tokens of a minibatch, of all its chunks and processes.
-        sums = [sum(batch[name][rows].sum().item() for rows in chunks)
-                for name in ("mask", "weight")]
-        sums = training.all_gather_rows(torch.tensor([sums], dtype=torch.float64))
-        total, weight = sums.sum(0).tolist()
+        # Both losses are means over a minibatch, over all its chunks on all processes.
+        total, weight = (training.total(batch[name][rows] for rows in chunks)
+                         for name in ("mask", "weight"))
         for rows in chunks:
-            loop.check()                              # Ctrl-C ends here, with all saved
-            part = {name: batch[name][rows] for name in TRAINED}
+            loop.check()                     # Ctrl-C ends here, with all saved
+            tokens, text, mask, share, logp_old, returns, advantages = (
+                batch[name][rows] for name in TRAINED)
             # A chunk of motions without weight trains only the critic.
-            learns = args.critic == "shared" or bool(part["weight"].any())
-            logp, _, values = score_actions(policy.gpt, critic, part["tokens"], part["text"],
-                                            policy.shortest, args.temperature, learns)
-            mask = part["mask"]
-            logratio = torch.where(mask, logp - part["logp_old"], 0.0)
-            ratio = logratio.exp()                    # b n
-            pg = clipped_loss(ratio, part["advantages"], args.clip_range)
-            pg = (pg * part["weight"]).sum() / (weight or 1.0)  # it may be that none has a weight
-            vf = (value_loss(values, part["returns"]) * mask).sum() / total
+            learns = args.critic == "shared" or bool(share.any())
+            logp, _, values = score_actions(policy.gpt, critic, tokens, text, policy.vq.shortest,
+                                            args.temperature, learns)
+            logratio = torch.where(mask, logp - logp_old, 0.0)
+            ratio = logratio.exp()           # b n
+            pg = clipped_loss(ratio, advantages, args.clip_range)
+            pg = (pg * share).sum() / (weight or 1.0)  # it can happen that no motion has a weight
+            vf = (value_loss(values, returns) * mask).sum() / total
             loss = pg + VF_COEF * vf
             training.check_loss(loss, f"iteration {iteration}")
             loss.backward()
             ratios.append(ratio.detach()[mask])
             # approx_kl estimates KL(old || new) (Schulman 2020), clipfrac counts clipped tokens.
-            gap, away = ((ratio - 1) - logratio) * mask, ((ratio - 1).abs() > args.clip_range) & mask
-            log.add(pg_loss=pg, vf_loss=vf, approx_kl=gap.sum().item() / total,
-                    clipfrac=away.sum().item() / total)
+            gap, clipped = (ratio - 1) - logratio, (ratio - 1).abs() > args.clip_range
+            log.add(pg_loss=pg, vf_loss=vf, approx_kl=(gap * mask).sum().item() / total,
+                    clipfrac=(clipped & mask).sum().item() / total)
         training.all_reduce_grads([*actor, *head])
-        # Clipped apart: the critic's large gradients must not shrink those of the policy.
+        # Clipped apart: large gradients of the critic must not shrink those of the policy.
         for name, parameters in (("grad_norm", actor), ("vf_grad_norm", head)):
             norm = training.clip_gradients(parameters, MAX_GRAD_NORM, f"iteration {iteration}")
             log.add(**{name: norm})
         optimizer.step()
-    first = torch.cat(ratios[:len(steps[0][1])] or [torch.ones(1)])
-    log = log.mean(len(steps)) | {"first_ratio_error": (first - 1).abs().max().item()}
-    return training.reduce_log(log)
-# [/sync:update]
+    return training.reduce_log(log.mean(len(steps)) | training.ratio_stats(ratios))
+# [/sync:ppo]
+
+
+def assess(args, policy, critic, batch, r, epochs):
+    """Judge every action: r (b) -> rewards, advantages, returns, into the batch; numbers to log."""
+    mask = batch["mask"]
+    old, ref, values, log = score_rollout(args, policy, critic, batch, epochs)
+    rewards = token_rewards(r, old, ref, mask, args.kl_coef)
+    advantages, returns = gae(rewards, values, mask, GAMMA, args.gae_lambda)
+    white = whiten(advantages, mask, training.all_gather_rows(advantages[mask]))
+    batch |= dict(logp_old=old, returns=returns, advantages=white, weight=mask.to(old.dtype))
+    return log | {"explained_variance": training.explained_variance(values, returns, mask)}
 
 
 # ---- 7. Training: roll out, score, update ----
@@ -536,33 +491,21 @@ def sample(policy, gpt, text, seed, iteration, purpose, numbers, temperature):
     Each sample has random numbers of its own: it does not depend on its batch or process."""
     draws = (generator(seed, iteration, purpose, number) for number in numbers)
     uniform = torch.stack([torch.rand(gpt.block_size - 1, generator=g) for g in draws])
-    tokens, counts = rollout(gpt, text, uniform.to(policy.device), policy.shortest, temperature)
+    tokens, counts = rollout(gpt, text, uniform.to(text.device), policy.vq.shortest, temperature)
     with torch.no_grad():
         return *policy.vq.decode(tokens, counts), tokens
 # [/sync:sample]
 
 
-def draw_prompts(args, clips, composed, iteration):
-    """P prompts [(caption, its clip)], None in place of the clip of a composed caption."""
-    g = generator(args.seed, iteration, "prompts")
-    alone = round(args.prompts * args.text_only_share)
-    rows = torch.randint(len(clips), (args.prompts - alone,), generator=g).tolist()
-    chosen = [clips[k] for k in rows]
-    drawn = list(zip(datasets.draw_captions(chosen, g), chosen))
-    if args.reward == "shuffled":  # nothing of the right motion may leak in
-        wrong = drawn[1:] + drawn[:1]
-        drawn = [(caption, clip) for (caption, _), (_, clip) in zip(drawn, wrong)]
-    picked = torch.randint(max(len(composed), 1), (alone,), generator=g).tolist()
-    return drawn + [(composed[k], None) for k in picked]
-
-
 @torch.no_grad()
 def collect(args, policy, clips, composed, iteration):
     """Stage 1: G motions for each of P prompts -> what the next stages need of them."""
-    drawn = draw_prompts(args, clips, composed, iteration)
+    g = generator(args.seed, iteration, "prompts")
+    drawn = compose.draw(clips, composed, args.prompts, args.text_only_share, g,
+                         shuffled=args.reward == "shuffled")
     # Of several processes each samples its own share of whole groups.
-    numbers = runs.share(args.prompts, args.samples, policy.device)
-    captions, pairs = zip(*(drawn[k // args.samples] for k in numbers))
+    numbers = runs.share(args.prompts, args.samples, policy.vq.mean.device)
+    captions, pairs = ([part[k // args.samples] for k in numbers] for part in drawn)
     text = retrieval.once(policy.text, captions)
     motion, lengths, tokens = sample(policy, policy.gpt, text, args.seed, iteration, "rollout",
                                      numbers, args.temperature)
@@ -572,16 +515,14 @@ def collect(args, policy, clips, composed, iteration):
 
 
 def score(reward, asked, batch, iteration):
-    """Stage 2: ask the reward -> r (P*G) of all processes, and numbers to log. asked: the reward
-    or a control in its place, see retrieval.control."""
-    question = batch["motion"], batch["lengths"], batch["captions"]
-    if isinstance(reward, Reward):
-        question = *question, batch["clips"]
-    answer = asked(*question, iteration=iteration, numbers=batch["numbers"])
-    r, log = training.all_gather_rows(answer), {}
-    if r.ndim == 2:  # the distances of Eq. (2); the pseudo score is a mean over all motions
-        text_term = -reward.lambda_t * r[:, 0].mean()
-        r, pseudo = reward.combine(r)
+    """Stage 2: the reward, or the control that is asked -> r (P*G) of all processes, log."""
+    clips = [batch["clips"]] if isinstance(reward, Reward) else []
+    r = asked(batch["motion"], batch["lengths"], batch["captions"], *clips, iteration=iteration,
+              numbers=batch["numbers"])
+    r, log = training.all_gather_rows(r), {}
+    if r.ndim == 2:  # distances of Eq. (2): the pseudo score is a mean over all motions
+        text_term = -reward.lambdas[0] * r[:, 0].mean()
+        r, pseudo = motion_reward(r[:, 0], r[:, 1], r[:, 2] > 0, *reward.lambdas)
         log = {"text_term": text_term, "motion_term": r.mean() - text_term, "pseudo_score": pseudo}
     training.check_rewards(r[batch["numbers"]], batch["captions"], f"iteration {iteration}: reward")
     return r, log
@@ -591,21 +532,16 @@ LOOKS = ("reward", "judge", "oracle", "foot_skate", "jerk")  # at val prompts, a
 FIELDS = ("iteration", "reward", "text_term", "motion_term", "pseudo_score", "kl_ref", "entropy",
           "length", "truncated", "distinct", "explained_variance", "pg_loss", "vf_loss",
           "approx_kl", "clipfrac", "grad_norm", "vf_grad_norm", "first_ratio_error",
-          *(f"val_{name}" for name in LOOKS))
+          "ratio_min", "ratio_max", *(f"val_{name}" for name in LOOKS))
 CURVES = ("reward", "val_reward", "val_judge", "val_oracle", "kl_ref", "val_jerk")
 
 
-def train(start, policy, data, composed, scorers, folder):
+def train(start, policy, asked, data, composed, scorers, folder):
     """The loop. Tokenizer, text encoder and reference never change."""
     args, watch, reward, clips = start.args, start.watch, scorers.reward, data.splits["train"]
     evaluate.check_names(LOOKS, data.splits["val"], scorers)
-    sentences = [clip.captions[0] for clip in composed["composed_train"]]
-    known = sorted({c for clip in clips for c in clip.captions} | set(sentences))
-    function = reward.distances if isinstance(reward, Reward) else reward
-    asked = retrieval.control(args.reward, function, known, args.seed)
-    critic = Critic(policy.gpt, args.critic, generator(args.seed, 0, "critic")).to(policy.device)
-    policy.gpt.requires_grad_(True)
-    networks = nn.ModuleDict({"gpt": policy.gpt, "critic": critic})
+    critic = Critic(policy.gpt, args.critic, generator(args.seed, 0, "critic")).to(start.device)
+    networks = nn.ModuleDict({"gpt": policy.gpt.requires_grad_(True), "critic": critic})
     optimizer = torch.optim.AdamW([
         {"params": list(policy.gpt.parameters()), "lr": args.lr},
         {"params": list(critic.parameters()), "lr": args.critic_lr}],
@@ -617,12 +553,12 @@ def train(start, policy, data, composed, scorers, folder):
             networks.load_state_dict(loop.state["networks"])
             optimizer.load_state_dict(loop.state["optimizer"])
         else:
-            # The reward is counted in units of its spread under the supervised GPT.
-            r, _ = score(reward, asked, collect(args, policy, clips, sentences, -1), -1)
-            scale = 1 / max(r.std().item(), 1e-6)
+            # The unit of the reward is its spread under the supervised GPT.
+            batch = collect(args, policy, clips, composed["composed_train"], -1)
+            scale = 1 / max(score(reward, asked, batch, -1)[0].std().item(), 1e-6)
         for iteration in loop:
             # 1. Roll out.
-            batch = collect(args, policy, clips, sentences, iteration)
+            batch = collect(args, policy, clips, composed["composed_train"], iteration)
             watch.lap("rollout")
             loop.check()
             # 2. Score, compare each motion with those of its prompt, keep the most unusual.
@@ -632,11 +568,11 @@ def train(start, policy, data, composed, scorers, folder):
                 merit = standardise(rearrange(merit, "(p g) -> p g", g=args.samples)).flatten()
                 kept = strongest(merit, args.kept_samples)
             watch.lap("reward")
-            # 3. Update: judge every action of the kept motions, then pass over them twice.
+            # 3. Update: judge every action of the kept motions, then pass over them.
             batch = training.select_rows(batch, kept)
-            shuffles = (generator(args.seed, iteration, "shuffle", k) for k in range(args.epochs))
-            epochs = [training.minibatches(kept, args.minibatches, batch["numbers"],
-                                           args.micro_batch, g) for g in shuffles]
+            epochs = [training.minibatches(
+                kept, args.minibatches, batch["numbers"], args.micro_batch,
+                generator(args.seed, iteration, "shuffle", epoch)) for epoch in range(args.epochs)]
             optimizer.param_groups[0]["lr"] = args.lr * training.rise_and_fall(
                 iteration, args.iterations, args.warmup)
             log |= assess(args, policy, critic, batch, merit[batch["numbers"]], epochs)
@@ -646,12 +582,12 @@ def train(start, policy, data, composed, scorers, folder):
             row = dict.fromkeys(FIELDS) | {name: float(value) for name, value in log.items()}
             row |= {"iteration": iteration, "reward": r.mean().item()}
             if (iteration + 1) % args.eval_every == 0:
-                val = composed["composed_val"] or data.splits["val"]
-                row |= evaluate.look(LOOKS, val, scorers, policy_sampler(args, policy))
+                sampler = policy_sampler(args, policy)
+                row |= evaluate.look(LOOKS, composed["composed_val"], scorers, sampler)
                 watch.lap("validation")
             loop.end(row, ("reward", "kl_ref", "val_judge", "val_oracle"), {
-                      "scale": scale, "networks": networks.state_dict(),
-                      "optimizer": optimizer.state_dict()})
+                "scale": scale, "networks": networks.state_dict(),
+                "optimizer": optimizer.state_dict()})
     policy.gpt.requires_grad_(False)
 
 
@@ -659,35 +595,17 @@ def train(start, policy, data, composed, scorers, folder):
 
 
 # [sync:make_policy]
-NETWORKS = {"vq": tokenizer.VQVAE, "text": tokenizer.TextEncoder, "gpt": MotionGPT,
-            "reference": MotionGPT}  # what policy.pt holds, with their sizes
-
-
-def make_policy(args, data, **options):
+def make_policy(args, data, size, options):
     """Tokenizer, text features and supervised GPT, published or trained -> Policy, notes."""
-    size, device = tokenizer.SIZES[args.size], options["device"]
-    if args.vq_checkpoint:
-        vq, notes = t2m_gpt.load_tokenizer(args.vq_checkpoint, args.vq_statistics,
-                                           data.skeleton.feature_dim, device)
-    else:
-        vq, notes = tokenizer.fit_tokenizer(data, size, **options)
-    if args.gpt_checkpoint:
-        text = t2m_gpt.text_features(args.text_features, "--text-features", device)
-        gpt, text, more = t2m_gpt.load_gpt(MotionGPT, args.gpt_checkpoint, text, vq, size.heads,
-                                           device)
-    else:
-        gpt, text, more = tokenizer.fit_gpt(MotionGPT, PARTS, vq, data, size, **options)
-    policy = Policy(vq, text, gpt, copy.deepcopy(gpt), 4 // 2**vq.halvings, device)
-    return policy, {"tokenizer": notes, "gpt": more}
+    files = args.vq_checkpoint, args.vq_statistics, args.gpt_checkpoint, args.text_features
+    parts = CausalAttention, Block, MotionGPT  # change one: a new GPT is trained
+    vq, text, gpt, notes = t2m_gpt.fit_or_load(MotionGPT, parts, files, data, size, **options)
+    return Policy(vq, text, gpt, copy.deepcopy(gpt)), notes
 
 
 def load_policy(args, stored, device):
     """The policy of a finished run, frozen; its policy.pt holds all networks."""
-    parts = {name: tokenizer.restore(kind, stored[name], device)
-             for name, kind in NETWORKS.items() if stored[name]}
-    if not stored["text"]:  # published weights have no text encoder of their own
-        parts["text"], _ = t2m_gpt.text_features(args.text_features, "--text-features", device)
-    return Policy(**parts, shortest=4 // 2**parts["vq"].halvings, device=device)
+    return Policy(**t2m_gpt.load_networks(MotionGPT, stored, args.text_features, device))
 # [/sync:make_policy]
 
 
@@ -703,15 +621,14 @@ def policy_sampler(args, policy):
 
 def final_tables(args, policy, scorers, data, composed, before, after):
     """Paired val and test, then captions without a motion: seen by PPO, and held back."""
-    sets = {f"paired_{name}": data.splits[name] for name in ("val", "test")} | composed
-    tables = {}
-    for name, clips in sets.items():
+    tables, paired = {}, {f"paired_{name}": data.splits[name] for name in ("val", "test")}
+    for name, clips in (paired | composed).items():
         clips, rows = clips[:300], {"base": before, "tuned": after}
-        if name.startswith("paired"):
-            rows = {"vq": tokenizer.reconstruction(policy.vq, clips), **rows}
+        if name in paired:  # what the codes alone lose
+            rows["vq"] = tokenizer.reconstruction(policy.vq, clips)
         if name.endswith("test"):
-            best = evaluate.best_of(before, args.best_of, scorers, clips)
-            rows[f"best of {args.best_of}"] = best
+            row = f"best of {args.best_of}"
+            rows[row] = evaluate.best_of(before, args.best_of, scorers, clips)
         tables[name] = evaluate.compare(name, clips, scorers, rows, repeats=args.eval_repeats)
     return tables
 
@@ -720,15 +637,14 @@ def write_motions(args, stored, folder, device):
     """--prompt: GIF, joints and BVH of every caption, from policy.pt alone."""
     policy = load_policy(args, stored, device)
     base = policy._replace(gpt=policy.reference)
-    before = {"before": policy_sampler(args, base)} if args.compare else {}
-    skeleton = features.SKELETONS[len(policy.vq.mean)]
-    evaluate.export(folder, args.prompt, 0, 0, skeleton,
-                    before | {"after": policy_sampler(args, policy)})
+    chosen = {"before": base, "after": policy} if args.compare else {"after": policy}
+    motions = {title: policy_sampler(args, one) for title, one in chosen.items()}
+    evaluate.export(folder, args.prompt, 0, 0, features.SKELETONS[len(policy.vq.mean)], motions)
 
 
 def main(argv, reward=None):
-    """Prepare, train, evaluate, draw; or use what a finished run has left (--load). A study hands
-    in a function reward(motion, lengths, captions) -> (b), which takes the place of Eq. (2)."""
+    """Prepare, train, report; or use what a finished run has left (--load). A study hands in a
+    function reward(motion, lengths, captions) -> (b), which takes the place of Eq. (2)."""
     start = runs.prepare(Args, SIZE_ARGS, argv, __doc__, "ppo", "ppo-policy", check_args)
     args, stored, device, watch = start.args, start.stored, start.device, start.watch
     if args.prompt:
@@ -754,25 +670,24 @@ def main(argv, reward=None):
     if stored:
         policy = load_policy(args, stored, device)
     else:
-        policy, more = make_policy(args, data, **options)
-        notes |= more
+        policy, notes["policy"] = make_policy(args, data, size, options)
     watch.lap("supervised model")
     about = start.about(folder, notes, data, data, composed_captions=counted)
     if not stored:
-        train(start, policy, data, composed, scorers, folder)
-        if start.rank:  # the first process evaluates
-            return
-        networks = {name: tokenizer.export(getattr(policy, name)) for name in NETWORKS}
-        start.save_product(folder, networks)
+        clips = data.splits["train"] + composed["composed_train"]
+        known = sorted({caption for clip in clips for caption in clip.captions})
+        function = reward.distances if scorers.paired else reward
+        asked = retrieval.control(args.reward, function, known, args.seed)
+        train(start, policy, asked, data, composed, scorers, folder)
+        if start.rank:
+            return  # the first process evaluates
+        start.save_product(folder, t2m_gpt.networks(policy))
 
     before = policy_sampler(args, policy._replace(gpt=policy.reference))
     after = policy_sampler(args, policy)
     tables = final_tables(args, policy, scorers, data, composed, before, after)
-    watch.lap("evaluation")
-    evaluate.draw(folder, composed["composed_test"], scorers, {"before": before, "after": after},
-                  () if stored else CURVES)
-    watch.lap("pictures")
-    runs.finish(folder, watch, {**about, **tables})
+    evaluate.end_run(start, folder, about, tables, composed["composed_test"], scorers, before,
+                     after, CURVES)
 
 
 if __name__ == "__main__":

@@ -278,15 +278,19 @@ def final_tables(source, target, scorers, base, tuned, repeats, best_count, more
 
 
 def report(start, folder, about, source, target, scorers, before, after, curves, more=None):
-    """End a run of a diffusion script: tables, pictures, results.json with both and `about`.
-
-    before, after: samplers of base and tuned; curves: see draw; more: see final_tables.
-    """
+    """The end of a run of a diffusion script, see end_run; more: see final_tables."""
     args = start.args
     tables = final_tables(source, target, scorers, before, after, args.eval_repeats, args.best_of, more)
+    end_run(start, folder, about, tables, target.splits["test"], scorers, before, after, curves)
+
+
+def end_run(start, folder, about, tables, clips, scorers, before, after, curves):
+    """End a run whose tables are made: pictures, and results.json with the tables and `about`.
+
+    before, after: samplers of base and tuned; clips, curves: see draw.
+    """
     start.watch.lap("evaluation")
-    draw(folder, target.splits["test"], scorers, {"before": before, "after": after},
-         () if start.stored else curves)
+    draw(folder, clips, scorers, {"before": before, "after": after}, () if start.stored else curves)
     start.watch.lap("pictures")
     runs.finish(folder, start.watch, {**about, **tables})
 

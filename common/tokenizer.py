@@ -69,6 +69,7 @@ def restore(kind, stored, device):
     """The network of class `kind` that `export` has stored, frozen."""
     part = kind(**stored["sizes"])
     part.load_state_dict(stored["weights"])
+    part.sizes = stored["sizes"]
     return freeze(part.to(device))
 
 
@@ -125,6 +126,7 @@ class VQVAE(nn.Module):
     def __init__(self, feature_dim, width, code_dim, codes, halvings):
         super().__init__()
         self.halvings = halvings
+        self.shortest = 4 // 2**halvings  # tokens of four frames, the least that has an embedding
         self.sizes = dict(feature_dim=feature_dim, width=width, code_dim=code_dim, codes=codes,
                           halvings=halvings)
 
@@ -360,15 +362,17 @@ def fit_gpt(make_gpt, parts, vq, dataset, size, *, seed, device, cache_dir, use_
     """GPT and text encoder, trained on the data set's train split or from the cache -> both frozen, notes.
 
     make_gpt(codes=, text_dim=, width=, heads=, base_layers=, head_layers=, block_size=) -> the network with
-    any weights; parts: the classes that it is made of.
+    any weights, which gets these as its `sizes`; parts: the classes that it is made of.
     """
     clips = dataset.splits["train"]
     words = datasets.Vocabulary.from_captions([c for clip in clips for c in clip.captions]).words
     text_encoder = TextEncoder(words, size.width, size.text_layers, size.heads)
     longest = max(len(clip.features) for clip in clips) // 2**vq.halvings
-    gpt = make_gpt(codes=len(vq.quantizer.codebook), text_dim=size.width, width=size.width, heads=size.heads,
-                   base_layers=size.base_layers, head_layers=size.head_layers,
-                   block_size=longest + 2)  # the text, and the end
+    sizes = dict(codes=len(vq.quantizer.codebook), text_dim=size.width, width=size.width, heads=size.heads,
+                 base_layers=size.base_layers, head_layers=size.head_layers,
+                 block_size=longest + 2)  # the text, and the end
+    gpt = make_gpt(**sizes)
+    gpt.sizes = sizes
     training = dict(iterations=size.gpt_iterations, lr=size.gpt_lr, keep=size.keep, batch=size.batch,
                     seed=seed)
 
@@ -380,7 +384,7 @@ def fit_gpt(make_gpt, parts, vq, dataset, size, *, seed, device, cache_dir, use_
 
     code = source_of(TextEncoder, TMREncoder, TransformerLayer, datasets.Vocabulary, sequence_loss, train_gpt,
                      supervised, *parts)
-    key = [dataset.fingerprint, gpt.sizes, text_encoder.sizes, vq.state_dict(), training, code,
+    key = [dataset.fingerprint, sizes, text_encoder.sizes, vq.state_dict(), training, code,
            [datasets.WORD_DROP, datasets.WORD_SWAP]]
     stored = cached(cache_dir, key, build, "gpt", use_cache)
     gpt.load_state_dict(stored.pop("gpt"))

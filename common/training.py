@@ -178,6 +178,24 @@ def ratio_stats(ratios):
             "ratio_max": every.max().item()}
 
 
+def token_stats(tokens, mask, lengths, end, kl, entropy):
+    """What is logged of a rollout of tokens, over all processes: kl_ref a motion, entropy a token, length in
+    frames, shares without an end and of different sequences. All (b n), lengths (b)."""
+    made = all_gather_rows(tokens)
+    return {"kl_ref": all_gather_rows((kl * mask).sum(1)).mean(),
+            "entropy": all_gather_rows(entropy[mask]).mean(),
+            "length": all_gather_rows(lengths).float().mean(),
+            "truncated": (made[:, -1] < end).float().mean(),
+            "distinct": len(torch.unique(made, dim=0)) / len(made)}
+
+
+def explained_variance(values, returns, mask):
+    """Share of the returns' variance that a critic foresees, over the valid tokens of all processes: 1 at
+    best, 0 for a constant. All (b n)."""
+    values, returns = (all_gather_rows(part[mask]) for part in (values, returns))
+    return 1 - (returns - values).var() / returns.var().clamp(min=1e-12)
+
+
 def check_loss(loss, where, fix="lower --lr"):
     """NonFiniteError if a loss is not finite; where: "iteration 3"."""
     if not torch.isfinite(loss):
@@ -222,6 +240,12 @@ def all_gather_rows(rows):
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded)
     return torch.cat([part[: int(count)] for part, count in zip(parts, counts)])
+
+
+def total(parts):
+    """The sum of all numbers in some tensors, over all processes, as a float."""
+    own = torch.tensor([sum(part.sum().item() for part in parts)], dtype=torch.float64)
+    return all_gather_rows(own).sum().item()
 
 
 LOWEST = ("ratio_min",)

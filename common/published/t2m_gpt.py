@@ -12,9 +12,10 @@ import torch
 from common import InputError
 from common.published import load_strict, read_state, size
 from common.retrieval import freeze
-from common.tokenizer import VQVAE
+from common.tokenizer import VQVAE, TextEncoder, export, fit_gpt, fit_tokenizer, restore
 
-PUBLISHED_BLOCK = 51  # positions of its GPT: the text and 50 tokens
+PUBLISHED_BLOCK = 51       # positions of its GPT: the text and 50 tokens
+FLAG = "--text-features"   # of the scripts, for a message
 
 
 def tokenizer_sizes(state, path):
@@ -93,15 +94,15 @@ def file_features(path, device="cpu"):
     return text, vectors.shape[1]
 
 
-def clip_features(flag, device="cpu"):
+def clip_features(device="cpu"):
     """Text features of an installed CLIP ViT-B/32, as T2M-GPT uses them -> text function, 512.
 
-    The package is no requirement of this project; InputError that names `flag` if it is not there.
+    The package is no requirement of this project; InputError if it is not there.
     """
     try:
         import clip
     except ImportError:
-        raise InputError(f"{flag}: name a .npz of captions and vectors; CLIP is not installed") from None
+        raise InputError(f"{FLAG}: name a .npz of captions and vectors; CLIP is not installed") from None
     model, _ = clip.load("ViT-B/32", device=device, jit=False)
 
     @torch.no_grad()
@@ -110,9 +111,9 @@ def clip_features(flag, device="cpu"):
     return text, 512
 
 
-def text_features(path, flag, device="cpu"):
-    """The text function of a file, or of CLIP where none is named, and its width; flag: for messages."""
-    return file_features(path, device) if path else clip_features(flag, device)
+def text_features(path, device="cpu"):
+    """The text function of a file, or of CLIP where none is named, and its width."""
+    return file_features(path, device) if path else clip_features(device)
 
 
 def load_gpt(make_gpt, path, text, vq, heads, device):
@@ -127,5 +128,42 @@ def load_gpt(make_gpt, path, text, vq, heads, device):
         raise InputError(f"{path}: for {sizes['codes']} codes, {sizes['text_dim']} text features; here are "
                          f"{codes} and {text_dim}")
     gpt = make_gpt(**sizes)
+    gpt.sizes = sizes
     load_strict(gpt, state, path)
     return freeze(gpt.to(device)), text, {"published": str(path)}
+
+
+def fit_or_load(make_gpt, parts, files, data, size, *, device, **options):
+    """What the token scripts start from -> tokenizer, text function, GPT, all frozen, and notes on them.
+
+    files: paths of a published tokenizer, of its statistics, of a published GPT, of its text features; where
+    tokenizer or GPT are empty, our own are trained, or read from the cache (see tokenizer.fit_gpt).
+    """
+    vq_checkpoint, statistics, gpt_checkpoint, features = files
+    if vq_checkpoint:
+        vq, notes = load_tokenizer(vq_checkpoint, statistics, data.skeleton.feature_dim, device)
+    else:
+        vq, notes = fit_tokenizer(data, size, device=device, **options)
+    if gpt_checkpoint:
+        text = text_features(features, device)
+        gpt, text, more = load_gpt(make_gpt, gpt_checkpoint, text, vq, size.heads, device)
+    else:
+        gpt, text, more = fit_gpt(make_gpt, parts, vq, data, size, device=device, **options)
+    return vq, text, gpt, {"tokenizer": notes, "gpt": more}
+
+
+def networks(policy):
+    """What policy.pt holds of a policy, as plain data: its networks with their sizes."""
+    return {name: export(getattr(policy, name)) for name in ("vq", "text", "gpt", "reference")}
+
+
+def load_networks(make_gpt, stored, features, device):
+    """What `networks` has stored -> {"vq", "text", "gpt", "reference"}, frozen.
+
+    features: path of text features, for a published GPT, which has no text encoder of its own.
+    """
+    kinds = {"vq": VQVAE, "text": TextEncoder, "gpt": make_gpt, "reference": make_gpt}
+    found = {name: restore(kind, stored[name], device) for name, kind in kinds.items() if stored[name]}
+    if not stored["text"]:
+        found["text"], _ = text_features(features, device)
+    return found
