@@ -5,21 +5,19 @@ change. Sent back through all denoising steps, it costs the memory of all of the
 cut: at every step the model guesses the finished motion, the reward scores that guess, and the
 weights move at once. Older methods, which keep the chain, are a flag away (--method).
 
-Papers
+Papers (of [ET] and [MR] no text could be read here: their equations are from public notes)
   [ET]    EasyTune 2026, arXiv 2602.07967: this method, and SPL; its code: wengwanjiang/EasyTune
   [MR]    MotionRFT, Tan et al. 2026, arXiv 2603.27185: the reward; code: Xiaofeng-Tan/MotionRFT
-          (neither text could be read here: equations are those of public notes on the papers)
   [ReFL]  Xu et al. 2023 (ImageReward), [DRaFT] Clark et al. 2024, [AlignProp] Prabhudesai et al.
-          2023, [DRTune] Wu et al. 2024: the other methods
-  [DDIM]  Song et al. 2021: the sampler
+          2023, [DRTune] Wu et al. 2024: the other methods; [DDIM] Song et al. 2021: the sampler
 
 `diff ddpo_motion.py stepwise_motion.py` is the lesson: the sampler draws nothing, so there is no
 density and no policy gradient; the reward is differentiated instead. For steps i = 0 .. N-1
-  in the code    symbol                     meaning
-  x, x_next      x_i, x_{i+1}               state: x_0 is noise, x_N the finished motion
-  e              e_i = f_theta(x_i, t_i, c) the network's answer: motion, noise, v, or velocity
-  m              m_i = p x_i + q e_i        the guess of the finished motion
-  route                                     where gradients pass and what is rewarded
+  in the code   symbol               meaning
+  x, x_next     x_i, x_{i+1}         state: x_0 is noise, x_N the finished motion
+  e             f_theta(x_i, t_i, c) the network's answer: motion, noise, v, or velocity
+  m             p x_i + q e_i        the guess of the finished motion, whose reward is R(m)
+  route                              where gradients pass, and what is rewarded
 With EasyTune the update follows sum_i grad E[R(m_i)], each state x_i held fixed; not E[R(x_N)].
 
 Read sections 5 and 6 first, then 7: policy, update, loop.
@@ -232,38 +230,23 @@ def make_model(args, vocabulary):
 # t is a caption and m its motion; z (b c) is a latent, gauss its (mean, log variance).
 
 
-# Not in the paper: nce weighs 1; in [MR code], which trains for 50 epochs on a GPU, it is 0.1.
-# R@1 on embedded KIT, one seed: .74 with theirs, .74 with 1 in SEMANTIC alone, .82 with both.
-SEMANTIC = {"rec": 1.0, "kl": 1e-5, "latent": 1e-5, "nce": 1.0}
-CROSS = {"latent": 0.1, "kl": 1e-5, "nce": 1.0}
-
-
-def kl_sum(*pairs):
-    """The sum of KL(a || b) over pairs of (mean, log variance)."""
-    return sum(vae.gaussian_kl(*a, *b) for a, b in pairs)
-
-
-def weighted_sum(terms, weights):
-    """The sum of the terms that have a weight, for losses and for the reward."""
-    return sum(weight * terms[name] for name, weight in weights.items() if weight)
-
-
-def semantic_loss(z_t, z_m, gauss_t, gauss_m, decoded_t, decoded_m, tokens, duplicates=None,
-                  weights=SEMANTIC):
+def semantic_loss(z_t, z_m, gauss_t, gauss_m, decoded_t, decoded_m, tokens, duplicates=None, nce=1):
     """Stage 1 [MR code]: captions and motions meet in one space. duplicates (b b): see info_nce;
     decoded_t, decoded_m, tokens (r n k), equal in padded rows."""
-    rec = F.smooth_l1_loss(decoded_t, tokens) + F.smooth_l1_loss(decoded_m, tokens)
-    normal = [torch.zeros_like(z_t)] * 2  # the (mean, log variance) of a standard normal
-    kl = kl_sum((gauss_t, gauss_m), (gauss_m, gauss_t), (gauss_m, normal), (gauss_t, normal))
-    nce = retrieval.info_nce(z_t, z_m, duplicates=duplicates)
-    return weighted_sum({"rec": rec + F.smooth_l1_loss(decoded_m, decoded_t), "kl": kl,
-                         "latent": F.smooth_l1_loss(z_m, z_t), "nce": nce}, weights)
+    rec = (F.smooth_l1_loss(decoded_t, tokens) + F.smooth_l1_loss(decoded_m, tokens)
+           + F.smooth_l1_loss(decoded_m, decoded_t))
+    t, m, normal = gauss_t, gauss_m, [torch.zeros_like(z_t)] * 2
+    kl = sum(vae.gaussian_kl(*a, *b) for a, b in ((t, m), (m, t), (m, normal), (t, normal)))
+    # Not in the paper: nce weighs 1 here and below. In [MR code] it is 0.1, for 50 epochs on a GPU.
+    # R@1 on embedded KIT, one seed: .74 with 0.1, .74 with 1 here alone, .82 with 1 in both.
+    return (rec + 1e-5 * kl + 1e-5 * F.smooth_l1_loss(z_m, z_t)
+            + nce * retrieval.info_nce(z_t, z_m, duplicates=duplicates))
 
 
-def cross_loss(z_a, z_b, gauss_a, gauss_b, weights=CROSS):
-    """Stage 1: two representations a and b of the same clips meet [MR code]."""
-    kl, nce = kl_sum((gauss_a, gauss_b), (gauss_b, gauss_a)), retrieval.info_nce(z_a, z_b)
-    return weighted_sum({"latent": F.smooth_l1_loss(z_a, z_b), "kl": kl, "nce": nce}, weights)
+def cross_loss(z_a, z_b, gauss_a, gauss_b, nce=1):
+    """Stage 1 [MR code]: two representations a and b of the same clips meet."""
+    kl = vae.gaussian_kl(*gauss_a, *gauss_b) + vae.gaussian_kl(*gauss_b, *gauss_a)
+    return 0.1 * F.smooth_l1_loss(z_a, z_b) + 1e-5 * kl + nce * retrieval.info_nce(z_a, z_b)
 
 
 def mine(text, motion, k, duplicates=None):
@@ -280,11 +263,9 @@ def mine(text, motion, k, duplicates=None):
 
 
 def spl_paper(text, motion, k, duplicates=None, temperature=0.1):
-    """Self-refinement preference learning ([ET] eq. 14 to 17, by public notes) -> loss, fail (b).
-
+    """Self-refinement preference learning ([ET] eq. 14 to 17, by public notes) -> loss, fail (b):
     KL(Q || P) with P = softmax of the cosines of (own, first), and Q = (1, 0) where retrieval
-    fails; elsewhere Q is a tie without a gradient.
-    """
+    fails; elsewhere Q is a tie that has no gradient."""
     similarity, fail, top = mine(text, motion, k, duplicates)
     margin = similarity.gather(1, top[:, :1])[:, 0] - similarity.diagonal()
     return (fail * F.softplus(margin / temperature)).mean(), fail  # softplus = -log P(own)
@@ -311,9 +292,6 @@ def authenticity_loss(logits, generated):
     return F.cross_entropy(logits, generated.long())
 
 
-LOSSES = motion_reward.Losses(
-    semantic_loss, cross_loss, spl_paper, ranking_loss, authenticity_loss,
-    parts=(kl_sum, weighted_sum, mine), numbers=(SEMANTIC, CROSS))
 SPL = {"paper": spl_paper, "code": spl_code, "off": None}
 
 
@@ -321,19 +299,20 @@ def weighted_reward(model, representation, weights, motion, lengths, captions, c
     """R = sum of weight * term [MR] -> (b), differentiable in motion (b t w), which is raw and
     meaningless after its lengths (b). level: share of noise in it; clips: of the captions."""
     tokens, mask = model.tokenise(motion, lengths, representation)
-    level, terms = motion.new_full((len(motion),), level), {}
+    level, total = motion.new_full((len(motion),), level), 0
     if "semantic" in weights or "m2m" in weights:
         z = model.encode(tokens, mask, representation, level)[0]
-    if "semantic" in weights:      # does it fit its caption?
-        terms["semantic"] = F.cosine_similarity(z, model.embed_text(captions), dim=-1)
-    if "m2m" in weights:           # is it like the recording? That is supervision.
-        clips = representations.convert_clips(clips, representation, features.T2M)
-        real = datasets.collate(clips)
+    if "semantic" in weights:  # does it fit its caption?
+        cosine = F.cosine_similarity(z, model.embed_text(captions), dim=-1)
+        total = total + weights["semantic"] * cosine
+    if "m2m" in weights:       # is it like the recording? That is supervision.
+        real = datasets.collate(representations.convert_clips(clips, representation, features.T2M))
         real = model.embed_motion(real.motion.to(z), real.lengths.to(z.device), representation)
-        terms["m2m"] = F.cosine_similarity(z, real, dim=-1)
-    for head in weights.keys() & HEADS:  # does it look undamaged? Is it real?
-        terms[head] = model.score(head, tokens, mask, representation, level)
-    return weighted_sum(terms, weights)
+        total = total + weights["m2m"] * F.cosine_similarity(z, real, dim=-1)
+    for head in HEADS:         # does it look undamaged? Is it real?
+        if head in weights:
+            total = total + weights[head] * model.score(head, tokens, mask, representation, level)
+    return total
 
 
 def build_reward(args, source, target, policy, base, **options):
@@ -342,17 +321,12 @@ def build_reward(args, source, target, policy, base, **options):
     seen = [source] if args.reward_data == "source" else [source, target]
     # The heads learn what is generated from motions of the base, whatever --seed is.
     sampler = policy_sampler(replace(args, seed=args.base_seed), policy.base())
-    codec = policy.model.codec
-
-    def noised(motion, lengths, level, g):  # what x_t looks like, for --reward-input xt
-        x, t = codec.encode(motion), 1 - level if args.prediction == "velocity" else level
-        noise = torch.randn(x.shape, generator=g).to(x)
-        t = (t * (diffusion.TIMESTEPS - 1)).long()
-        return codec.decode(diffusion.corrupt(x, noise, t, "linear", args.prediction)[0])
-
+    noised = partial(diffusion.noised, policy.model.codec, args.prediction)
+    losses = motion_reward.Losses(semantic_loss, cross_loss, SPL[args.spl], ranking_loss,
+                                  authenticity_loss, parts=(mine,))
     model, notes = motion_reward.fit_motion_reward(
-        seen, partial(motion_reward.draw_motions, sampler, seen, seed=args.base_seed),
-        LOSSES._replace(spl=SPL[args.spl]), args.size, representation=args.representation,
+        seen, partial(motion_reward.draw_motions, sampler, seen, seed=args.base_seed), losses,
+        args.size, representation=args.representation,
         noise=None if args.reward_input == "x0hat" else noised,
         saw=[base, args.steps, args.spacing, args.guidance_scale], **options)
     reward = partial(weighted_reward, model, args.representation, weights_of(args))
@@ -362,37 +336,11 @@ def build_reward(args, source, target, policy, base, **options):
 # ---- 5. The policy: a denoising step is one line of a table ----
 
 
-class Steps(NamedTuple):
-    """The N steps of a sampler without randomness, all (N,) float64 but the last."""
-    p: torch.Tensor          # m_i = p x_i + q e_i
-    q: torch.Tensor
-    x_coef: torch.Tensor     # x_{i+1} = x_coef x_i + e_coef e_i
-    e_coef: torch.Tensor
-    timesteps: torch.Tensor  # what the network is told
-    level: torch.Tensor      # (N+1,) share of noise in x_i, which a reward is told
-
-
-def solver_steps(grid, prediction):
-    """The table of DDIM with eta = 0; on the straight grid of a flow these are Euler's steps.
-    prediction: the network answers with the motion ("sample"), "epsilon", "v" or "velocity"."""
-    alpha, sigma = grid.alpha[:-1], grid.sigma[:-1]
-    zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
-    # x = alpha m + sigma noise, solved for m; v = alpha noise - sigma m, velocity = m - noise
-    p, q = {"sample": (zero, one), "epsilon": (1 / alpha, -sigma / alpha), "v": (alpha, -sigma),
-            "velocity": (one, sigma)}[prediction]
-    # [DDIM] eq. (12): x_{i+1} = alpha_{i+1} m + sigma_{i+1} noise
-    kept = grid.sigma[1:] / sigma               # noise = (x - alpha m) / sigma
-    m_coef = grid.alpha[1:] - kept * alpha
-    level = grid.timesteps / diffusion.TIMESTEPS
-    level = 1 - level if prediction == "velocity" else level
-    return Steps(p, q, kept + m_coef * p, m_coef * q, grid.timesteps, F.pad(level, (0, 1)))
-
-
 class Policy(NamedTuple):
     """A denoiser in training, and how it is sampled."""
     model: MotionDiffusion
     frozen: MotionDiffusion  # a copy of the model before any training
-    steps: Steps
+    steps: samplers.Steps    # the table of the sampler, which draws nothing
     tokens: int              # n of every state: a sample must not depend on its batch
     guidance_scale: float
     device: torch.device
@@ -404,12 +352,6 @@ class Policy(NamedTuple):
     def trained(self):
         """{name: weight} of what is trained: the adapters or, with --lora-rank 0, everything."""
         return {name: w for name, w in self.model.named_parameters() if w.requires_grad}
-
-    @torch.no_grad()
-    def load(self, stored):
-        """Copy stored weights into what is trained."""
-        for name, weight in self.trained().items():
-            weight.copy_(stored[name])
 
 
 # [sync:predict]
@@ -426,24 +368,17 @@ def predict(policy, x, timesteps, mask, text, text_mask):
 # [/sync:predict]
 
 
-def make_network(args, policy, captions, mask, log):
-    """network(x, i) -> the answer e at step i; log.add counts the calls."""
+def make_network(args, policy, captions, mask):
+    """network(x, i) -> the answer e (b n c) at step i."""
     # Without gradients the captions are read once. With them each step reads them again,
     # because an update of the step before has changed the layers that read.
     known = None if torch.is_grad_enabled() else policy.model.encode_text(captions)
 
-    def answer(x, i):
+    def network(x, i):
         timesteps = x.new_full((len(x),), float(policy.steps.timesteps[i]))
         text = known or policy.model.encode_text(captions)
         return predict(policy, x, timesteps, mask, *text)
-
-    def network(x, i):
-        graph, calls = torch.is_grad_enabled(), len(x) * (1 if args.guidance_scale == 1.0 else 2)
-        log.add(calls=2 * calls if graph else calls)  # a backward pass counts as a call
-        if graph and args.checkpointing:
-            return checkpoint(answer, x, i, use_reentrant=False)
-        return answer(x, i)
-    return network
+    return partial(checkpoint, network, use_reentrant=False) if args.checkpointing else network
 
 
 class Route(NamedTuple):
@@ -468,7 +403,7 @@ def denoise(network, steps, x, route, visit=None):
         with torch.set_grad_enabled(route.graph[i]):
             e = network(read, i)
         p, q, x_coef, e_coef = (coef[i].item() for coef in steps[:4])
-        x_next = x_coef * x + e_coef * e
+        x_next = x_coef * x + e_coef * e        # [DDIM] eq. (12) with eta = 0, or an Euler step
         trail.append(x.detach())
         if i in route.rewarded:
             visit(i, p * x + q * e if route.rewarded[i] == "x0hat" else x_next, e, trail)
@@ -547,13 +482,13 @@ def learn(loss, last, optimizer, scheduler, where):
 
 def update(args, policy, reward, batch, move, iteration, loop):
     """Stage 3: walk along a route, learn where a reward is due -> numbers to log.
-    move(loss, last, where): see learn."""
+    move(loss, last, where) is `learn`."""
     captions, mask, g = batch["captions"], batch["mask"], batch["g"]
-    route, log = draw_route(args, iteration / args.iterations, g), training.Sums("calls", "anchor")
+    route, log = draw_route(args, iteration / args.iterations, g), training.Sums("anchor")
     share = len(captions) / args.prompts        # of the batch, that this process has
-    network, norms = make_network(args, policy, captions, mask, log), []
+    network = make_network(args, policy, captions, mask)
     with torch.no_grad():
-        base_network = make_network(args, policy.base(), captions, mask, log)
+        base_network = make_network(args, policy.base(), captions, mask)
 
     def visit(i, z, e, trail):
         loop.check()                            # Ctrl-C ends here, with all saved
@@ -570,14 +505,18 @@ def update(args, policy, reward, batch, move, iteration, loop):
                 e_base = base_network(trail[i], i)
             anchor = anchor_loss(e, e_base, mask).mean()
             loss = loss + args.anchor * anchor
-            log.add(anchor=share * anchor.item() / len(route.rewarded))
+            log.add(anchor=share * anchor / len(route.rewarded))
         training.check_loss(loss, where)
-        norms.append(move(share * loss, last, where=f"{where}: gradient norm"))
+        norm = move(share * loss, last, where=f"{where}: gradient norm")
+        log.add(grad_norm=norm / len(route.rewarded))
 
     denoise(network, policy.steps, batch["noise"], route, visit)
-    norms = [norm for norm in norms if norm is not None]  # a study may move less often
+    # Calls of the network: a backward pass counts as one, and the anchor asks the base too.
+    steps, anchors = max(route.rewarded) + 1, len(route.rewarded) if args.anchor else 0
+    calls = steps + sum(route.graph[:steps]) + anchors * (1 if args.method == "easytune" else 3)
+    log.add(calls=calls * len(captions) * (1 if args.guidance_scale == 1.0 else 2))
     # The reward in the log is that of the last step that got one, the nearest to the motion.
-    log.add(reward=share * loop.rewards.mean().item(), grad_norm=sum(norms) / len(norms))
+    log.add(reward=share * loop.rewards.mean())
     return training.reduce_log(log.mean(1))
 
 
@@ -644,7 +583,7 @@ def train(start, policy, reward, learn, scorers, source, target, folder):
     calls, best = 0.0, None
     with runs.Loop("stepwise", start, folder, FIELDS, same, policy.model) as loop:
         if loop.state:  # --resume
-            policy.load(loop.state["trained"])
+            policy.model.load_state_dict(loop.state["trained"], strict=False)
             optimizer.load_state_dict(loop.state["optimizer"])
             scheduler.load_state_dict(loop.state["scheduler"])
             calls, best = loop.state["calls"], loop.state["best"]
@@ -669,7 +608,7 @@ def train(start, policy, reward, learn, scorers, source, target, folder):
                 "trained": policy.trained(), "optimizer": optimizer.state_dict(),
                 "scheduler": scheduler.state_dict(), "calls": calls, "best": best})
     if args.keep == "best":
-        policy.load(best["trained"])
+        policy.model.load_state_dict(best["trained"], strict=False)
     return {"iteration": best["iteration"], "val_judge": best["judge"], "kept": args.keep}
 
 
@@ -683,9 +622,8 @@ def make_policy(args, model, longest, device):
         lora.inject(model, LORA_LAYERS, args.lora_rank, args.lora_alpha, g)
     else:
         model.requires_grad_(True)
-    if args.prediction == "velocity":  # a straight way from noise, time 0, to motion, time 1
-        time = torch.arange(args.steps + 1, dtype=torch.float64) / args.steps
-        grid = samplers.Grid(diffusion.TIMESTEPS * time[:-1], time, 1 - time, None)
+    if args.prediction == "velocity":
+        grid = samplers.straight_grid(args.steps)
     else:  # with leading spacing MLD ends at the first timestep of training
         final = "sigma_min" if args.spacing == "leading" else "zero"
         grid = samplers.make_grid("linear", args.steps, args.spacing, final)
@@ -693,8 +631,8 @@ def make_policy(args, model, longest, device):
         if diffusion.SIZES["joint"][args.size].bf16:
             network.forward = training.in_bfloat16(network.forward)
         network.to(device).eval()
-    return Policy(model, frozen, solver_steps(grid, args.prediction), model.codec.count(longest),
-                  args.guidance_scale, device)
+    steps, tokens = samplers.ddim_steps(grid, args.prediction), model.codec.count(longest)
+    return Policy(model, frozen, steps, tokens, args.guidance_scale, device)
 
 
 def load_policy(args, stored, device):
@@ -702,7 +640,7 @@ def load_policy(args, stored, device):
     model = make_model(args, datasets.Vocabulary(stored["words"]))
     model.load_state_dict(stored["base"])
     policy = make_policy(args, model, stored["longest"], device)
-    policy.load(stored["trained"])
+    policy.model.load_state_dict(stored["trained"], strict=False)
     return policy
 
 
@@ -712,7 +650,7 @@ def policy_sampler(args, policy):
     @torch.no_grad()
     def motions(captions, lengths, numbers, purpose, repeat):
         x, mask = start_noise(policy, lengths, args.seed, repeat, purpose, numbers)
-        network = make_network(args, policy, captions, mask, training.Sums())
+        network = make_network(args, policy, captions, mask)
         x = denoise(network, policy.steps, x, Route((False,) * args.steps, {}))
         motion = policy.model.codec.decode(x).cpu()
         return representations.to_features(motion, lengths, args.representation, features.T2M), None

@@ -79,6 +79,14 @@ def corrupt(x_start, noise, timesteps, schedule, prediction):
     return alpha * x_start + sigma * noise, wanted[prediction]
 
 
+def noised(codec, prediction, motion, lengths, level, g):
+    """Motion (b t d) at a noise level (b) from 0 to 1, as the linear schedule or a flow has it, decoded: what
+    a state x_t looks like."""
+    x, t = codec.encode(motion), 1 - level if prediction == "velocity" else level
+    noise = torch.randn(x.shape, generator=g).to(x)
+    return codec.decode(corrupt(x, noise, (t * (TIMESTEPS - 1)).long(), "linear", prediction)[0])
+
+
 def train_base(model, clips, device, *, schedule, prediction, iterations, batch, lr, seed):
     """Learn to answer what `corrupt` asks at a random timestep -> {"loss"}."""
     with torch.no_grad():

@@ -36,8 +36,7 @@ class Losses(NamedTuple):
     spl: object           # (z_t, z_m, k, duplicates) -> scalar, failed (b); None: no SPL
     preference: object    # (scores of the better, scores of the worse) -> scalar
     authenticity: object  # (logits (b 2), generated (b) bool) -> scalar; class 0 is real
-    parts: tuple = ()     # functions that they call
-    numbers: tuple = ()   # and numbers, both for the cache's key
+    parts: tuple = ()     # functions that they call, for the cache's key
 
 
 # ---- 1. Network --------------------------------------------------------------------------------
@@ -205,7 +204,8 @@ class MotionReward(nn.Module):
     def score(self, head, tokens, mask, representation, level=None):
         """What a head says as a reward (b): P(real), or the preference, where 0 is the average motion of the
         base and 1 one spread of its motions."""
-        answer, row = self.answer(head, tokens, mask, representation, level), REPRESENTATIONS.index(representation)
+        answer = self.answer(head, tokens, mask, representation, level)
+        row = REPRESENTATIONS.index(representation)
         if head == "authenticity":
             return answer.softmax(-1)[:, 0]
         return (answer[:, 0] - self.preference_mean[row]) / self.preference_std[row]
@@ -549,7 +549,7 @@ def fit_motion_reward(domains, generated, losses, size, *, representation="featu
                      Library, train_semantics, supervised, retrieval.duplicate_pairs, retrieval.info_nce,
                      gaussian_kl, from_features, *functions)
     key = [[domain.fingerprint for domain in (*domains, target)], iterations, spl_iterations, seed, batch,
-           sizes, [saw, representation] if noise else [], code, losses.numbers, PATCH, TARGETS, ROOT_BIAS,
+           sizes, [saw, representation] if noise else [], code, PATCH, TARGETS, ROOT_BIAS,
            WHITENING, PARTNER, DECODED, SPL_WEIGHT, LR, TOKEN_NOISE, WORD_DROP]
     stored = cached(cache_dir, key, semantics, "motion_reward", use_cache)
     model, notes = MotionReward.load(stored["model"]).to(device), stored["notes"]

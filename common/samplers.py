@@ -2,7 +2,7 @@
 
 In the variance-preserving convention x_t = alpha m + sigma e, where m is the motion, e standard normal noise,
 and alpha^2 + sigma^2 = 1. N steps lead over N+1 nodes of falling noise. Step i leads from node i to node i+1
-and calls the network at timesteps[i]. The equations of the steps are the scripts'.
+and calls the network at timesteps[i]. Of the equations of the steps only those of DDIM are here.
 
     code     meaning
     alpha    square root of alphas_cumprod at a node
@@ -105,3 +105,39 @@ def karras(schedule, steps, ratios):
     # diffusers cuts the fraction off on the cosine schedule and rounds it on the others.
     timesteps = position.long() if schedule == "cosine" else position.round().long()
     return timesteps, ratio
+
+
+def straight_grid(steps):
+    """The Grid of a flow, a straight way from noise at time 0 to the motion at time 1; the network is told
+    1000 times the time. It has no lam."""
+    time = torch.arange(steps + 1, dtype=torch.float64) / steps
+    return Grid(TRAIN_STEPS * time[:-1], time, 1 - time, None)
+
+
+class Steps(NamedTuple):
+    """The N steps of a sampler that draws nothing; e_i is the network's answer. (N,) float64 but the last."""
+    p: torch.Tensor          # the guess of the finished motion is m_i = p x_i + q e_i
+    q: torch.Tensor
+    x_coef: torch.Tensor     # x_{i+1} = x_coef x_i + e_coef e_i
+    e_coef: torch.Tensor
+    timesteps: torch.Tensor  # what the network is told
+    level: torch.Tensor      # (N+1,) share of noise in x_i
+
+
+def ddim_steps(grid, prediction):
+    """The Steps of DDIM with eta = 0; on a straight grid these are Euler's steps.
+
+    prediction: the network answers with the motion ("sample"), the noise ("epsilon"), "v" or "velocity".
+    """
+    alpha, sigma = grid.alpha[:-1], grid.sigma[:-1]
+    zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
+    # x = alpha m + sigma noise, solved for m; v = alpha noise - sigma m, velocity = m - noise
+    p, q = {"sample": (zero, one), "epsilon": (1 / alpha, -sigma / alpha), "v": (alpha, -sigma),
+            "velocity": (one, sigma)}[prediction]
+    # Song et al. 2021, eq. 12: x_{i+1} = alpha' m + sigma' (x - alpha m) / sigma
+    kept = grid.sigma[1:] / sigma
+    m_coef = grid.alpha[1:] - kept * alpha
+    level = grid.timesteps / TRAIN_STEPS
+    level = 1 - level if prediction == "velocity" else level
+    return Steps(p, q, kept + m_coef * p, m_coef * q, grid.timesteps,
+                 torch.nn.functional.pad(level, (0, 1)))
