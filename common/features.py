@@ -15,7 +15,6 @@ do not belong to the published data. Each is marked `Quirk` below:
   3. feature 0 is half the turn of a frame
   4. it changes sign where the smoothed heading crosses 180 degrees; `fix_heading_flip=True` repairs this one
 """
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +24,7 @@ from einops import rearrange
 from common import InputError
 
 
-# ---- 1. Skeletons ------------------------------------------------------------------------------------------
+# ---- 1. Skeletons --------------------------------------------------------------------------------
 
 @dataclass(frozen=True, eq=False)
 class Skeleton:
@@ -59,15 +58,12 @@ _AXES = {"+x": (1, 0, 0), "-x": (-1, 0, 0), "+y": (0, 1, 0), "-y": (0, -1, 0), "
 
 
 def _skeleton(chains, axes, lengths, left, right, middle, **rest_of_fields):
-    parents = [-1] * (len(lengths) + 1)
-    for chain in chains:
-        for a, b in zip(chain[:-1], chain[1:]):
-            parents[b] = a
+    parents = {b: a for chain in chains for a, b in zip(chain[:-1], chain[1:])}
     parts = ("hip", "knee", "ankle", "toe", "shoulder", "elbow", "wrist")
     index = dict(zip(("root", "neck", "head"), middle))
     for part, l, r in zip(parts, left, right):
         index |= {f"l_{part}": l, f"r_{part}": r}
-    return Skeleton(chains=chains, parents=tuple(parents), index=index,
+    return Skeleton(chains=chains, parents=(-1, *(parents[b] for b in sorted(parents))), index=index,
                     rest=np.array([(0, 0, 0)] + [_AXES[a] for a in axes.split()], dtype=np.float64),
                     bone_lengths=np.array([0.0, *lengths]), **rest_of_fields)
 
@@ -119,7 +115,7 @@ def block_weights(skeleton, named):
     return weights
 
 
-# ---- 2. Features -> joints (torch, differentiable) ---------------------------------------------------------
+# ---- 2. Features -> joints (torch, differentiable) -----------------------------------------------
 
 def _turn(q, v):
     """Rotate vectors v (... 3) by unit quaternions q (... 4), in the published code's order of operations."""
@@ -136,7 +132,7 @@ def recover_root(features):
     zero = torch.zeros_like(angle)
     heading = torch.stack([angle.cos(), zero, angle.sin(), zero], -1)                              # ... t 4
     step = torch.zeros_like(features[..., :3])
-    step[..., 1:, 0], step[..., 1:, 2] = features[..., :-1, 1], features[..., :-1, 2]
+    step[..., 1:, [0, 2]] = features[..., :-1, 1:3]
     path = _turn(_inverse(heading), step).cumsum(-2)                                               # ... t 3
     return heading, torch.stack([path[..., 0], features[..., 3], path[..., 2]], -1)
 
@@ -153,7 +149,9 @@ def features_to_joints(features, skeleton):
     """
     if isinstance(features, np.ndarray):
         return features_to_joints(torch.from_numpy(features.astype(np.float32)), skeleton).numpy()
-    _check_width(features, skeleton)
+    if features.shape[-1] != skeleton.feature_dim:
+        raise InputError(f"features are {features.shape[-1]} wide, the {skeleton.name} skeleton needs "
+                         f"{skeleton.feature_dim}")
     heading, root = recover_root(features)
     local = rearrange(features[..., blocks(skeleton)["positions"]], "... t (j c) -> ... t j c", c=3)
     body = _turn(_inverse(heading)[..., None, :], local)
@@ -161,63 +159,25 @@ def features_to_joints(features, skeleton):
     return torch.cat([root[..., None, :], body + ground[..., None, :]], -2)
 
 
-def _check_width(features, skeleton):
-    if features.shape[-1] != skeleton.feature_dim:
-        raise InputError(f"features are {features.shape[-1]} wide, the {skeleton.name} skeleton needs "
-                         f"{skeleton.feature_dim}")
-
-
-def features_to_joints_rot6d(features, skeleton, offsets=None):
-    """Joint positions from the rotation block by forward kinematics: torch features (... t d) -> (... t j 3).
-
-    `offsets` (j 3) are the bone vectors of the rest pose, by default those of the reference body.
-    """
-    _check_width(features, skeleton)
-    heading, root = recover_root(features)
-    offsets = features.new_tensor(np.asarray(skeleton.offsets if offsets is None else offsets))
-    columns = rearrange(features[..., blocks(skeleton)["rotations"]], "... (j c) -> ... j c", c=6)
-    x = torch.nn.functional.normalize(columns[..., :3], dim=-1)  # Gram-Schmidt on the two stored columns
-    z = torch.nn.functional.normalize(torch.linalg.cross(x, columns[..., 3:]), dim=-1)
-    local = torch.stack([x, torch.linalg.cross(z, x), z], -1)  # ... t j-1 3 3
-    axes = features.new_tensor(np.eye(3))
-    upright = torch.stack([_turn(heading, axis.expand(root.shape)) for axis in axes], -1)
-    joints = {0: root}
-    for chain in skeleton.chains:
-        rotation = upright  # every chain starts from the root's frame
-        for a, b in zip(chain[:-1], chain[1:]):
-            rotation = rotation @ local[..., b - 1, :, :]
-            joints[b] = joints[a] + rotation @ offsets[b]
-    return torch.stack([joints[j] for j in range(skeleton.joints)], -2)
-
-
-# ---- 3. Joints -> features (numpy, one clip) ---------------------------------------------------------------
+# ---- 3. Joints -> features (numpy, one clip) -----------------------------------------------------
 # Quaternions are (..., 4) with w first and float32, as in the published code.
-
-def _cross(a, b):
-    ax, ay, az = a[..., 0], a[..., 1], a[..., 2]
-    bx, by, bz = b[..., 0], b[..., 1], b[..., 2]
-    return np.stack([ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx], -1)
-
+_CONJUGATE = np.array([1, -1, -1, -1], np.float32)
 
 def _rotate(q, v):
-    uv = _cross(q[..., 1:], v)
-    return v + 2 * (q[..., :1] * uv + _cross(q[..., 1:], uv))
+    uv = np.cross(q[..., 1:], v)
+    return v + 2 * (q[..., :1] * uv + np.cross(q[..., 1:], uv))
 
 
 def _multiply(q, r):
     w, u, s, v = q[..., :1], q[..., 1:], r[..., :1], r[..., 1:]
-    return np.concatenate([w * s - (u * v).sum(-1, keepdims=True), w * v + s * u + _cross(u, v)], -1)
-
-
-def _conjugate(q):
-    return q * np.array([1, -1, -1, -1], q.dtype)
+    return np.concatenate([w * s - (u * v).sum(-1, keepdims=True), w * v + s * u + np.cross(u, v)], -1)
 
 
 def _between(u, v):
     """Shortest rotation from direction u to direction v (... 3), w >= 0; NaN for opposite directions."""
     u, v = u.astype(np.float32), v.astype(np.float32)
     w = np.sqrt((u ** 2).sum(-1) * (v ** 2).sum(-1)) + (u * v).sum(-1)
-    q = np.concatenate([w[..., None], _cross(u, v)], -1)
+    q = np.concatenate([w[..., None], np.cross(u, v)], -1)
     return q / np.sqrt((q ** 2).sum(-1, keepdims=True))
 
 
@@ -295,7 +255,7 @@ def rotations_6d(joints, skeleton, heading):
     before = np.zeros(skeleton.joints, int)
     for chain in skeleton.chains:
         before[list(chain[2:])] = chain[1:-1]  # a chain's first bone hangs on the heading
-    w, x, y, z = np.moveaxis(_multiply(_conjugate(world[:, before[1:]]), world[:, 1:]), -1, 0)
+    w, x, y, z = np.moveaxis(_multiply(world[:, before[1:]] * _CONJUGATE, world[:, 1:]), -1, 0)
     return np.stack([1 - 2 * (y * y + z * z), 2 * (x * y + z * w), 2 * (x * z - y * w),
                      2 * (x * y - z * w), 1 - 2 * (x * x + z * z), 2 * (y * z + x * w)], -1)
 
@@ -312,22 +272,7 @@ def rotation_speed(heading, fix_heading_flip=False):
         # q and -q are one rotation; keep the sign continuous so that their difference stays small (quirk 4)
         flips = (heading[1:] * heading[:-1]).sum(-1) < 0
         heading = heading * np.where(np.cumsum(np.r_[False, flips]) % 2, -1, 1).astype(np.float32)[:, None]
-    return np.arcsin(_multiply(heading[1:], _conjugate(heading[:-1]))[:, 2])  # Quirk 3: half the turn
-
-
-def canonical_to_features(joints, skeleton, fix_heading_flip=False):
-    """Rows (t-1 d) float32 of a clip (t j 3) on the floor and facing +Z; row t holds frame t and its step."""
-    heading = heading_quaternion(joints, skeleton, smooth=True)
-    step = np.diff(joints, axis=0)
-    local = local_positions(joints, heading)[:-1]
-    return np.concatenate([
-        rotation_speed(heading, fix_heading_flip)[:, None],
-        _rotate(heading[1:], step[:, 0])[:, [0, 2]],
-        local[:, 0, 1:2],
-        rearrange(local[:, 1:], "t j c -> t (j c)"),
-        rearrange(rotations_6d(joints, skeleton, heading)[:-1], "t j c -> t (j c)"),
-        rearrange(_rotate(heading[:-1, None], step), "t j c -> t (j c)"),
-        foot_contacts(joints, skeleton)], -1).astype(np.float32)
+    return np.arcsin(_multiply(heading[1:], heading[:-1] * _CONJUGATE)[:, 2])  # Quirk 3: half the turn
 
 
 def joints_to_features(joints, skeleton, *, retarget=True, fix_heading_flip=False):
@@ -347,7 +292,17 @@ def joints_to_features(joints, skeleton, *, retarget=True, fix_heading_flip=Fals
     with np.errstate(invalid="ignore", divide="ignore"):                 # reported below
         if retarget is not False:
             joints = uniform_skeleton(joints, skeleton, None if retarget is True else retarget)
-        features = canonical_to_features(canonicalise(joints, skeleton), skeleton, fix_heading_flip)
+        joints = canonicalise(joints, skeleton)
+        heading = heading_quaternion(joints, skeleton, smooth=True)
+        step, local = np.diff(joints, axis=0), local_positions(joints, heading)[:-1]
+        features = np.concatenate([  # row t holds frame t and the step to the next
+            rotation_speed(heading, fix_heading_flip)[:, None],
+            _rotate(heading[1:], step[:, 0])[:, [0, 2]],
+            local[:, 0, 1:2],
+            rearrange(local[:, 1:], "t j c -> t (j c)"),
+            rearrange(rotations_6d(joints, skeleton, heading)[:-1], "t j c -> t (j c)"),
+            rearrange(_rotate(heading[:-1, None], step), "t j c -> t (j c)"),
+            foot_contacts(joints, skeleton)], -1).astype(np.float32)
     if not np.isfinite(features).all():
         frame, column = np.argwhere(~np.isfinite(features))[0]
         raise InputError(f"feature {column} of frame {frame} is not finite: a bone has no length or points "
@@ -355,7 +310,7 @@ def joints_to_features(joints, skeleton, *, retarget=True, fix_heading_flip=Fals
     return features
 
 
-# ---- 4. Other operations on joints -------------------------------------------------------------------------
+# ---- 4. Other operations on joints ---------------------------------------------------------------
 
 def mirror(joints, skeleton):
     """Left-right mirror image of joints (... j 3)."""
@@ -389,9 +344,8 @@ def resample(joints, fps, new_fps):
 def kit_to_t2m(joints):
     """KIT-ML joints (t 21 3) at 12.5 fps -> HumanML3D joints (t 22 3) at 20 fps in metres.
 
-    The directions are KIT's (except the hips'), the lengths HumanML3D's; the path is scaled by leg length,
-    and the lowest foot keeps its (scaled) height. The extra joints: spine2 between KIT's two spine joints,
-    collars at .6 neck + .4 shoulder.
+    Directions are KIT's (except the hips'), lengths HumanML3D's; the path is scaled by leg length, and the
+    lowest foot keeps its (scaled) height. Of the extra joints, spine2 lies between KIT's two of the spine.
     """
     joints = resample(joints, KIT.fps, T2M.fps)
     hip, knee, ankle = (KIT.index[f"l_{part}"] for part in ("hip", "knee", "ankle"))
@@ -402,7 +356,7 @@ def kit_to_t2m(joints):
         target[:, j] = joints[:, KIT.index[part]]
     target[:, 3], target[:, 9] = joints[:, 1], joints[:, 2]
     target[:, 6] = (joints[:, 1] + joints[:, 2]) / 2
-    for collar, shoulder in ((13, 16), (14, 17)):
+    for collar, shoulder in ((13, 16), (14, 17)):  # these lie between neck and shoulder
         target[:, collar] = .6 * target[:, 12] + .4 * target[:, shoulder]
     bones = target[:, 1:] - target[:, list(T2M.parents[1:])]
     # KIT's root lies between the hips, HumanML3D's pelvis above them: its hip bones point 57 degrees down
@@ -411,12 +365,11 @@ def kit_to_t2m(joints):
     bones[:, 0], bones[:, 1] = .55 * side + .83 * down, -.55 * side + .83 * down
     bones *= (T2M.bone_lengths[1:, None] / np.linalg.norm(bones, axis=-1, keepdims=True)).astype(np.float32)
     result = _chain_up(joints[:, 0], bones, T2M)
-    lowest = joints[:, 11:, 1].min(1) - result[:, list(T2M.feet), 1].min(1)
-    result[..., 1] += lowest[:, None]
+    result[..., 1] += (joints[:, 11:, 1].min(1) - result[:, list(T2M.feet), 1].min(1))[:, None]
     return result
 
 
-def physical_metrics(joints, skeleton, fps=None):
+def physical_metrics(joints, skeleton):
     """How physical a clip (t j 3) looks, as a dict; compare with the values of real data, never with zero.
 
     foot_skate          share of contacts (ankle < .12, toe < .05 m over the floor) faster than .5 m/s
@@ -428,8 +381,7 @@ def physical_metrics(joints, skeleton, fps=None):
 
     The floor is the 5 % quantile of toe heights. Raises InputError for fewer than 4 frames.
     """
-    fps = fps or skeleton.fps
-    joints = np.asarray(joints, np.float64) / skeleton.units_per_metre
+    fps, joints = skeleton.fps, np.asarray(joints, np.float64) / skeleton.units_per_metre
     if len(joints) < 4:
         raise InputError(f"physical metrics need 4 frames or more, the clip has {len(joints)}")
     ankles, toes = ([skeleton.index[f"{side}_{part}"] for side in "lr"] for part in ("ankle", "toe"))

