@@ -486,7 +486,7 @@ CURVES = ("reward", "val_reward", "val_judge", "val_oracle", "kl_base", "val_jer
 def train(start, policy, reward, advantages, prompts, scorers, source, target, folder):
     """The loop of the four stages; it changes the adapters alone."""
     args, watch, val = start.args, start.watch, target.splits["val"]
-    evaluate.check_names(LOOKS, val, scorers)
+    evaluate.check_names(LOOKS, source.splits["val"], scorers)  # no target motion is read
     length_table = datasets.length_table(source.splits["train"])
     parameters = lora.parameters(policy.model)
     # No weight decay: without a gradient nothing must move.

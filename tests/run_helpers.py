@@ -266,6 +266,23 @@ def two_processes(script, flags):
         assert child.wait().code == 0, child.errors[-3000:]
 
 
+TRAINING = """
+import sys
+import SCRIPT as script
+from tests.run_helpers import training_only
+training_only(script, sys.argv[1:])
+"""
+
+
+def torchrun(script, flags, folder):
+    """The same as two_processes, started as a user does; `folder` takes a file that torchrun can start."""
+    (folder / "training.py").write_text(TRAINING.replace("SCRIPT", script.__name__))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               folder / "training.py", *flags]
+    child = subprocess.run(command, env=ENV, capture_output=True, text=True, check=False, timeout=300)
+    assert child.returncode == 0, child.stderr[-3000:]
+
+
 def only_cached(monkeypatch):
     """From here on nothing may be built -> list that the names of what is loaded are added to."""
     cached, asked = training.cached, []
