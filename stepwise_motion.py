@@ -293,6 +293,8 @@ def authenticity_loss(logits, generated):
 
 
 SPL = {"paper": spl_paper, "code": spl_code, "off": None}
+LOSSES = motion_reward.Losses(semantic_loss, cross_loss, spl_paper, ranking_loss,
+                              authenticity_loss, parts=(mine,))
 
 
 def weighted_reward(model, representation, weights, motion, lengths, captions, clips=None, level=0):
@@ -322,11 +324,9 @@ def build_reward(args, source, target, policy, base, **options):
     # The heads learn what is generated from motions of the base, whatever --seed is.
     sampler = policy_sampler(replace(args, seed=args.base_seed), policy.base())
     noised = partial(diffusion.noised, policy.model.codec, args.prediction)
-    losses = motion_reward.Losses(semantic_loss, cross_loss, SPL[args.spl], ranking_loss,
-                                  authenticity_loss, parts=(mine,))
     model, notes = motion_reward.fit_motion_reward(
-        seen, partial(motion_reward.draw_motions, sampler, seen, seed=args.base_seed), losses,
-        args.size, representation=args.representation,
+        seen, partial(motion_reward.draw_motions, sampler, seen, seed=args.base_seed),
+        LOSSES._replace(spl=SPL[args.spl]), args.size, representation=args.representation,
         noise=None if args.reward_input == "x0hat" else noised,
         saw=[base, args.steps, args.spacing, args.guidance_scale], **options)
     reward = partial(weighted_reward, model, args.representation, weights_of(args))
@@ -469,7 +469,7 @@ def anchor_loss(e, e_base, mask):
 
 def learn(loss, last, optimizer, scheduler, where):
     """Move the weights by the gradient of one loss -> its norm before the clip. last: no other
-    loss comes in this walk. A study may learn otherwise: main(argv, learn=...)."""
+    loss comes in this walk. A study may wait for it, and return None until then."""
     parameters = optimizer.param_groups[0]["params"]
     loss.backward()
     training.all_reduce_grads(parameters)
@@ -486,7 +486,7 @@ def update(args, policy, reward, batch, move, iteration, loop):
     captions, mask, g = batch["captions"], batch["mask"], batch["g"]
     route, log = draw_route(args, iteration / args.iterations, g), training.Sums("anchor")
     share = len(captions) / args.prompts        # of the batch, that this process has
-    network = make_network(args, policy, captions, mask)
+    network, norms = make_network(args, policy, captions, mask), []
     with torch.no_grad():
         base_network = make_network(args, policy.base(), captions, mask)
 
@@ -507,8 +507,7 @@ def update(args, policy, reward, batch, move, iteration, loop):
             loss = loss + args.anchor * anchor
             log.add(anchor=share * anchor / len(route.rewarded))
         training.check_loss(loss, where)
-        norm = move(share * loss, last, where=f"{where}: gradient norm")
-        log.add(grad_norm=norm / len(route.rewarded))
+        norms.append(move(share * loss, last, where=f"{where}: gradient norm"))
 
     denoise(network, policy.steps, batch["noise"], route, visit)
     # Calls of the network: a backward pass counts as one, and the anchor asks the base too.
@@ -516,7 +515,8 @@ def update(args, policy, reward, batch, move, iteration, loop):
     calls = steps + sum(route.graph[:steps]) + anchors * (1 if args.method == "easytune" else 3)
     log.add(calls=calls * len(captions) * (1 if args.guidance_scale == 1.0 else 2))
     # The reward in the log is that of the last step that got one, the nearest to the motion.
-    log.add(reward=share * loop.rewards.mean())
+    norms = [norm for norm in norms if norm is not None]
+    log.add(reward=share * loop.rewards.mean(), grad_norm=sum(norms) / len(norms))
     return training.reduce_log(log.mean(1))
 
 
@@ -575,8 +575,7 @@ def train(start, policy, reward, learn, scorers, source, target, folder):
     parameters = list(policy.trained().values())
     # No weight decay: with equal rewards nothing must move.
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda count: min(1.0, (count + 1) / max(1, args.warmup)))
+    scheduler = training.rising(optimizer, args.warmup)
     move = partial(learn, optimizer=optimizer, scheduler=scheduler)
     print(f"  {len(clips)} prompts, {lora.count(parameters)} trained weights")
     same = {"data": source.fingerprint + target.fingerprint}

@@ -150,6 +150,11 @@ def rise_and_fall(iteration, iterations, warmup):
     return min(1.0, (iteration + 1) / max(warmup, 1)) * (1 - iteration / iterations)
 
 
+def rising(optimizer, warmup):
+    """The scheduler of a learning rate that rises over so many updates, and stays."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda count: min(1.0, (count + 1) / max(1, warmup)))
+
+
 class Sums:
     """Numbers of an iteration, added up chunk by chunk: `log.add(loss=..., kl=...)`, then `log.mean(n)`.
 
