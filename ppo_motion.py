@@ -34,6 +34,7 @@ Read sections 5 and 6 first, then 7: policy, update, loop.
 import copy
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -44,18 +45,14 @@ from torch import nn
 from common import (compose, datasets, evaluate, features, generator, retrieval, runs, sinusoid,
                     tokenizer, training)
 from common.published import t2m_gpt
-from common.runs import RunArgs, arg
+from common.runs import arg
 
 # ---- 2. Arguments ----
 
 
 @dataclass
-class Args(RunArgs):
-    """Every field is a flag. RunArgs has those of all scripts: --dataset, --seed, --resume ..."""
-    vq_checkpoint: str = arg("", "published tokenizer of T2M-GPT (.pth)", group="published weights")
-    vq_statistics: str = arg("", "folder of the Mean.npy and Std.npy it was trained with")
-    gpt_checkpoint: str = arg("", "published GPT of T2M-GPT (.pth)")
-    text_features: str = arg("", ".npz of captions (n) and vectors (n d) for it; empty: CLIP")
+class Args(t2m_gpt.WeightArgs):
+    """Every field is a flag. The classes before it have --dataset, --seed, --vq-checkpoint ..."""
     composed: int = arg(3000, "sentences made of known captions", lowest=0, group="prompts")
     text_only_share: float = arg(0.5, "share of them in a rollout ([IM]: 0 or 1/2)")
     write_captions: str = arg("", "write them to this file and stop", shaping=False)
@@ -98,6 +95,7 @@ def check_args(args):
     motions = args.prompts * args.samples
     kept = args.kept_samples if args.kept_samples and args.samples > 1 else motions
     paired = args.prompts - round(args.prompts * args.text_only_share)
+    t2m_gpt.check_weights(args)
     runs.refuse(
         (args.prompts < 2 * runs.process_count(), "--prompts: at least two for each process"),
         (kept > motions, f"--kept-samples: at most prompts x samples, {motions}"),
@@ -106,9 +104,7 @@ def check_args(args):
         (args.text_only_share and not args.composed, "--composed: above 0"),
         (not args.lambda_t and not (args.lambda_m and paired), "--lambda-t: above 0"),
         (args.reward == "shuffled" and paired == 1, "--prompts: two paired ones, or none"),
-        (not args.temperature, "--temperature: above 0"),
-        (args.vq_checkpoint and not args.vq_statistics, "--vq-statistics: name its folder"),
-        (args.gpt_checkpoint and not args.vq_checkpoint, "--vq-checkpoint: name its tokenizer"))
+        (not args.temperature, "--temperature: above 0"))
 
 
 # ---- 3. The network ----
@@ -255,32 +251,28 @@ def motion_reward(text_distance, motion_distance, paired, lambda_t, lambda_m):
     return -lambda_t * text_distance + torch.where(paired, motion_term, pseudo), pseudo
 
 
-class Reward(NamedTuple):
-    """The function that is optimised, Eq. (2) by frozen encoders; tables ask it as well."""
-    encoders: retrieval.RetrievalModel
-    lambdas: tuple
-
-    @torch.no_grad()
-    def distances(self, motion, lengths, captions, clips):
-        """Raw motions (b t d), lengths (b), captions and clips of b; a clip without frames is no
-        motion -> (b 3): distances to the text and to the motion, 1 where there is one."""
-        clips = [clip if len(clip.features) else None for clip in clips]
-        unit = retrieval.embed_pairs(self.encoders, motion, lengths, captions, clips)
-        paired = torch.tensor([float(clip is not None) for clip in clips], device=motion.device)
-        return torch.stack([*reward_terms(*unit), paired], -1)
-
-    def __call__(self, motion, lengths, captions, clips):
-        # In a table all captions of a call have a motion, or none: then the text term is left.
-        text, moved, paired = self.distances(motion, lengths, captions, clips).T
-        return motion_reward(text, moved, paired > 0, *self.lambdas)[0]
+@torch.no_grad()
+def distances(encoders, motion, lengths, captions, clips):
+    """Raw motions (b t d), lengths (b), captions and clips of b; a clip without frames is no
+    motion -> (b 3): distances to the text and to the paired motion, 1 where there is one."""
+    unit = retrieval.embed_pairs(encoders, motion, lengths, captions, clips)
+    paired = torch.tensor([float(len(clip.features) > 0) for clip in clips], device=motion.device)
+    return torch.stack([*reward_terms(*unit), paired], -1)
 
 
 def build_reward(args, data, **options):
-    """Eq. (2) with encoders that are trained or cached -> Reward, notes."""
+    """The function that is optimised, what training asks in its place, and notes. Both are
+    functions of (motion, lengths, captions, clips): -> reward (b), -> distances (b 3)."""
     if args.reward_loss == "margin":
         options |= dict(loss=margin_pairs, loss_parts=[margin_loss], loss_name=f"margin {MARGIN}")
     encoders, notes = retrieval.reward_model([data], **options)
-    return Reward(encoders, (args.lambda_t, args.lambda_m)), notes
+    measure = partial(distances, encoders)
+
+    def reward(*question):
+        # In a table all captions of a call have a motion, or none: then the text term is left.
+        text, motion, paired = measure(*question).T
+        return motion_reward(text, motion, paired > 0, args.lambda_t, args.lambda_m)[0]
+    return reward, measure, notes
 
 
 # ---- 5. The policy: one token is one action ----
@@ -347,6 +339,17 @@ def score_actions(gpt, critic, tokens, text, shortest, temperature, grad=True):
         logits, hidden = gpt(tokens[:, :-1], text)
     values = None if critic is None else critic(hidden, tokens[:, :-1], text)
     return *action_logps(logits, tokens, shortest, temperature), values
+
+
+def sample(policy, text, seed, iteration, purpose, numbers, temperature):
+    """A motion for each text feature (b d) -> raw motion (b t d), lengths (b), tokens (b n).
+    Each sample has random numbers of its own: it does not depend on its batch or process."""
+    draws = (generator(seed, iteration, purpose, number) for number in numbers)
+    uniform = torch.stack([torch.rand(policy.gpt.block_size - 1, generator=g) for g in draws])
+    tokens, counts = rollout(policy.gpt, text, uniform.to(text.device), policy.vq.shortest,
+                             temperature)
+    with torch.no_grad():
+        return *policy.vq.decode(tokens, counts), tokens
 # [/sync:policy]
 
 
@@ -485,18 +488,6 @@ def assess(args, policy, critic, batch, r, epochs):
 # ---- 7. Training: roll out, score, update ----
 
 
-# [sync:sample]
-def sample(policy, gpt, text, seed, iteration, purpose, numbers, temperature):
-    """A motion for each text feature (b d) -> raw motion (b t d), lengths (b), tokens (b n).
-    Each sample has random numbers of its own: it does not depend on its batch or process."""
-    draws = (generator(seed, iteration, purpose, number) for number in numbers)
-    uniform = torch.stack([torch.rand(gpt.block_size - 1, generator=g) for g in draws])
-    tokens, counts = rollout(gpt, text, uniform.to(text.device), policy.vq.shortest, temperature)
-    with torch.no_grad():
-        return *policy.vq.decode(tokens, counts), tokens
-# [/sync:sample]
-
-
 @torch.no_grad()
 def collect(args, policy, clips, composed, iteration):
     """Stage 1: G motions for each of P prompts -> what the next stages need of them."""
@@ -507,23 +498,23 @@ def collect(args, policy, clips, composed, iteration):
     numbers = runs.share(args.prompts, args.samples, policy.vq.mean.device)
     captions, pairs = ([part[k // args.samples] for k in numbers] for part in drawn)
     text = retrieval.once(policy.text, captions)
-    motion, lengths, tokens = sample(policy, policy.gpt, text, args.seed, iteration, "rollout",
-                                     numbers, args.temperature)
+    motion, lengths, tokens = sample(policy, text, args.seed, iteration, "rollout", numbers,
+                                     args.temperature)
     mask = F.pad(tokens[:, :-1] < policy.gpt.end, (1, 0), value=True)  # codes and the end
     return dict(captions=captions, clips=pairs, numbers=numbers, motion=motion, lengths=lengths,
                 tokens=tokens, text=text, mask=mask)
 
 
-def score(reward, asked, batch, iteration):
-    """Stage 2: the reward, or the control that is asked -> r (P*G) of all processes, log."""
-    clips = [batch["clips"]] if isinstance(reward, Reward) else []
-    r = asked(batch["motion"], batch["lengths"], batch["captions"], *clips, iteration=iteration,
-              numbers=batch["numbers"])
+def score(args, asked, batch, iteration):
+    """Stage 2: ask the reward, or the control in its place -> r (P*G) of all processes, log."""
+    r = asked(batch["motion"], batch["lengths"], batch["captions"], batch["clips"],
+              iteration=iteration, numbers=batch["numbers"])
     r, log = training.all_gather_rows(r), {}
-    if r.ndim == 2:  # distances of Eq. (2): the pseudo score is a mean over all motions
-        text_term = -reward.lambdas[0] * r[:, 0].mean()
-        r, pseudo = motion_reward(r[:, 0], r[:, 1], r[:, 2] > 0, *reward.lambdas)
-        log = {"text_term": text_term, "motion_term": r.mean() - text_term, "pseudo_score": pseudo}
+    if r.ndim == 2:  # distances of Eq. (2); the pseudo score is a mean over the whole batch
+        text, motion, paired = r.T
+        r, pseudo = motion_reward(text, motion, paired > 0, args.lambda_t, args.lambda_m)
+        term = -args.lambda_t * text.mean()
+        log = {"text_term": term, "motion_term": r.mean() - term, "pseudo_score": pseudo}
     training.check_rewards(r[batch["numbers"]], batch["captions"], f"iteration {iteration}: reward")
     return r, log
 
@@ -538,14 +529,14 @@ CURVES = ("reward", "val_reward", "val_judge", "val_oracle", "kl_ref", "val_jerk
 
 def train(start, policy, asked, data, composed, scorers, folder):
     """The loop. Tokenizer, text encoder and reference never change."""
-    args, watch, reward, clips = start.args, start.watch, scorers.reward, data.splits["train"]
+    args, watch = start.args, start.watch
+    sources = data.splits["train"], composed["composed_train"]  # of the prompts
     evaluate.check_names(LOOKS, data.splits["val"], scorers)
     critic = Critic(policy.gpt, args.critic, generator(args.seed, 0, "critic")).to(start.device)
     networks = nn.ModuleDict({"gpt": policy.gpt.requires_grad_(True), "critic": critic})
-    optimizer = torch.optim.AdamW([
-        {"params": list(policy.gpt.parameters()), "lr": args.lr},
-        {"params": list(critic.parameters()), "lr": args.critic_lr}],
-        betas=(0.9, 0.99), weight_decay=1e-6)
+    groups = [{"params": list(policy.gpt.parameters()), "lr": args.lr},
+              {"params": list(critic.parameters()), "lr": args.critic_lr}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=1e-6)
     same = {"starts from": runs.fingerprint(policy.reference.state_dict())}
     with runs.Loop("ppo", start, folder, FIELDS, same, networks) as loop:
         if loop.state:  # --resume
@@ -554,21 +545,21 @@ def train(start, policy, asked, data, composed, scorers, folder):
             optimizer.load_state_dict(loop.state["optimizer"])
         else:
             # The unit of the reward is its spread under the supervised GPT.
-            batch = collect(args, policy, clips, composed["composed_train"], -1)
-            scale = 1 / max(score(reward, asked, batch, -1)[0].std().item(), 1e-6)
+            r, _ = score(args, asked, collect(args, policy, *sources, -1), -1)
+            scale = 1 / max(r.std().item(), 1e-6)
         for iteration in loop:
             # 1. Roll out.
-            batch = collect(args, policy, clips, composed["composed_train"], iteration)
+            batch = collect(args, policy, *sources, iteration)
             watch.lap("rollout")
             loop.check()
             # 2. Score, compare each motion with those of its prompt, keep the most unusual.
-            r, log = score(reward, asked, batch, iteration)
+            r, log = score(args, asked, batch, iteration)
             loop.rewards, merit, kept = r, scale * r, list(range(len(r)))
             if args.samples > 1:
                 merit = standardise(rearrange(merit, "(p g) -> p g", g=args.samples)).flatten()
                 kept = strongest(merit, args.kept_samples)
             watch.lap("reward")
-            # 3. Update: judge every action of the kept motions, then pass over them.
+            # 3. Update: judge every action of the kept motions, then learn from them.
             batch = training.select_rows(batch, kept)
             epochs = [training.minibatches(
                 kept, args.minibatches, batch["numbers"], args.micro_batch,
@@ -588,7 +579,6 @@ def train(start, policy, asked, data, composed, scorers, folder):
             loop.end(row, ("reward", "kl_ref", "val_judge", "val_oracle"), {
                 "scale": scale, "networks": networks.state_dict(),
                 "optimizer": optimizer.state_dict()})
-    policy.gpt.requires_grad_(False)
 
 
 # ---- 8. The run ----
@@ -597,9 +587,8 @@ def train(start, policy, asked, data, composed, scorers, folder):
 # [sync:make_policy]
 def make_policy(args, data, size, options):
     """Tokenizer, text features and supervised GPT, published or trained -> Policy, notes."""
-    files = args.vq_checkpoint, args.vq_statistics, args.gpt_checkpoint, args.text_features
     parts = CausalAttention, Block, MotionGPT  # change one: a new GPT is trained
-    vq, text, gpt, notes = t2m_gpt.fit_or_load(MotionGPT, parts, files, data, size, **options)
+    vq, text, gpt, notes = t2m_gpt.fit_or_load(args, MotionGPT, parts, data, size, **options)
     return Policy(vq, text, gpt, copy.deepcopy(gpt)), notes
 
 
@@ -614,21 +603,21 @@ def policy_sampler(args, policy):
     uses the same draws: base and tuned are compared in pairs."""
     def motions(captions, lengths, numbers, purpose, repeat):
         text = retrieval.once(policy.text, captions)
-        return sample(policy, policy.gpt, text, args.seed, repeat, purpose, numbers,
-                      args.temperature)[:2]
+        return sample(policy, text, args.seed, repeat, purpose, numbers, args.temperature)[:2]
     return evaluate.in_chunks(motions)
 
 
 def final_tables(args, policy, scorers, data, composed, before, after):
     """Paired val and test, then captions without a motion: seen by PPO, and held back."""
-    tables, paired = {}, {f"paired_{name}": data.splits[name] for name in ("val", "test")}
+    tables = {}
+    paired = {"paired_val": data.splits["val"], "paired_test": data.splits["test"]}
     for name, clips in (paired | composed).items():
         clips, rows = clips[:300], {"base": before, "tuned": after}
-        if name in paired:  # what the codes alone lose
-            rows["vq"] = tokenizer.reconstruction(policy.vq, clips)
+        if name in paired:
+            rows["vq"] = tokenizer.reconstruction(policy.vq, clips)  # what the codes alone lose
         if name.endswith("test"):
-            row = f"best of {args.best_of}"
-            rows[row] = evaluate.best_of(before, args.best_of, scorers, clips)
+            best = evaluate.best_of(before, args.best_of, scorers, clips)
+            rows[f"best of {args.best_of}"] = best
         tables[name] = evaluate.compare(name, clips, scorers, rows, repeats=args.eval_repeats)
     return tables
 
@@ -662,9 +651,12 @@ def main(argv, reward=None):
     notes, options = {}, start.training()
     scoring = dict(options, iterations=size.scorer_iterations)
     if reward is None:
-        reward, notes["reward"] = build_reward(args, data, **scoring)
+        reward, measure, notes["reward"] = build_reward(args, data, **scoring)
+    else:
+        given = reward
+        reward = measure = lambda motion, lengths, captions, clips: given(motion, lengths, captions)
     judge, notes["judge"] = retrieval.judge([data], **scoring)
-    scorers = evaluate.Scorers(reward, judge, data.skeleton, paired=isinstance(reward, Reward))
+    scorers = evaluate.Scorers(reward, judge, data.skeleton, paired=True)
     watch.lap("reward and judge")
 
     if stored:
@@ -676,8 +668,7 @@ def main(argv, reward=None):
     if not stored:
         clips = data.splits["train"] + composed["composed_train"]
         known = sorted({caption for clip in clips for caption in clip.captions})
-        function = reward.distances if scorers.paired else reward
-        asked = retrieval.control(args.reward, function, known, args.seed)
+        asked = retrieval.control(args.reward, measure, known, args.seed)
         train(start, policy, asked, data, composed, scorers, folder)
         if start.rank:
             return  # the first process evaluates

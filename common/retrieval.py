@@ -307,12 +307,13 @@ def once(function, items):
 @torch.no_grad()
 def embed_pairs(model, motion, lengths, captions, clips):
     """Unit-length embeddings (b c) of captions, of motions (b t d) raw, and of the clips that they are
-    compared with; a clip may be None and then has the motion's own."""
+    compared with; a clip that is None or has no frames gets the motion's own."""
     def real(wanted):
         batch = collate(wanted)
         return model.embed_motion(batch.motion.to(motion.device), batch.lengths.to(motion.device))
     text, made = once(model.embed_text, captions), model.embed_motion(motion, lengths)
-    paired, rows = made.clone(), [k for k, clip in enumerate(clips) if clip is not None]
+    rows = [k for k, clip in enumerate(clips) if clip is not None and len(clip.features)]
+    paired = made.clone()
     if rows:
         paired[rows] = once(real, [clips[k] for k in rows])
     return tuple(F.normalize(part, dim=-1) for part in (text, made, paired))

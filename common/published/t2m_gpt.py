@@ -4,6 +4,7 @@ A source of text features is a function text(captions) -> (b d), float32 on its 
 """
 import re
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,26 @@ import torch
 from common import InputError
 from common.published import load_strict, read_state, size
 from common.retrieval import freeze
+from common.runs import RunArgs, arg, refuse
 from common.tokenizer import VQVAE, TextEncoder, export, fit_gpt, fit_tokenizer, restore
 
-PUBLISHED_BLOCK = 51       # positions of its GPT: the text and 50 tokens
-FLAG = "--text-features"   # of the scripts, for a message
+PUBLISHED_BLOCK = 51  # positions of its GPT: the text and 50 tokens
+
+
+@dataclass
+class WeightArgs(RunArgs):
+    """The flags of a script whose tokenizer and GPT may be published ones."""
+    vq_checkpoint: str = arg("", "published tokenizer of T2M-GPT (.pth)", group="published weights")
+    vq_statistics: str = arg("", "folder of the Mean.npy and Std.npy that it was trained with")
+    gpt_checkpoint: str = arg("", "published GPT of T2M-GPT (.pth)")
+    text_features: str = arg("", ".npz of captions (n) and vectors (n d) for it; empty: CLIP")
+
+
+def check_weights(args):
+    """InputError for flags that cannot work together."""
+    refuse((args.vq_checkpoint and not args.vq_statistics,
+            "--vq-statistics: the folder of the tokenizer's own Mean.npy and Std.npy"),
+           (args.gpt_checkpoint and not args.vq_checkpoint, "--vq-checkpoint: name the tokenizer of the GPT"))
 
 
 def tokenizer_sizes(state, path):
@@ -102,7 +119,8 @@ def clip_features(device="cpu"):
     try:
         import clip
     except ImportError:
-        raise InputError(f"{FLAG}: name a .npz of captions and vectors; CLIP is not installed") from None
+        raise InputError("--text-features: name a .npz of captions and vectors; CLIP is not "
+                         "installed") from None
     model, _ = clip.load("ViT-B/32", device=device, jit=False)
 
     @torch.no_grad()
@@ -133,20 +151,19 @@ def load_gpt(make_gpt, path, text, vq, heads, device):
     return freeze(gpt.to(device)), text, {"published": str(path)}
 
 
-def fit_or_load(make_gpt, parts, files, data, size, *, device, **options):
+def fit_or_load(args, make_gpt, parts, data, size, *, device, **options):
     """What the token scripts start from -> tokenizer, text function, GPT, all frozen, and notes on them.
 
-    files: paths of a published tokenizer, of its statistics, of a published GPT, of its text features; where
-    tokenizer or GPT are empty, our own are trained, or read from the cache (see tokenizer.fit_gpt).
+    args: WeightArgs. A tokenizer or GPT that they do not name is trained, or read from the cache (see
+    tokenizer.fit_gpt).
     """
-    vq_checkpoint, statistics, gpt_checkpoint, features = files
-    if vq_checkpoint:
-        vq, notes = load_tokenizer(vq_checkpoint, statistics, data.skeleton.feature_dim, device)
+    if args.vq_checkpoint:
+        vq, notes = load_tokenizer(args.vq_checkpoint, args.vq_statistics, data.skeleton.feature_dim, device)
     else:
         vq, notes = fit_tokenizer(data, size, device=device, **options)
-    if gpt_checkpoint:
-        text = text_features(features, device)
-        gpt, text, more = load_gpt(make_gpt, gpt_checkpoint, text, vq, size.heads, device)
+    if args.gpt_checkpoint:
+        text = text_features(args.text_features, device)
+        gpt, text, more = load_gpt(make_gpt, args.gpt_checkpoint, text, vq, size.heads, device)
     else:
         gpt, text, more = fit_gpt(make_gpt, parts, vq, data, size, device=device, **options)
     return vq, text, gpt, {"tokenizer": notes, "gpt": more}
