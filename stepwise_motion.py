@@ -279,7 +279,7 @@ def spl_code(text, motion, k, duplicates=None, temperature=0.1, high=0.8):
     solved = ~fail | (similarity > high).any(1)
     target = torch.where(solved[:, None], pair.new_tensor([0.5, 0.5]), pair.new_tensor([0.0, 1.0]))
     logp = (pair / temperature / temperature).log_softmax(1)  # the temperature acts twice
-    return F.kl_div(logp, target, reduction="batchmean"), fail
+    return F.kl_div(logp, target, reduction="batchmean"), ~solved
 
 
 def ranking_loss(better, worse):

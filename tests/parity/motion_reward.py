@@ -3,11 +3,16 @@
 `check` reads the files of the reward's losses; `check_extra` adds what another file holds of them: the loss
 that ties two representations, SPL with its filter, the weighted reward.
 """
+from types import SimpleNamespace
+from unittest import mock
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import metrics, motion_reward, perception, retrieval
+import stepwise_motion as sw
+from common import datasets, metrics, retrieval
+from common.motion_reward import MotionReward
 from tests.parity.rows import Rows
 
 TOLERANCE = 1e-9
@@ -42,35 +47,37 @@ def check_infonce(result, ref):
 def check_spl(result, ref):
     """Both forms of SPL, without a filter."""
     t, m, k, temp = ref["t"], ref["m"].clone().requires_grad_(), int(ref["K"]), float(ref["temp"])
-    similarity, fail, top = motion_reward.mine(t, m, k)
+    similarity, fail, top = sw.mine(t, m, k)
     result.compare("spl_top", top, ref["spl_top"], 0)
     result.compare("spl_paper_fail", fail, ref["spl_paper_fail"], 0)
     high = float(ref["hi"])
-    result.compare("spl_code_ok", motion_reward.fine(similarity, fail, high), ref["spl_code_ok"], 0)
-    with_gradient(result, ref, "spl_paper", motion_reward.spl_paper(t, m, k, temperature=temp), _m=m)
-    with_gradient(result, ref, "spl_code", motion_reward.spl_code(t, m, k, temperature=temp, high=high), _m=m)
+    result.compare("spl_code_ok", ~sw.spl_code(t, m, k, high=high)[1], ref["spl_code_ok"], 0)
+    with_gradient(result, ref, "spl_paper", sw.spl_paper(t, m, k, temperature=temp)[0], _m=m)
+    with_gradient(result, ref, "spl_code", sw.spl_code(t, m, k, temperature=temp, high=high)[0], _m=m)
 
 
 def check_terms(result, ref):
     """The other terms of stage 1."""
-    gauss = (ref[name] for name in ("mt", "lt", "mm", "lm"))
-    result.compare("kl4", motion_reward.kl4(*gauss), ref["kl4"], TOLERANCE)
-    a, b = ref["rec_a"], ref["rec_b"]
-    apart = motion_reward.reconstruction(a, a, b)  # text's, motion's, target: twice the same, nothing between
+    zero, nothing = torch.zeros_like(ref["mt"]), torch.zeros(1, 1, 1, dtype=torch.float64)
+    gauss_t, gauss_m = (ref["mt"], ref["lt"]), (ref["mm"], ref["lm"])
+    kl = sw.semantic_loss(zero, zero, gauss_t, gauss_m, nothing, nothing, nothing, nce=0) / 1e-5
+    result.compare("kl4", kl, ref["kl4"], TOLERANCE)
+    a, b = ref["rec_a"], ref["rec_b"]  # text's, motion's, target: twice the same, nothing between
+    apart = sw.semantic_loss(zero, zero, (zero, zero), (zero, zero), a, a, b, nce=0)
     result.compare("smooth_l1", apart / 2, ref["smooth_l1"], TOLERANCE)
 
 
 def check_scores(result, ref):
     """Heads, cosines, recall."""
     better, worse = ref["pair_scores"].T
-    result.compare("pairwise", perception.ranking_loss(better, worse), ref["pairwise"], TOLERANCE)
+    result.compare("pairwise", sw.ranking_loss(better, worse), ref["pairwise"], TOLERANCE)
     result.compare("pairwise_acc", (better > worse).double().mean(), ref["pairwise_acc"], 0)
     logits = ref["auth_logits"].clone().requires_grad_()
-    real = motion_reward.p_real(logits)
+    real = p_real(logits)
     result.compare("p_real", real, ref["p_real"], TOLERANCE)
     gradient, = torch.autograd.grad(real.sum(), logits)
     result.compare("grad_p_real", gradient, ref["grad_p_real"], TOLERANCE)
-    similarity, _, _ = motion_reward.mine(ref["t"], ref["m"], 1)
+    similarity, _, _ = sw.mine(ref["t"], ref["m"], 1)
     result.compare("cos_tm", similarity.diagonal(), ref["cos_tm"], TOLERANCE)
     hits, _ = metrics.hit_chance(-similarity, (1, 2, 3, 5, 10))
     result.compare("recall", hits.mean(0), ref["recall"], TOLERANCE)
@@ -80,10 +87,10 @@ def check_extra(result, ref):
     """Add the fields cross_*, spl_* and combo_* of another reference file, a dict of tensors, to Rows."""
     za, zb = (ref[f"cross_z{name}"].clone().requires_grad_() for name in "ab")
     gauss_a, gauss_b = ((ref[f"cross_mu{name}"], ref[f"cross_lv{name}"]) for name in "ab")
-    terms = motion_reward.cross_losses(za, zb, gauss_a, gauss_b)
-    loss = motion_reward.weighted_sum(terms, motion_reward.PAPER_CROSS)
-    result.compare("cross_nce", terms["nce"], ref["cross_nce"], TOLERANCE)
-    result.compare("cross_kl", terms["kl"], ref["cross_kl"], TOLERANCE)
+    loss = sw.cross_loss(za, zb, gauss_a, gauss_b, nce=0.1)  # as much as in the public code
+    nce = sw.cross_loss(za, zb, gauss_a, gauss_b) - sw.cross_loss(za, zb, gauss_a, gauss_b, nce=0)
+    result.compare("cross_nce", nce, ref["cross_nce"], TOLERANCE)
+    result.compare("cross_kl", sw.cross_loss(za, za, gauss_a, gauss_b, nce=0) / 1e-5, ref["cross_kl"], TOLERANCE)
     result.compare("cross_loss", loss, ref["cross_loss"], TOLERANCE)
     for name, gradient in zip("ab", torch.autograd.grad(loss, (za, zb))):
         result.compare(f"cross_grad_z{name}", gradient, ref[f"cross_grad_z{name}"], TOLERANCE)
@@ -92,16 +99,26 @@ def check_extra(result, ref):
     sentences = F.normalize(ref["spl_sent"], dim=-1)
     alike = (sentences @ sentences.T > 0.8) & ~torch.eye(len(t), dtype=torch.bool)
     result.compare("spl_dup", alike, ref["spl_dup"], 0)
-    _, fail, top = motion_reward.mine(t, m, k, ref["spl_dup"])
+    _, fail, top = sw.mine(t, m, k, ref["spl_dup"])
     result.compare("spl_fail", fail, ref["spl_fail"], 0)
     result.compare("spl_loser", top[:, 0], ref["spl_loser"], 0)
-    loss = motion_reward.spl_paper(t, m, k, ref["spl_dup"])
+    loss, _ = sw.spl_paper(t, m, k, ref["spl_dup"])
     result.compare("spl_loss", loss, ref["spl_loss"], TOLERANCE)
     gradient, = torch.autograd.grad(loss, m)
     result.compare("spl_grad_m", gradient, ref["spl_grad_m"], TOLERANCE)
 
-    terms = {"semantic": F.cosine_similarity(ref["combo_zt"], ref["combo_zm"]),
-             "m2m": F.cosine_similarity(ref["combo_zm"], ref["combo_zgt"]),
-             "preference": ref["combo_critic"], "authenticity": motion_reward.p_real(ref["combo_auth"])}
-    weights = dict(zip(motion_reward.TERMS, ref["combo_weights"].tolist()))
-    result.compare("combo_reward", motion_reward.weighted_sum(terms, weights), ref["combo_reward"], TOLERANCE)
+    scores = {"preference": ref["combo_critic"], "authenticity": p_real(ref["combo_auth"])}
+    model = SimpleNamespace(tokenise=lambda *motion: (None, None), encode=lambda *tokens: (ref["combo_zm"], None),
+                            embed_text=lambda captions: ref["combo_zt"],
+                            embed_motion=lambda *real: ref["combo_zgt"], score=lambda head, *tokens: scores[head])
+    weights = dict(zip(sw.TERMS, ref["combo_weights"].tolist()))
+    with mock.patch.object(datasets, "collate"):
+        reward = sw.weighted_reward(model, "features", weights, torch.zeros(len(ref["combo_zt"]), 4, 1), None, [],
+                                    [])
+    result.compare("combo_reward", reward, ref["combo_reward"], TOLERANCE)
+
+
+def p_real(logits):
+    """The authenticity head's reward, of given logits."""
+    model = SimpleNamespace(answer=lambda *tokens: logits)
+    return MotionReward.score(model, "authenticity", None, None, "features")

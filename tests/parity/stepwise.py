@@ -1,12 +1,15 @@
 """Compare the sampler table, the routes and the updates of stepwise_motion.py with reference arrays (see
 tests/parity): a toy denoiser in float64, so everything is exact to 1e-9."""
+from functools import partial
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import torch
 
 import stepwise_motion as sw
-from common import samplers
+from common import generator, samplers, training
+from results import studies
 from tests.parity import motion_reward as parity_motion_reward
 from tests.parity.rows import Rows
 
@@ -52,8 +55,8 @@ class Toy:
             # the script's own guidance, fed with this network
             everything = torch.ones(len(x), dtype=torch.bool)
             model = Guided(lambda x_t, text: half(x_t, i, text), self.ref["null"])
-            return sw.predict(model, x, torch.zeros(len(x)), everything, self.ref["cond"], everything,
-                              self.guidance)
+            policy = SimpleNamespace(model=model, guidance_scale=self.guidance)
+            return sw.predict(policy, x, torch.zeros(len(x)), everything, self.ref["cond"], everything)
         return network
 
     def loss(self, x, target):
@@ -67,9 +70,37 @@ class Toy:
 
     def table(self, prediction="epsilon"):
         if "timesteps" not in self.ref:
-            return sw.flow_table(self.steps)
-        return sw.diffusion_table(samplers.make_grid("scaled_linear", self.steps, "leading", "sigma_min"),
-                                  prediction)
+            return samplers.ddim_steps(samplers.straight_grid(self.steps), "velocity")
+        return samplers.ddim_steps(samplers.make_grid("scaled_linear", self.steps, "leading", "sigma_min"),
+                                   prediction)
+
+
+# The table's fields under their names in the reference files.
+FIELDS = {"a": "x_coef", "b": "e_coef", "p": "p", "q": "q"}
+
+
+def drawn(method, steps, window, wanted):
+    """The first route that the script draws for a method and is the wanted one."""
+    args = SimpleNamespace(method=method, steps=steps, window=window)
+    found = (sw.draw_route(args, 0.0, generator(0, k, "route")) for k in range(100000))
+    return next(route for route in found if wanted(route))
+
+
+def draft(steps, last):
+    return drawn("draft", steps, last, lambda route: True)
+
+
+def drtune(steps, chosen, k):
+    """As drawn; where the reference's steps are none that DRTune draws, they take the place of those drawn."""
+    route = drawn("drtune", steps, len(chosen), lambda route: True)
+    return route._replace(graph=tuple(i in chosen for i in range(steps)), rewarded={k: "x0hat"})
+
+
+def learner(name):
+    """sw.learn, or the function that a study puts in its place."""
+    with mock.patch.object(sw, "main") as main:
+        getattr(studies, f"update_{name}", lambda argv: sw.main(argv, learn=sw.learn))([])
+    return main.call_args.kwargs["learn"]
 
 
 def judged(toy, route, table, targets=None):
@@ -107,7 +138,7 @@ def check_table(result, ref):
     toy = Toy(ref)
     table = toy.table()
     for name in "abpq":
-        result.compare(name, getattr(table, name), ref[name], EXACT)
+        result.compare(name, getattr(table, FIELDS[name]), ref[name], EXACT)
     if "timesteps" in ref:
         grid = samplers.make_grid("scaled_linear", toy.steps, "leading", "sigma_min")
         result.compare("timesteps", table.timesteps, ref["timesteps"], 0)
@@ -133,11 +164,13 @@ def check_routes(result, ref):
     toy = Toy(ref)
     steps, table = toy.steps, toy.table()
     train, k = ref["drtune_train"].tolist(), int(ref["drtune_tmin"])
-    routes = {"draft_full": sw.draft(steps, steps), "drtune": sw.drtune(steps, train, k),
-              "alignprop_bernoulli": sw.alignprop_bernoulli(ref["bernoulli_mask"].tolist()),
-              "drtune_nostop": sw.drtune(steps, train, k)._replace(judged={steps - 1: "xt"})}
-    routes |= {f"draft_{last}": sw.draft(steps, last) for last in (1, 2, 3)}
-    routes |= {f"refl_{k}": sw.refl(steps, k) for k in range(steps)}
+    routes = {"draft_full": draft(steps, steps), "drtune": drtune(steps, train, k),
+              "alignprop_bernoulli": drawn("alignprop-bernoulli", steps, 1, lambda route: True)._replace(
+                  graph=tuple(ref["bernoulli_mask"].tolist())),
+              "drtune_nostop": drtune(steps, train, k)._replace(rewarded={steps - 1: "xt"})}
+    routes |= {f"draft_{last}": draft(steps, last) for last in (1, 2, 3)}
+    routes |= {f"refl_{k}": drawn("refl", steps, steps, lambda route, k=k: k in route.rewarded)
+               for k in range(steps)}
     for name, route in routes.items():
         (_, loss, gradient), = judged(toy, route, table)
         result.compare(f"loss_{name}", loss, ref[f"loss_{name}"], EXACT)
@@ -159,7 +192,7 @@ def contributions(toy, table):
     copies = [toy.parameters() for _ in range(toy.steps)]
     networks = [toy.network(weights) for weights in copies]
     losses = []
-    sw.denoise(lambda x, i: networks[i](x, i), table, toy.ref["x_T"], sw.draft(toy.steps, toy.steps),
+    sw.denoise(lambda x, i: networks[i](x, i), table, toy.ref["x_T"], draft(toy.steps, toy.steps),
                lambda i, z, e, trail: losses.append(toy.loss(z, toy.mu)))
     parts = torch.autograd.grad(losses[0], [w for weights in copies for w in weights.values()])
     return torch.cat([part.flatten() for part in parts]).reshape(toy.steps, -1)
@@ -172,7 +205,7 @@ def jacobian_norms(toy, table):
     for i in range(toy.steps):
         def rest(x, first=i + 1):
             for step in range(first, toy.steps):
-                x = table.a[step] * x + table.b[step] * network(x, step)
+                x = table.x_coef[step] * x + table.e_coef[step] * network(x, step)
             return x
         jacobian = torch.autograd.functional.jacobian(rest, states[i + 1])  # b d b d
         own = torch.stack([jacobian[b, :, b] for b in range(len(states[0]))])
@@ -189,20 +222,19 @@ def check_updates(result, ref):
         name = f"{kind}_{update}_{what}_{part}"
         weights, losses = toy.parameters(), []
         parameters = list(weights.values())
-        args = SimpleNamespace(update=update, lr=float(ref[f"lr_{kind}"]), warmup=0,
-                               max_grad_norm=float(ref["max_norm"]) if kind == "adam" else 1e30)
-        updates = sw.Updates(args, parameters)
-        if kind == "sgd":
-            updates.optimizer = torch.optim.SGD(parameters, lr=args.lr)
+        optimizer = torch.optim.SGD if kind == "sgd" else partial(torch.optim.AdamW, weight_decay=0.0)
+        optimizer = optimizer(parameters, lr=float(ref[f"lr_{kind}"]))
+        learn = partial(learner(update), optimizer=optimizer, scheduler=training.rising(optimizer, 0),
+                        where="step")
         window = range(steps) if part == "all" else range(steps - 3, steps)
         route = sw.easytune(steps, window, ["x0hat" if what == "x0hat" else "xt"] * steps)
 
         def judge(i, z, e, trail):
             loss = toy.loss(z, toy.mu if what == "x0hat" else toy.ref["mu_next"][i])
             losses.append(loss.detach())
-            updates.learn(loss, "step")
-        final = sw.denoise(toy.network(weights), table, toy.ref["x_T"], route, judge)
-        updates.end("pass")
+            learn(loss, i == steps - 1)
+        with mock.patch.object(sw, "MAX_GRAD_NORM", float(ref["max_norm"]) if kind == "adam" else 1e30):
+            final = sw.denoise(toy.network(weights), table, toy.ref["x_T"], route, judge)
         result.compare(f"theta_{name}", torch.cat([w.detach().flatten() for w in parameters]),
                        ref[f"theta_{name}"], EXACT)
         if kind == "sgd":
@@ -218,7 +250,7 @@ def check_outputs(result, ref):
     for key, prediction in (("eps", "epsilon"), ("x0", "sample"), ("v", "v")):
         table = toy.table(prediction)
         for name in "pqab":
-            result.compare(f"{key}_{name}", getattr(table, name), ref[f"{key}_{name}"], EXACT)
+            result.compare(f"{key}_{name}", getattr(table, FIELDS[name]), ref[f"{key}_{name}"], EXACT)
         states, guesses = [toy.ref["x_T"]], []
         network = toy.network(toy.parameters())
         for kind, found in (("xt", states), ("x0hat", guesses)):
@@ -227,14 +259,14 @@ def check_outputs(result, ref):
                        lambda i, z, e, trail, found=found: found.append(z.detach()))
         result.compare(f"{key}_traj_x", torch.stack(states), ref[f"{key}_traj_x"], EXACT)
         result.compare(f"{key}_traj_m", torch.stack(guesses), ref[f"{key}_traj_m"], EXACT)
-        (_, loss, gradient), = judged(toy, sw.draft(steps, steps), table)
+        (_, loss, gradient), = judged(toy, draft(steps, steps), table)
         result.compare(f"{key}_loss_draft_full", loss, ref[f"{key}_loss_draft_full"], EXACT)
         result.compare(f"{key}_grad_draft_full", gradient, ref[f"{key}_grad_draft_full"], EXACT)
-        every = sw.drtune(steps, range(steps), 0)._replace(judged={steps - 1: "xt"})
+        every = drtune(steps, range(steps), 0)._replace(rewarded={steps - 1: "xt"})
         gradient = judged(toy, every, table)[0][2]
         result.compare(f"{key}_grad_drtune_all", gradient, ref[f"{key}_grad_drtune_all"], EXACT)
-        after = torch.stack([table.a[i + 1:].prod() for i in range(steps)])
-        result.compare(f"{key}_drtune_w", after * table.b, ref[f"{key}_drtune_w"], EXACT)
+        after = torch.stack([table.x_coef[i + 1:].prod() for i in range(steps)])
+        result.compare(f"{key}_drtune_w", after * table.e_coef, ref[f"{key}_drtune_w"], EXACT)
         found = judged(toy, sw.easytune(steps, range(steps), ["x0hat"] * steps), table)
         result.compare(f"{key}_grad_easytune_x0hat", torch.stack([g for *_, g in found]),
                        ref[f"{key}_grad_easytune_x0hat"], EXACT)
@@ -245,7 +277,8 @@ def check_outputs(result, ref):
         reward = 6 * torch.nn.functional.cosine_similarity(z, toy.mu, dim=-1)
         losses.append((reward.detach(), 1e-3 * torch.relu(2 - reward).mean()))
     weights = toy.parameters()
-    sw.denoise(toy.network(weights), toy.table(), toy.ref["x_T"], sw.refl(steps, k), judge)
+    sw.denoise(toy.network(weights), toy.table(), toy.ref["x_T"],
+               drawn("refl", steps, steps, lambda route: k in route.rewarded), judge)
     reward, loss = losses[0]
     result.compare("refl_reward", reward, ref["refl_reward"], EXACT)
     result.compare("refl_relu_loss", loss.detach(), ref["refl_relu_loss"], EXACT)
@@ -256,7 +289,9 @@ def check_schedule(result, ref):
     """The first trained step of the sliding window."""
     for name in "ABC":
         steps, window, sweep = (ref[f"window{name}_{key}"].item() for key in ("T", "k", "sweep"))
-        mine = [sw.window_start(progress, int(steps), int(window), sweep)
+        args = SimpleNamespace(method="easytune", reward_input="x0hat", steps=int(steps), window=int(window),
+                               sweep=sweep)
+        mine = [min(sw.draw_route(args, progress, None).rewarded)
                 for progress in ref[f"window{name}_progress"].tolist()]
         result.compare(f"window{name}_start", mine, ref[f"window{name}_start"], 0)
 
