@@ -58,8 +58,8 @@ def check_spl(result, ref):
 
 def check_terms(result, ref):
     """The other terms of stage 1."""
-    zero, nothing = torch.zeros_like(ref["mt"]), torch.zeros(1, 1, 1, dtype=torch.float64)
-    gauss_t, gauss_m = (ref["mt"], ref["lt"]), (ref["mm"], ref["lm"])
+    gauss_t, gauss_m = ([ref[name].flatten(1) for name in names] for names in (("mt", "lt"), ("mm", "lm")))
+    zero, nothing = torch.zeros_like(gauss_t[0]), torch.zeros(1, 1, 1, dtype=torch.float64)
     kl = sw.semantic_loss(zero, zero, gauss_t, gauss_m, nothing, nothing, nothing, nce=0) / 1e-5
     result.compare("kl4", kl, ref["kl4"], TOLERANCE)
     a, b = ref["rec_a"], ref["rec_b"]  # text's, motion's, target: twice the same, nothing between
