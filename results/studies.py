@@ -18,7 +18,8 @@ import torch
 from tqdm import tqdm
 
 import ddpo_motion
-from common import InputError, diffusion, evaluate, render, retrieval, runs
+import stepwise_motion
+from common import InputError, diffusion, evaluate, motion_reward, render, retrieval, runs
 from results import tables
 
 # ---- 1. How a study is made ----------------------------------------------------------------------
@@ -129,6 +130,17 @@ def other_family(argv):
     with_reward(build, argv)
 
 
+def motion_reward_of_stepwise(argv):
+    """ddpo_motion.py is rewarded by MotionReward of stepwise_motion.py, without its heads."""
+    def build(args, domains, **options):
+        schedule = motion_reward.TRAINING[args.size]._replace(head_iterations=0)
+        model, notes = motion_reward.fit_motion_reward(
+            domains, None, stepwise_motion.LOSSES, schedule, saw=[], **options)
+        weights = {"semantic": 1.0}
+        return partial(stepwise_motion.weighted_reward, model, "features", weights), notes
+    with_reward(build, argv)
+
+
 def long_base(argv):
     """The base is trained twice as long."""
     usual = diffusion.fit_base
@@ -138,6 +150,36 @@ def long_base(argv):
         return usual(make_model, parts, source, size, *rest, **options)
     with replaced(diffusion, "fit_base", fit_base):
         ddpo_motion.main(argv)
+
+
+def update_accum(argv):
+    """stepwise_motion.py updates once a walk, by the sum of the gradients of all its steps."""
+    def learn(loss, last, **more):
+        if last:
+            return stepwise_motion.learn(loss, last, **more)
+        loss.backward()  # adds to the gradients that are there
+    stepwise_motion.main(argv, learn=learn)
+
+
+def update_chain(argv):
+    """stepwise_motion.py updates after a walk, by the gradient of one step after another."""
+    kept = []            # of the weights at the start of the walk ([ME] has a second copy of them)
+
+    def learn(loss, last, optimizer, **more):
+        parameters = optimizer.param_groups[0]["params"]
+        loss.backward()
+        kept.append([p.grad for p in parameters])
+        optimizer.zero_grad()
+        if not last:
+            return None
+        norms = []
+        for gradients in kept:
+            # The gradient of this sum is the one that was kept, to the last bit.
+            loss = sum((p * g).sum() for p, g in zip(parameters, gradients) if g is not None)
+            norms.append(stepwise_motion.learn(loss, last, optimizer=optimizer, **more))
+        kept.clear()
+        return sum(norms) / len(norms)
+    stepwise_motion.main(argv, learn=learn)
 
 
 # ---- 3. Of finished runs -------------------------------------------------------------------------
@@ -252,8 +294,9 @@ def strengths(argv):
 # ---- 4. Command line -----------------------------------------------------------------------------
 
 STUDIES = {"tracker": tracker, "contrastive": contrastive, "two-families": two_families,
-           "other-family": other_family, "long-base": long_base, "references": references,
-           "strengths": strengths}
+           "other-family": other_family, "motion-reward": motion_reward_of_stepwise,
+           "long-base": long_base, "update-accum": update_accum, "update-chain": update_chain,
+           "references": references, "strengths": strengths}
 
 
 def main(argv=None):

@@ -23,24 +23,25 @@ def roll_out(args, policy):
 
 @pytest.mark.parametrize("steps", (2, 4, 10))
 @pytest.mark.parametrize("order", (1, 2))
-@pytest.mark.parametrize(("guidance", "rows"), ((1.0, BATCH), (2.5, 2 * BATCH)))
-def test_a_rollout_calls_the_denoiser_once_a_step(steps, order, guidance, rows):
+@pytest.mark.parametrize(("guidance", "times"), ((1.0, 1), (2.5, 2)))
+def test_a_rollout_calls_the_denoiser_once_a_step(steps, order, guidance, times):
+    """With guidance twice: with the caption and without."""
     args, policy = small(steps=steps, order=order, guidance_scale=guidance)
     with bench.CountedCalls(policy.model) as calls:
         states, _ = roll_out(args, policy)
-    assert calls == [rows] * steps
+    assert calls == [BATCH] * steps * times
     assert states.shape == (BATCH, steps + 1, TOKENS, 8)
 
 
 @pytest.mark.parametrize("trained", (1, 3))
 @pytest.mark.parametrize("order", (1, 2))
-@pytest.mark.parametrize(("guidance", "rows"), ((1.0, BATCH), (2.5, 2 * BATCH)))
-def test_rescoring_all_steps_is_one_call(trained, order, guidance, rows):
+@pytest.mark.parametrize(("guidance", "times"), ((1.0, 1), (2.5, 2)))
+def test_rescoring_all_steps_is_one_call(trained, order, guidance, times):
     args, policy = small(order=order, guidance_scale=guidance)
     states, mask = roll_out(args, policy)
     with bench.CountedCalls(policy.model) as calls:
         logp, _ = ddpo.step_logps(policy, states, [""] * BATCH, mask, trained)
-    assert calls == [rows * trained] and logp.shape == (BATCH, trained)
+    assert calls == [BATCH * trained] * times and logp.shape == (BATCH, trained)
 
 
 def flops(function, *args):
