@@ -1,32 +1,32 @@
-"""Several rewards at once: text, quality, preference; Pareto selection; tokens that steer the trade-off.
+"""Several rewards at once: text, quality, preference; Pareto selection; tokens that choose among them.
 
-The idea. One reward can be raised at the cost of what it does not see: a text score by jittering, a
-preference score by standing still. So a motion is judged by three rewards, and of the motions that the GPT
-samples for a prompt only those are learnt from that no other one beats in all three. A token in front of the
-GPT says which reward is asked for; mixing tokens afterwards chooses a point between them.
+The idea. One reward can be raised at the cost of what it does not see: a text score by jittering,
+a preference score by standing still. So three rewards judge each motion. Of the motions that the
+GPT samples for a prompt, it learns only from those that no other one beats in all three. A token
+in front of the GPT says which reward is asked for; a mixture of tokens asks for a compromise.
 
 Papers
-  MotionRL (Liu et al. 2024, arXiv 2410.06513): the method; equations without a paper's name are its own
-  InstructMotion (Mao et al. 2024): PPO on motion tokens; MotionCritic (Wang et al. 2024): preferences
+  [MRL]  MotionRL, Liu et al. 2024, arXiv 2410.06513: this method; equations without a name
+  [IM]   InstructMotion, Mao et al. 2024, arXiv 2405.15541: PPO on motion tokens
+  [MC]   MotionCritic, Wang et al. 2024, arXiv 2407.02272: preferences of people
 
-`diff ppo_motion.py pareto_motion.py` is the lesson: one reward becomes a vector, a prompt becomes three, and
-not every motion is learnt from.
-  variable            symbol                   meaning
-  f_t, f_tk           f(t), f(t_k)             text feature without and with the token of reward k
-  R (p c n k)         r^1 .. r^K               all K rewards of all motions: p prompts, c tokens, n of each
-  keep (p c n)        m in P                   not dominated by another motion of its prompt and token
-  weight (p c n)      1 / n(P)                 of a motion in the loss; 0 for dominated ones
-  own (p c n)         r(t_k, m_k)              the reward that the motion's token asks for
+`diff ppo_motion.py pareto_motion.py` is the lesson: one reward becomes a vector, a prompt is asked
+three times, and not every motion is learnt from.
+  in the code          symbol        meaning
+  f_t, f_tk            f(t), f(t_k)  text feature without and with the token of reward k
+  R (p c n k)          r^1 .. r^K    all rewards of all motions: p prompts, c tokens, n of each
+  keep (p c n)         m in P        not beaten by another motion of its prompt and token
+  weight (p c n)       1 / n(P)      of a motion in the loss; 0 where it is beaten
+  own (p c n)          r(t_k, m_k)   the reward that the token of the motion asks for
 
-Read in this order: section 6 (selection, then the PPO of the paper before), 5 (rewards), 7 (the loop).
-
-  python pareto_motion.py --dataset kit          # from nothing to a tuned model, see README for the time
-  python pareto_motion.py --dataset kit --tiny   # the same path at toy size
-  python pareto_motion.py --prompt "A human waves." --prefer text=0.7,quality=0.2,preference=0.1 \\
+Read the first half of section 6, then 4 and 7: selection, rewards, loop.
+  python pareto_motion.py --dataset kit           # from nothing to a tuned model
+  python pareto_motion.py --dataset kit --tiny    # the same at toy size
+  python pareto_motion.py --prompt "a man waves" --prefer text=0.7,quality=0.2,preference=0.1 \\
       --load runs/pareto_kit_seed0/policy.pt
 """
 
-# ---- 1. Imports --------------------------------------------------------------------------------------------
+# ---- 1. Imports ----
 
 import copy
 import math
@@ -38,150 +38,166 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 
-from common import (
-    InputError, NonFiniteError, datasets, diagnostics, evaluate, features, generator, perception,
-    published, retrieval, runs, token_policy, tokenizer, training)
-from common.motion_gpt import Block
+from common import (InputError, NonFiniteError, datasets, evaluate, features, generator,
+                    perception, retrieval, runs, sinusoid, tokenizer, training)
+from common.published import motion_critic, t2m_gpt
 from common.runs import arg
-from common.token_policy import Policy
-from results import fronts
 
-REWARDS = ("text", "quality", "preference")  # MotionRL: <mt>, <mm>, <perception>
-BALANCED = [1 / 3, 1 / 3, 1 / 3]
+REWARDS = ("text", "quality", "preference")  # [MRL] <mt>, <mm>, <perception>
 
-# ---- 2. Arguments ------------------------------------------------------------------------------------------
+# ---- 2. Arguments ----
 
 
 @dataclass
-class Args:
-    """Every field is a flag: its name, default, and help with the paper's value where one is known."""
-    # [sync:run_flags]
-    # run
-    dataset: str = arg("kit", "target domain: kit, humanml3d, or a folder in either published layout")
-    data_root: str = arg("data", "where KIT-ML and HumanML3D are looked for before the embedded data is used")
-    out_dir: str = arg("", "run folder; empty: runs/<method>_<dataset>_seed<seed>")
-    cache_dir: str = arg(".cache", "pretrained bases and evaluators, keyed by all that shaped them")
-    cache: bool = arg(True, "--no-cache trains them again")
-    seed: int = arg(0, "seed of the reinforcement learning and of the evaluation noise")
-    base_seed: int = arg(0, "seed of the embedded data, the base and the evaluators")
-    device: str = arg("auto", "auto, cpu, cuda or cuda:N")
-    threads: int = arg(0, "CPU threads; 0: a short probe decides (or OMP_NUM_THREADS)")
-    resume: bool = arg(False, "go on from checkpoint.pt of the run folder, bit for bit")
-    overwrite: bool = arg(False, "start again in an existing run folder")
-    tiny: bool = arg(False, "everything at toy size, for a first look and for tests")
-    eval_only: bool = arg(False, "evaluate --load, no training")
-    load: str = arg("", "what a finished run saved (adapter.pt, policy.pt), for --prompt and --eval-only")
-    prompt: list = arg(None, "write a motion for this caption (repeatable); needs --load", action="append")
-    compare: bool = arg(False, "with --prompt: base and tuned side by side")
-    # [/sync:run_flags]
-    prefer: str = arg("", "with --prompt: text=0.7,quality=0.2,preference=0.1; empty: a third each")
-    # [sync:token_flags]
-    # data
-    clips: int = arg(4000, "embedded data: clips")
-    # tokenizer (T2M-GPT: 512 codes of width 512, 4 frames a token, network width 512)
-    codes: int = arg(256, "entries K of the codebook")
-    vq_width: int = arg(64, "width of encoder and decoder")
-    frames_per_token: int = arg(0, "2 or 4; 0: 4 at 20 frames a second, else 2", choices=(0, 2, 4), lowest=0)
-    vq_iterations: int = arg(1200, "updates (T2M-GPT: 300 000)")
-    # policy (T2M-GPT: 18 layers of width 1024, 16 heads, CLIP text)
-    width: int = arg(64, "model width")
-    heads: int = arg(4, "attention heads")
-    base_layers: int = arg(3, "layers that the critic shares (InstructMotion: the first few)")
-    head_layers: int = arg(1, "layers after them")
-    text_layers: int = arg(2, "layers of the text encoder, frozen in PPO")
-    gpt_iterations: int = arg(1600, "supervised updates")
-    gpt_lr: float = arg(2e-3, "peak learning rate of the supervised training")
-    keep: float = arg(0.8, "share of input tokens left as they are in supervised training (T2M-GPT: 0.5)")
-    batch: int = arg(64, "clips per update of tokenizer and GPT")
-    word_drop: float = arg(0.1, "share of words made unknown in supervised training")
-    word_swap: float = arg(0.03, "share of words made any other: rare words must leave it unsure, not wrong")
-    vq_checkpoint: str = arg("", "published T2M-GPT tokenizer (.pth); needs --vq-statistics")
-    vq_statistics: str = arg("", "folder with the Mean.npy and Std.npy that tokenizer was trained with")
-    gpt_checkpoint: str = arg("", "published T2M-GPT policy (.pth); its text: --text-features, or CLIP")
-    text_features: str = arg("", ".npz with captions (n) and vectors (n d); empty: an installed CLIP")
-    # [/sync:token_flags]
-    # rewards
-    margin: float = arg(1.4, "margin of Eq. (1); unit-length embeddings are at most 2 apart (there: unknown)")
-    reward_iterations: int = arg(900, "updates of each reward encoder and of the judge")
-    perception_iterations: int = arg(300, "updates of the synthetic perception critic")
-    perception_checkpoint: str = arg("", "published MotionCritic (.pth) in its place")
-    calibration: int = arg(512, "motions of the supervised GPT that lambda, min and max are taken from")
-    # selection
-    selection: str = arg("per-token", "sets that motions compete in; none: all kept; weighted-sum: no tokens",
-                         choices=("per-token", "union", "literal", "none", "weighted-sum"))
-    weights: str = arg("", "of --selection weighted-sum, as in --prefer; text=1: that reward alone")
-    alpha: float = arg(0.5, "share of the token in the text feature, Eq. (11) (MotionRL: unknown)")
-    token_reward: str = arg("own", "what Eq. (7) sums: the token's own reward, or the mean of all",
+class Args(t2m_gpt.WeightArgs):
+    """Every field is a flag. The classes before it have --dataset, --seed, --vq-checkpoint ..."""
+    perception_checkpoint: str = arg("", "published MotionCritic (.pth) for preference")
+    prefer: str = arg("", "of a --prompt: text=0.7,quality=0.2,preference=0.1", shaping=False)
+    selection: str = arg("per-token", "sets in which motions compete; weighted-sum: no tokens",
+                         choices=("per-token", "union", "literal", "none", "weighted-sum"),
+                         group="selection")
+    weights: str = arg("", "of the weighted sum, as in --prefer; empty: equal")
+    alpha: float = arg(0.5, "share of the token in the text feature, Eq. (11) ([MRL]: unknown)")
+    token_reward: str = arg("own", "what Eq. (7) sums: the token's own reward, or the mean",
                             choices=("own", "mean"))
-    baseline: str = arg("all", "motions that mean, spread, values and whitening are taken from",
+    baseline: str = arg("all", "motions that spread, values and whitening are taken from",
                         choices=("all", "kept"))
-    reduction: str = arg("motion", "what weighs alike in the loss (MotionRL Eq. (7): token)",
+    reduction: str = arg("motion", "what weighs alike in the loss ([MRL] Eq. (7): token)",
                          choices=("motion", "token"))
-    rival: bool = arg(True, "--no-rival: do not train the weighted sum beside it, for the fronts")
-    # update
-    iterations: int = arg(64, "PPO iterations (MotionRL: 40 000)")
-    batch_prompts: int = arg(8, "prompts P of a rollout (MotionRL: unknown)")
-    samples_per_prompt: int = arg(16, "motions N of each prompt and token (MotionRL: 32?)", lowest=2)
-    lr: float = arg(3e-4, "highest learning rate of the policy (MotionRL: 5e-6)")
-    kl_coef: float = arg(0.05, "beta, weight of the KL in the reward (MotionRL: unknown)")
-    temperature: float = arg(1.0, "of sampling and of every log-probability in training (MotionRL: 1.5)")
-    # [sync:ppo_flags]
-    ppo_epochs: int = arg(2, "passes over a rollout (InstructMotion, MotionRL: 2)")
-    minibatch_ratio: float = arg(1.0, "minibatch over batch (InstructMotion: 1)")
-    micro_batch: int = arg(0, "motions per forward pass, 0: the whole minibatch; fewer save memory")
+    iterations: int = arg(64, "of PPO ([MRL]: 40000)", group="update")
+    prompts: int = arg(8, "prompts P of a rollout ([MRL]: unknown)")
+    samples: int = arg(16, "motions N of each prompt and token ([MRL]: 32?)", lowest=2)
+    epochs: int = arg(2, "passes over a rollout ([MRL]: 2)")
+    minibatches: int = arg(1, "optimizer steps of a pass ([MRL]: unknown)")
+    micro_batch: int = arg(0, "motions of a forward pass; 0: a minibatch. Fewer save memory")
+    lr: float = arg(3e-4, "highest learning rate of the policy ([MRL]: 5e-6)")
+    warmup: int = arg(20, "iterations in which it rises from 0", lowest=0)
     critic_lr: float = arg(1e-3, "learning rate of the critic")
-    warmup: int = arg(20, "iterations in which the policy's rate rises from 0", lowest=0)
-    critic: str = arg("shared-detach", "on detached policy features, on live ones, or on a copy of its own",
+    critic: str = arg("shared-detach", "reads the policy's features, detached or not; or a copy",
                       choices=("shared-detach", "shared", "separate"))
-    clip_range: float = arg(0.2, "eps (unknown in both papers)")
-    gamma: float = arg(1.0, "discount; episodes are finite")
-    gae_lambda: float = arg(1.0, "lambda of GAE (MotionRL Eq. 8: 1)")
-    vf_coef: float = arg(0.5, "weight of the value loss; matters with --critic shared only")
-    value_clip: float = arg(0.0, "how far values may leave the old ones, 0: any (unknown in both papers)")
-    max_grad_norm: float = arg(1.0, "gradient norm clip, of policy and critic apart")
-    # [/sync:ppo_flags]
-    # evaluation
-    eval_every: int = arg(20, "iterations between looks at the validation prompts")
-    eval_repeats: int = arg(3, "repeats of the final evaluation, for the 95 % interval (benchmark: 20)")
-    front_prompts: int = arg(64, "prompts whose samples make the fronts and the hypervolume")
+    kl_coef: float = arg(0.05, "beta, weight of the KL to the supervised GPT ([MRL]: unknown)")
+    clip_range: float = arg(0.2, "eps of the ratio ([MRL]: unknown)")
+    gae_lambda: float = arg(1.0, "lambda of GAE; 1: no value is bootstrapped ([MRL] Eq. 8: 1)")
+    temperature: float = arg(1.0, "of the rollout, and of log-probabilities ([MRL]: 1.5)")
+    eval_every: int = arg(20, "iterations between looks at val prompts", group="evaluation")
 
 
-TINY = dict(clips=240, codes=48, vq_width=24, vq_iterations=60, width=32, base_layers=1, text_layers=1,
-            gpt_iterations=60, batch=32, reward_iterations=40, perception_iterations=20, calibration=64,
-            iterations=3, batch_prompts=2, samples_per_prompt=4, eval_every=2, eval_repeats=2,
-            front_prompts=8)
+SIZE_ARGS = {  # what --size sets here; the sizes of networks are in common/tokenizer.py
+    "tiny": dict(iterations=3, prompts=2, samples=4, eval_every=2, eval_repeats=2),
+    "paper": dict(iterations=40_000, samples=32, lr=5e-6, temperature=1.5, eval_every=1000,
+                  eval_repeats=20)}
+MARGIN = 1.4  # of Eq. (1): unit vectors are at most 2 apart ([MRL]: unknown)
+GAMMA, VF_COEF, MAX_GRAD_NORM = 1.0, 0.5, 1.0  # episodes are finite, so there is no discount
+TOKEN_LENGTH = 12.0  # of a token, in text features: long enough to grow in some hundred steps
 
 
 def check_args(args):
-    """Stop at once on settings that cannot work, naming the flag and the fix."""
-    token_policy.check(**runs.arguments_of(token_policy.check, args))
+    """Refuse at once what cannot work, and say which flag to change."""
+    t2m_gpt.check_weights(args)
     for flag, spec in (("--prefer", args.prefer), ("--weights", args.weights)):
         runs.parse_weights(spec, REWARDS, flag)
-    count = 1 / args.minibatch_ratio if args.minibatch_ratio > 0 else 0.0
-    motions = args.batch_prompts * args.samples_per_prompt * len(REWARDS)
-    for wrong, message in (
-            (args.batch_prompts < runs.process_count(), "--batch-prompts: at least one per process"),
-            (count < 1 or count % 1 or motions % int(max(count, 1)),
-             f"--minibatch-ratio: 1, 0.5, 0.25 ... so that it divides the {motions} motions of a rollout"),
-            (count > 1 and args.baseline == "kept", "--minibatch-ratio: 1, for --baseline kept"),
-            (args.alpha > 1, "--alpha: 0 to 1"), (not args.temperature, "--temperature: above 0"),
-            (args.weights and args.selection != "weighted-sum", "--weights: for --selection weighted-sum"),
-            (args.prefer and not args.prompt, "--prefer: steers --prompt, and no training")):
-        if wrong:
-            raise InputError(message)
+    motions, weighted = args.prompts * args.samples * 3, args.selection == "weighted-sum"
+    runs.refuse(
+        (args.prompts < runs.process_count(), "--prompts: at least one for each process"),
+        (motions % args.minibatches, f"--minibatches: must divide the {motions} motions"),
+        (args.minibatches > 1 and args.baseline == "kept", "--minibatches: 1, as some are kept"),
+        (args.alpha > 1, "--alpha: 0 to 1"),
+        (not args.temperature, "--temperature: above 0"),
+        (args.weights and not weighted, "--weights: for --selection weighted-sum"),
+        (args.prefer and not args.prompt, "--prefer: steers a --prompt, and no training"))
 
 
-# ---- 3. and 4. The networks, and what PPO starts from: common/token_policy.py ------------------------------
+# ---- 3. The network ----
+# [sync:gpt]
 
 
-# [sync:critic]
+class CausalAttention(nn.Module):
+    """Attention in which each position sees itself and the positions before it."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.key, self.query, self.value, self.proj = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x, cache=None, start=0):
+        q, k, v = (rearrange(f(x), "b n (h c) -> b h n c", h=self.heads)
+                   for f in (self.query, self.key, self.value))
+        if cache is not None:
+            # Earlier keys and values come from the cache: a new token costs one position.
+            for kept, new in zip(cache, (k, v)):
+                kept[:, :, start:start + x.shape[1]] = new
+            k, v = (kept[:, :, :start + x.shape[1]] for kept in cache)
+        n, m = q.shape[2], k.shape[2]
+        scores = q @ k.mT / math.sqrt(q.shape[-1])  # b h n m
+        if n > 1:
+            later = torch.ones(n, m, dtype=torch.bool, device=x.device).triu(m - n + 1)
+            scores = scores.masked_fill(later, -math.inf)
+        return self.proj(rearrange(scores.softmax(-1) @ v, "b h n c -> b n (h c)"))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block. No dropout: the first ratio of PPO must be 1."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.ln1, self.ln2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = CausalAttention(width, heads)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(),
+                                 nn.Linear(4 * width, width))
+
+    def forward(self, x, cache=None, start=0):
+        x = x + self.attn(self.ln1(x), cache, start)
+        return x + self.mlp(self.ln2(x))
+
+
+class MotionGPT(nn.Module):
+    """p(next token | text, tokens so far), T2M-GPT section 3.2, with its names of layers."""
+
+    def __init__(self, codes, text_dim, width, heads, base_layers, head_layers, block_size):
+        super().__init__()
+        self.codes, self.end, self.pad = codes, codes, codes + 1
+        self.heads, self.block_size = heads, block_size
+        self.trans_base = nn.ModuleDict({
+            "tok_emb": nn.Embedding(codes + 2, width), "cond_emb": nn.Linear(text_dim, width),
+            "blocks": nn.ModuleList(Block(width, heads) for _ in range(base_layers))})
+        self.trans_head = nn.ModuleDict({
+            "blocks": nn.ModuleList(Block(width, heads) for _ in range(head_layers)),
+            "ln_f": nn.LayerNorm(width),
+            "head": nn.Linear(width, codes + 1, bias=False)})  # padding is no action
+        self.register_buffer("positions", sinusoid(block_size, width), persistent=False)
+
+    def forward(self, tokens, text):
+        """tokens (b n), text (b d) -> logits (b n+1 v), features of the base layers (b n+1 c)"""
+        x = self.trans_base["cond_emb"](text)[:, None]  # the text is the first position
+        x = torch.cat([x, self.trans_base["tok_emb"](tokens)], 1)
+        return self.run(x + self.positions[: x.shape[1]])
+
+    def run(self, x, caches=None, start=0):
+        """Embedded positions (b n c) from `start` on -> logits (b n v), features (b n c)"""
+        base, head = self.trans_base["blocks"], self.trans_head["blocks"]
+        caches = caches or [None] * (len(base) + len(head))
+        for block, cache in zip(base, caches):
+            x = block(x, cache, start)
+        hidden = x
+        for block, cache in zip(head, caches[len(base):]):
+            x = block(x, cache, start)
+        return self.trans_head["head"](self.trans_head["ln_f"](x)), hidden
+
+    def empty_cache(self, b):
+        """Keys and values of every block for b sequences, to be filled."""
+        shape = (b, self.heads, self.block_size, self.positions.shape[1] // self.heads)
+        blocks = len(self.trans_base["blocks"]) + len(self.trans_head["blocks"])
+        return [tuple(self.positions.new_zeros(shape) for _ in "kv") for _ in range(blocks)]
+
+
 class Critic(nn.Module):
-    """V(s_t) from the features of the policy's first layers, or of a copy of its own (`separate`)."""
+    """V(s_t) from the base layers of the policy, or from a copy of its own ("separate")."""
 
     def __init__(self, gpt, kind, g):
         super().__init__()
         self.kind, width = kind, gpt.positions.shape[1]
-        self.block, self.norm, self.value = Block(width, gpt.heads), nn.LayerNorm(width), nn.Linear(width, 1)
+        self.block, self.norm = Block(width, gpt.heads), nn.LayerNorm(width)
+        self.value = nn.Linear(width, 1)
         training.initialise(self, g)
         nn.init.zeros_(self.value.weight)  # V starts at 0
         self.trunk = copy.deepcopy(gpt).requires_grad_(True) if kind == "separate" else None
@@ -190,37 +206,66 @@ class Critic(nn.Module):
         """hidden (b n c) -> values (b n)"""
         if self.kind == "separate":
             hidden = self.trunk(tokens, text)[1]
-        elif self.kind == "shared-detach":  # InstructMotion section 4.1: the critic must not bend the policy
+        elif self.kind == "shared-detach":
+            # InstructMotion section 4.1: the critic must not bend the policy.
             hidden = hidden.detach()
         return self.value(self.norm(self.block(hidden)))[..., 0]
-# [/sync:critic]
+# [/sync:gpt]
 
 
-# ---- 5. Rewards --------------------------------------------------------------------------------------------
+# ---- 4. The rewards ----
+
+
+# [sync:margin]
+def margin_loss(text, motion, negative, margin=10.0):
+    """Eq. (1) of InstructMotion and of MotionRL; text, motion (... c), negative (...) -> mean."""
+    # d^2 for pairs that belong together, max(0, margin - d)^2 for the others. InstructMotion says
+    # that y = 1 marks matched pairs; its formula and the code that it cites say the opposite.
+    distance = (text - motion).square().sum(-1).clamp(min=1e-12).sqrt()
+    return torch.where(negative, (margin - distance).clamp(min=0), distance).square().mean()
+
+
+def margin_pairs(text, motion, duplicates):
+    """Eq. (1) over a batch (b c), in place of InfoNCE; duplicates (b b) are no negatives."""
+    # Not in the papers: embeddings of unit length, all other motions of the batch as negatives
+    # and not one, matched and mismatched pairs weighted alike.
+    text, motion = F.normalize(text, dim=-1), F.normalize(motion, dim=-1)
+    own = torch.eye(len(text), dtype=torch.bool, device=text.device)
+    t, m = (~(duplicates | own)).nonzero().T
+    matched = margin_loss(text, motion, torch.zeros_like(own[0]), MARGIN)
+    return matched + margin_loss(text[t], motion[m], torch.ones_like(t, dtype=torch.bool), MARGIN)
+# [/sync:margin]
+
+
+def ranking_loss(better, worse):
+    """Scores (r) of the better and of the worse motions -> mean loss, Eq. (5): Bradley-Terry."""
+    return F.softplus(worse - better).mean()  # log(sigmoid(x)) would be infinite below x = -104
 
 
 def distance_reward(f_a, f_b, lambdas):
-    """MotionRL Eq. (3), and Eq. (4): -sum_i lambda_i |a_i - b_i|^2 over encoders i. The predicted motion
-    against the text, or against the real motion. f_a, f_b (i b c), lambdas (i) -> (b)"""
+    """Eq. (3), and Eq. (4): motion against text, or against the real motion, over encoders i;
+    f_a, f_b (i b c), lambdas (i) -> (b)"""
     return -(lambdas[:, None] * (f_a - f_b).square().sum(-1)).sum(0)
 
 
 def normalise(R, low, high):
-    """MotionRL Eq. (12): its three branches are one line, nothing is clipped. R (... k), low and high (k)"""
+    """Eq. (12); R (... k), low and high (k)"""
+    # Its three branches are one line, and nothing is clipped.
     return (R - low) / (high - low)
 
 
 class Rewards(NamedTuple):
-    """The three rewards of a motion."""
-    encoders: list          # of Eq. (2), InfoNCE, and of Eq. (1), distances with a margin
+    """The functions that are optimised, in the order of REWARDS."""
+    encoders: list          # by InfoNCE, Eq. (2), and by distances with a margin, Eq. (1)
     critic: object          # score(motion, lengths) -> (b), Eq. (6)
-    lambdas: torch.Tensor   # (i), one over the spread of an encoder's distances: "similar magnitude"
-    low: torch.Tensor       # (k), Eq. (12): 1 % and 99 % quantile of motions of pi_ref, never changed
+    weights: torch.Tensor   # (k), of the weighted sum: the column `reward`
+    lambdas: torch.Tensor   # (i), one over the spread of an encoder's distances
+    low: torch.Tensor       # (k), Eq. (12): 1 % and 99 % quantile under pi_ref, never changed
     high: torch.Tensor
 
     @torch.no_grad()
     def __call__(self, motion, lengths, captions, clips):
-        """Motions (b t d) raw, lengths (b), their captions and real clips (b) -> R (b k), by Eq. (12)."""
+        """Raw motions (b t d), lengths (b), captions and real clips of b -> R (b k)"""
         embedded = [retrieval.embed_pairs(encoder, motion, lengths, captions, clips)
                     for encoder in self.encoders]
         f_text, f_motion, f_real = (torch.stack(parts) for parts in zip(*embedded))  # i b c
@@ -229,92 +274,101 @@ class Rewards(NamedTuple):
                          self.critic.score(motion, lengths)], -1)
         return normalise(R, self.low, self.high)
 
+    def weighted(self, motion, lengths, captions, clips):
+        """One number a motion (b): what tables and pictures show as `reward`."""
+        return self(motion, lengths, captions, clips) @ self.weights
+
     def columns(self, motion, lengths, captions, clips):
-        """The same as columns of the tables: {reward: (b)}."""
-        R = self(motion.to(self.lambdas.device), lengths.to(self.lambdas.device), captions, clips)
+        """Each reward as a column of the tables, {name: (b)}."""
+        device = self.weights.device
+        R = self(motion.to(device), lengths.to(device), captions, clips)
         return dict(zip(REWARDS, R.T.double().cpu().numpy()))
 
 
-def calibrate(args, policy, encoders, critic, clips):
-    """-> Rewards: lambda of Eqs. (3), (4), min, max of Eq. (12), from pi_ref's motions for train prompts."""
+def build_scorers(args, data, size, vq, options):
+    """Encoders of Eqs. (1) and (2), critic of Eq. (6), judge, trained or cached -> the three,
+    notes. The judge sees no clip in common with the others, and is never optimised."""
+    scoring, notes = dict(options, iterations=size.scorer_iterations), {}
+    nce, notes["reward"] = retrieval.reward_model([data], **scoring)
+    margin, notes["reward 2"] = retrieval.reward_model(
+        [data], name="reward 2", loss=margin_pairs, loss_parts=[margin_loss],
+        loss_name=f"margin {MARGIN}", **scoring)
+    judge, notes["judge"] = retrieval.judge([data], **scoring)
+    seeing = dict(options, iterations=size.perception_iterations)
+    if args.perception_checkpoint:
+        path = args.perception_checkpoint
+        critic, notes["perception"] = motion_critic.fit_published(path, data, **seeing)
+    else:
+        critic, notes["perception"] = perception.fit_perception(data, vq, ranking_loss, **seeing)
+    return [nce, margin], critic, judge, notes
+
+
+def calibrate(args, policy, count, encoders, critic, weights, clips):
+    """lambda of Eqs. (3) and (4), low and high of Eq. (12), from pi_ref's motions -> Rewards"""
     g = generator(args.base_seed, 0, "calibration")
-    chosen = [clips[k] for k in torch.randint(len(clips), (args.calibration,), generator=g).tolist()]
+    chosen = [clips[k] for k in torch.randint(len(clips), (count,), generator=g).tolist()]
     captions = datasets.draw_captions(chosen, g)
-    made = generate(policy, policy.reference, read_text(policy, captions), args.base_seed, 0, "calibration",
-                    range(len(chosen)), args.temperature)[:2]
+    base = policy._replace(gpt=policy.reference, tokens=None)
+    made = sample(base, read_text(base, captions), args.base_seed, 0, "calibration",
+                  range(count), args.temperature)[:2]
     embedded = (retrieval.embed_pairs(encoder, *made, captions, chosen) for encoder in encoders)
     distances = torch.stack([(text - motion).square().sum(-1) for text, motion, _ in embedded])
-    raw = Rewards(encoders, critic, 1 / distances.std(1).clamp(min=1e-6), 0.0, 1.0)
-    R = raw(*made, captions, chosen)
+    lambdas = 1 / distances.std(1).clamp(min=1e-6)  # so all encoders count alike
+    R = Rewards(encoders, critic, weights, lambdas, 0.0, 1.0)(*made, captions, chosen)
     low, high = (R.quantile(q, dim=0) for q in (0.01, 0.99))
     for name, a, b in zip(REWARDS, low.tolist(), high.tolist()):
         print(f"  reward {name}: {a:.2f} to {b:.2f}, 1 % and 99 % of the supervised GPT's motions")
         if not b > a:  # NaN fails too
-            raise NonFiniteError(f"reward {name} is {b:.3g} for all {len(R)} motions; nothing to learn from")
-    return raw._replace(low=low, high=high)
+            raise NonFiniteError(f"reward {name} is {b:.3g} for all {count} motions")
+    return Rewards(encoders, critic, weights, lambdas, low, high)
 
 
-# ---- 6. The algorithm: pure functions, no I/O, no globals --------------------------------------------------
+# ---- 5. The policy: one token is one action ----
+
+
+class Policy(NamedTuple):
+    """Everything that turns a caption into a motion."""
+    vq: tokenizer.VQVAE
+    text: object          # captions -> (b d), frozen
+    gpt: MotionGPT        # pi_theta, the only one that PPO changes
+    reference: MotionGPT  # pi_ref: the supervised GPT, which shares no weight with it
+    tokens: torch.Tensor | None = None  # (k d), what a reward's token adds to a text feature
 
 
 def mix(f_t, f_tk, alpha):
-    """MotionRL Eq. (11): the text feature that is read, between that without and that with the token."""
+    """Eq. (11): the text feature that is read, between that without and that with the token."""
     return (1 - alpha) * f_t + alpha * f_tk
 
 
-def nondominated(R):
-    """Which motions no other one beats: a dominates b if it is as good in every reward and better in one.
-    R (... n k), larger is better -> mask (... n), never empty; equal motions do not beat each other."""
-    if not torch.isfinite(R).all():  # a NaN is never beaten
-        raise NonFiniteError("a reward is not finite: the selection would keep it for ever")
-    mine, other = R[..., :, None, :], R[..., None, :, :]
-    return ~((other >= mine).all(-1) & (other > mine).any(-1)).any(-1)
+@torch.no_grad()
+def read_text(policy, captions, weights=None, alpha=0.0):
+    """Text features (b d) of captions, mixed with tokens by weights (k) or (b k), if any."""
+    f_t = retrieval.once(policy.text, captions)
+    f_t = F.pad(f_t, (0, policy.gpt.trans_base["cond_emb"].in_features - f_t.shape[1]))
+    if policy.tokens is None:
+        return f_t
+    return mix(f_t, f_t + torch.as_tensor(weights).to(f_t) @ policy.tokens, alpha)
 
 
-def own_reward(R):
-    """Of each motion the reward that its token asks for: R (p c n k) with k = c -> (p c n)"""
-    return rearrange(torch.diagonal(R, dim1=1, dim2=3), "p n c -> p c n")
+def with_tokens(policy, clips):
+    """The policy with a token for each reward: an extra dimension of the text feature each."""
+    # [MRL] appends words to the caption. Here the GPT starts with weights of zero for them, and
+    # so as the supervised one: random directions would cost it some text reward at once.
+    count, text = len(REWARDS), read_text(policy, [clip.captions[0] for clip in clips[:512]])
+    for gpt in (policy.gpt, policy.reference):
+        first = gpt.trans_base["cond_emb"]
+        first.weight = nn.Parameter(F.pad(first.weight, (0, count)), requires_grad=False)
+        first.in_features += count
+        gpt.sizes["text_dim"] += count
+    length = TOKEN_LENGTH * text.square().sum(-1).mean().sqrt()
+    return policy._replace(tokens=F.pad(length * torch.eye(count).to(text), (text.shape[1], 0)))
 
 
-def select(R, selection):
-    """MotionRL Algorithm 1: who is learnt from. R (p c n k) -> keep (p c n). The sets are the motions of a
-    prompt and token (section 4.2), all of a prompt (union), or, word for word, the triples of i-th motions of
-    all tokens, each with its own reward alone (literal)."""
-    if selection == "union":
-        keep = nondominated(rearrange(R, "p c n k -> p (c n) k"))
-        return rearrange(keep, "p (c n) -> p c n", c=R.shape[1])
-    if selection == "literal":
-        return repeat(nondominated(rearrange(own_reward(R), "p c n -> p n c")), "p n -> p c n", c=R.shape[1])
-    return nondominated(R) if selection == "per-token" else torch.ones_like(R[..., 0], dtype=torch.bool)
-
-
-def front_weights(keep, selection):
-    """1 / n(P) for members of the set P, else 0: keep (p c n) -> (p c n)"""
-    dims = (1, 2) if selection == "union" else (2,)
-    return keep / keep.sum(dims, keepdim=True)
-
-
-def token_weights(weight, mask, reduction):
-    """The weight of a motion (b) shared by its tokens, so that motions weigh alike, or on each (b n)."""
-    return (weight / mask.sum(1) if reduction == "motion" else weight)[:, None] * mask
-
-
-def standardise(r, counted):
-    """Not in the paper: rewards within each prompt and token, mean 0 and spread 1 over the motions that are
-    counted. What a prompt gets by nature is no merit of a motion, and our critic is too weak to take it off.
-    r (p c n), counted (p c n) bool -> (p c n)"""
-    count = counted.sum(2, keepdim=True).clamp(min=1)
-    centred = r - (r * counted).sum(2, keepdim=True) / count
-    spread = ((centred.square() * counted).sum(2, keepdim=True) / count).sqrt()
-    overall = ((centred.square() * counted).sum() / counted.sum()).sqrt()
-    return centred / (spread + 0.05 * overall + 1e-8)  # sets of equals stay near zero
-
-
-# [sync:ppo]
+# [sync:policy]
 def action_logits(logits, first, shortest, temperature):
-    """Logits (b n v) of positions first, first + 1 ... as the policy uses them, float32 at least: over the
-    temperature, and without the end before `shortest` tokens. Rollout, update and reference all go through
-    here; a temperature or a ban in one of them alone makes every ratio wrong."""
+    """Logits (b n v) of the positions first, first + 1 ..., as the policy uses them."""
+    # Rollout, update and reference all come here: a temperature or a ban in one of them alone
+    # makes every ratio wrong. The end is banned before `shortest` tokens.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     early = torch.arange(first, first + logits.shape[1], device=logits.device) < shortest
     end = torch.arange(logits.shape[2], device=logits.device) == logits.shape[2] - 1
@@ -329,14 +383,15 @@ def pick(logits, uniform):
 
 @torch.no_grad()
 def rollout(gpt, text, uniform, shortest, temperature):
-    """Sample a token sequence per row. text (b d), uniform (b n): the draws, one a token, so that a row does
-    not depend on the others -> tokens (b n) with end and padding, counts (b)"""
+    """Sample a sequence for each text feature (b d); uniform (b n): the draws, one a token
+    -> tokens (b n) with end and padding, counts (b)."""
     caches = gpt.empty_cache(len(text))
     tokens = torch.full(uniform.shape, gpt.pad, device=text.device)
     running = torch.ones(len(text), dtype=torch.bool, device=text.device)
     x = gpt.trans_base["cond_emb"](text)[:, None] + gpt.positions[0]  # b 1 c
     for t in range(uniform.shape[1]):
-        token = pick(action_logits(gpt.run(x, caches, t)[0], t, shortest, temperature)[:, 0], uniform[:, t])
+        logits = action_logits(gpt.run(x, caches, t)[0], t, shortest, temperature)
+        token = pick(logits[:, 0], uniform[:, t])
         tokens[:, t] = torch.where(running, token, gpt.pad)
         running = running & (token != gpt.end)
         if t + 1 == uniform.shape[1] or not running.any():
@@ -346,33 +401,118 @@ def rollout(gpt, text, uniform, shortest, temperature):
 
 
 def action_logps(logits, tokens, shortest, temperature):
-    """logits (b n v), tokens (b n) -> log-probability of each token (b n), and of every action (b n v);
-    behind the end, where tokens are padding, the numbers mean nothing."""
-    logps = action_logits(logits, 0, shortest, temperature).log_softmax(-1).clamp(min=-1e9)  # 0 x -inf is NaN
-    return logps.gather(-1, tokens.clamp(max=logits.shape[-1] - 1)[..., None])[..., 0], logps
+    """logits (b n v), tokens (b n) -> log-probability of each token (b n), meaningless after the
+    end token, and of every action (b n v)."""
+    logps = action_logits(logits, 0, shortest, temperature).log_softmax(-1)
+    logps = logps.clamp(min=-1e9)  # probability 0 times -inf would be NaN
+    actions = tokens.clamp(max=logits.shape[-1] - 1)[..., None]
+    return logps.gather(-1, actions)[..., 0], logps
 
 
 def score_actions(gpt, critic, tokens, text, shortest, temperature, grad=True):
-    """The actions under the current weights, in one teacher-forced pass: tokens (b n), text (b d) -> logp
-    (b n), logps of all actions (b n v), values (b n) or None without a critic. For old, new and reference.
-    grad: whether the GPT learns from it, too."""
+    """tokens (b n), text (b d) -> their logp (b n), logps of all actions (b n v), values (b n) or
+    None without a critic. grad: whether the GPT learns."""
+    # One pass over the whole sequence, for the new, the old and the reference policy alike.
     with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
         logits, hidden = gpt(tokens[:, :-1], text)
     values = None if critic is None else critic(hidden, tokens[:, :-1], text)
     return *action_logps(logits, tokens, shortest, temperature), values
 
 
+def sample(policy, text, seed, iteration, purpose, numbers, temperature):
+    """A motion for each text feature (b d) -> raw motion (b t d), lengths (b), tokens (b n).
+    Each sample has random numbers of its own: it does not depend on its batch or process."""
+    draws = (generator(seed, iteration, purpose, number) for number in numbers)
+    uniform = torch.stack([torch.rand(policy.gpt.block_size - 1, generator=g) for g in draws])
+    tokens, counts = rollout(policy.gpt, text, uniform.to(text.device), policy.vq.shortest,
+                             temperature)
+    with torch.no_grad():
+        return *policy.vq.decode(tokens, counts), tokens
+# [/sync:policy]
+
+
+# ---- 6. Selection, advantage, loss, update ----
+
+
+def nondominated(R):
+    """Which motions no other one beats: R (... n k), larger is better -> mask (... n)."""
+    # a beats b if it is as good in every reward and better in one; equal motions both stay.
+    if not torch.isfinite(R).all():  # a NaN is never beaten
+        raise NonFiniteError("a reward is not finite: the selection would keep it for ever")
+    mine, other = R[..., :, None, :], R[..., None, :, :]
+    return ~((other >= mine).all(-1) & (other > mine).any(-1)).any(-1)
+
+
+def own_reward(R):
+    """Of each motion the reward that its token asks for: R (p c n k) with k = c -> (p c n)"""
+    return rearrange(torch.diagonal(R, dim1=1, dim2=3), "p n c -> p c n")
+
+
+def select(R, selection):
+    """Algorithm 1, who is learnt from: R (p c n k) -> keep (p c n)."""
+    if selection == "union":    # all motions of a prompt compete
+        keep = nondominated(rearrange(R, "p c n k -> p (c n) k"))
+        return rearrange(keep, "p (c n) -> p c n", c=R.shape[1])
+    if selection == "literal":  # word for word: triples of i-th motions, each with its own reward
+        keep = nondominated(rearrange(own_reward(R), "p c n -> p n c"))
+        return repeat(keep, "p n -> p c n", c=R.shape[1])
+    if selection == "per-token":  # those of a prompt and token ([MRL] section 4.2)
+        return nondominated(R)
+    return torch.ones_like(R[..., 0], dtype=torch.bool)
+
+
+def front_weights(keep, selection):
+    """1 / n(P) for members of the set P, else 0: keep (p c n) -> (p c n)"""
+    dims = (1, 2) if selection == "union" else (2,)
+    return keep / keep.sum(dims, keepdim=True)
+
+
+def token_weights(weight, mask, reduction):
+    """The weight of a motion (b) shared by its tokens, or on each of them -> (b n)"""
+    return (weight / mask.sum(1) if reduction == "motion" else weight)[:, None] * mask
+
+
+def standardise(r, counted):
+    """r (p c n) -> mean 0 and spread 1 in a prompt and token, over the motions counted (p c n)."""
+    # Not in the paper: an easy prompt must not make its motions look good, and our critic is too
+    # weak to subtract it.
+    count = counted.sum(2, keepdim=True).clamp(min=1)
+    centred = r - (r * counted).sum(2, keepdim=True) / count
+    spread = ((centred.square() * counted).sum(2, keepdim=True) / count).sqrt()
+    overall = ((centred.square() * counted).sum() / counted.sum()).sqrt()
+    return centred / (spread + 0.05 * overall + 1e-8)  # sets of equal motions stay near zero
+
+
+def choose(args, R, sets, weights):
+    """R (p*c*n k) of all processes -> r, weight, counted, dominated, all (p*c*n); log."""
+    R = rearrange(R, "(p c n) k -> p c n k", p=args.prompts, c=sets)
+    keep, flat = select(R, args.selection), R.flatten(0, 2)
+    own = own_reward(R) if args.token_reward == "own" and sets > 1 else R.mean(-1)
+    if args.selection == "weighted-sum":
+        own = R @ weights
+    # Beaten motions are no example, but the others are good in comparison with them.
+    counted = keep if args.baseline == "kept" else torch.ones_like(keep)
+    r, weight = standardise(own, counted), front_weights(keep, args.selection)
+    return *(part.flatten() for part in (r, weight, counted, ~keep)), {
+        "reward": (flat @ weights).mean(), **dict(zip(REWARDS, flat.mean(0))), "own": own.mean(),
+        "kept": keep.double().mean(), "text_quality": torch.corrcoef(flat[:, :2].T)[0, 1],
+        "constant": (R.amax(2) == R.amin(2)).sum()}
+
+
+# [sync:ppo]
 def token_rewards(r, logp_old, logp_ref, mask, kl_coef):
-    """InstructMotion Eq. (3) per token: -beta (logp_old - logp_ref), and r (b) at the last valid one. A value
-    may be negative, only its mean is a KL. No gradient flows: it is a reward. (b n) -> (b n)"""
+    """InstructMotion Eq. (3): the reward of every token (b n), with r (b) at the last action."""
+    # A single value may be negative, only its mean is a KL. It is a reward: no gradient flows.
     rewards = -kl_coef * (logp_old - logp_ref) * mask
-    return rewards.scatter_add(1, mask.sum(1, keepdim=True) - 1, r[:, None].to(rewards.dtype))
+    last = mask.sum(1, keepdim=True) - 1
+    return rewards.scatter_add(1, last, r[:, None].to(rewards.dtype))
 
 
 def gae(rewards, values, mask, gamma, gae_lambda):
-    """Generalised advantage estimation (Schulman et al. 2016, eq. 16) without bootstrap: the token limit is
-    part of the task. (b n) each -> advantages, returns, zero outside the mask"""
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16); all (b n) -> advantages
+    and returns, zero outside the mask."""
     advantages, last = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
+    # After the last action there is nothing, not even at the token limit: it is part of the task.
     following = F.pad(values * mask, (0, 1))[:, 1:]
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * following[:, t] - values[:, t]
@@ -382,368 +522,292 @@ def gae(rewards, values, mask, gamma, gae_lambda):
 
 
 def whiten(advantages, mask, valid=None):
-    """Zero mean and unit variance over the valid tokens of the whole batch (`valid`, where this is a part of
-    it); never of the returns."""
+    """Mean 0 and variance 1 over the valid tokens of the whole batch; never of the returns.
+    valid: those of all processes, where this is a part of the batch."""
     valid = advantages[mask] if valid is None else valid
     return (advantages - valid.mean()) / torch.sqrt(valid.var(correction=0) + 1e-8) * mask
 
 
 def clipped_loss(ratio, advantages, clip_range):
     """InstructMotion Eq. (4) as a loss, per token: the pessimistic one of two (PPO eq. 7)."""
-    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1.0 - clip_range, 1.0 + clip_range))
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
+    return torch.maximum(unclipped, clipped)
 
 
-def value_loss(values, returns, old=None, value_clip=0.0):
-    """InstructMotion Eq. (5) per token, with the usual 1/2. Not in the paper: with value_clip the worse of
-    this and of values kept that close to the old ones (PPO2)."""
-    loss = 0.5 * (values - returns).square()
-    if not value_clip:
-        return loss
-    return torch.maximum(loss, 0.5 * (old + (values - old).clamp(-value_clip, value_clip) - returns).square())
-# [/sync:ppo]
-
-
-# ---- 7. The run --------------------------------------------------------------------------------------------
-# [sync:generate]
-def generate(policy, gpt, text, seed, iteration, purpose, indices, temperature):
-    """Sample a motion per text feature (b d) -> motion (b t d) raw, lengths (b), tokens (b n). Each sample
-    has random numbers of its own, so it does not depend on its batch, device or process."""
-    draws = (torch.rand(gpt.block_size - 1, generator=generator(seed, iteration, purpose, k))
-             for k in indices)
-    uniform = torch.stack(list(draws)).to(policy.device)
-    tokens, counts = rollout(gpt, text, uniform, policy.shortest, temperature)
-    with torch.no_grad():
-        return *policy.vq.decode(tokens, counts), tokens
-# [/sync:generate]
-
-
-class Learner(NamedTuple):
-    """A policy in training; the weighted sum is a second one, with as many samples and updates."""
-    policy: Policy
-    critic: Critic
-    optimizer: torch.optim.Optimizer
-    selection: str
-    tokens: torch.Tensor | None  # (k d), what a reward's token adds to the text feature; None: no tokens
-    sets: int                    # c, that a prompt's motions are sampled in, one for each token
-
-
-def make_learner(args, policy, selection, tokens):
-    """-> Learner; policy.gpt is trained, the rest stays as it is."""
-    critic = Critic(policy.gpt, args.critic, generator(args.seed, 0, "critic")).to(policy.device)
-    policy.gpt.requires_grad_(True)
-    optimizer = torch.optim.AdamW([{"params": list(policy.gpt.parameters()), "lr": args.lr},
-                                   {"params": list(critic.parameters()), "lr": args.critic_lr}],
-                                  betas=(0.9, 0.99), weight_decay=1e-6)
-    return Learner(policy, critic, optimizer, selection, tokens, 1 if tokens is None else len(tokens))
-
-
-def make_tokens(policy, clips):
-    """What the tokens add to a text feature (MotionRL appends words): each a dimension of its own, for which
-    the GPT gets weights of zero, and twelve texts long, so that they grow within some hundred steps of Adam.
-    Random directions cost the supervised GPT four points of text reward from the start -> (k d + k)"""
-    text, count = read_text(policy, [clip.captions[0] for clip in clips[:512]]), len(REWARDS)
-    for gpt in (policy.gpt, policy.reference):
-        first = gpt.trans_base["cond_emb"]
-        first.weight = nn.Parameter(F.pad(first.weight, (0, count)), requires_grad=False)
-        first.in_features += count
-    return F.pad(12 * text.square().sum(-1).mean().sqrt() * torch.eye(count).to(text), (text.shape[1], 0))
+def value_loss(values, returns):
+    """InstructMotion Eq. (5) per token, with the usual 1/2."""
+    return 0.5 * (values - returns).square()
 
 
 @torch.no_grad()
-def read_text(policy, captions, tokens=None, weights=None, alpha=0.0):
-    """Text features (b d) of captions, mixed with reward tokens by weights (k) or (b k), if any."""
-    f_t = retrieval.once(policy.text, captions)
-    f_t = F.pad(f_t, (0, policy.gpt.trans_base["cond_emb"].in_features - f_t.shape[1]))
-    return f_t if tokens is None else mix(f_t, f_t + torch.as_tensor(weights).to(f_t) @ tokens, alpha)
-
-
-@torch.no_grad()
-def collect(args, learner, clips, iteration, rank, processes):
-    """Stage 1, roll out P prompts x K tokens x N motions, or P x 1 x KN; a process takes whole prompts."""
-    policy, g = learner.policy, generator(args.seed, iteration, "prompts")
-    drawn = [clips[row] for row in torch.randint(len(clips), (args.batch_prompts,), generator=g).tolist()]
-    lines, size = datasets.draw_captions(drawn, g), len(REWARDS) * args.samples_per_prompt
-    index = [k for k in range(len(drawn) * size) if k // size * processes // len(drawn) == rank]
-    captions, pairs = ([rows[k // size] for k in index] for rows in (lines, drawn))
-    token = torch.tensor(index, device=policy.device) // (size // learner.sets) % learner.sets
-    text = read_text(policy, captions, learner.tokens, F.one_hot(token, len(REWARDS)), args.alpha)
-    motion, lengths, tokens = generate(policy, policy.gpt, text, args.seed, iteration, "rollout", index,
-                                       args.temperature)
-    mask = F.pad(tokens[:, :-1] < policy.gpt.end, (1, 0), value=True)  # codes and the end
-    return dict(captions=captions, pairs=pairs, index=index, motion=motion, lengths=lengths, tokens=tokens,
-                text=text, token=token, mask=mask)
-
-
-def score(rewards, batch, iteration):
-    """Stage 2, score -> R (b k) of this process's motions."""
-    R = rewards(batch["motion"], batch["lengths"], batch["captions"], batch["pairs"])
-    for row, k in (~torch.isfinite(R)).nonzero().tolist():
-        raise NonFiniteError(f"iteration {iteration}: reward {REWARDS[k]} is {R[row, k]:.3g} for "
-                             f"{batch['captions'][row]!r}")
-    return R
-
-
-def choose(args, learner, batch, R):
-    """Stage 3, select -> the batch with r and weight of its motions, the numbers of all that are trained and
-    of the dominated ones, numbers to log. It looks at all processes' motions; a prompt's are never split."""
-    R = rearrange(training.all_gather_rows(R), "(p c n) k -> p c n k", c=learner.sets, p=args.batch_prompts)
-    keep = select(R, learner.selection)
-    own = own_reward(R) if learner.tokens is not None and args.token_reward == "own" else R.mean(-1)
-    if learner.tokens is None:
-        own = R @ R.new_tensor(runs.parse_weights(args.weights, REWARDS, "--weights"))
-    counted = keep if args.baseline == "kept" else torch.ones_like(keep)
-    trained, flat = counted.flatten(), R.flatten(0, 2)
-    rows = [row for row, k in enumerate(batch["index"]) if trained[k]]
-    part = {name: value[rows] if torch.is_tensor(value) else [value[row] for row in rows]
-            for name, value in batch.items()}
-    part |= {"r": standardise(own, counted).flatten()[part["index"]],
-             "weight": front_weights(keep, learner.selection).flatten()[part["index"]]}
-    log = dict(zip(REWARDS, flat.mean(0))) | {
-        "own": own.mean(), "kept": keep.double().mean(), "text_quality": torch.corrcoef(flat[:, :2].T)[0, 1],
-        "constant": (R.amax(2) == R.amin(2)).sum()}
-    return part, *(these.nonzero()[:, 0].tolist() for these in (trained, ~keep.flatten())), log
-
-
-# [sync:score_rollout]
-@torch.no_grad()
-def score_rollout(args, policy, critic, batch, plan):
-    """logp_old, logp_ref and values (b n) of a batch, in the very chunks of the first update so that its
-    ratios are exactly 1 -> the three, with numbers to log."""
+def score_rollout(args, policy, critic, batch, epochs):
+    """logp_old, logp_ref and values (b n) of a batch -> the three, and numbers to log."""
     tokens, text, mask = batch["tokens"], batch["text"], batch["mask"]
-    old, ref, values, entropy, kl = (torch.zeros(tokens.shape, device=policy.device) for _ in range(5))
-    options = policy.shortest, args.temperature
-    for rows in (rows for _, chunks in plan[0] for rows in chunks):
-        old[rows], logps, values[rows] = score_actions(policy.gpt, critic, tokens[rows], text[rows], *options)
+    old, ref, values, entropy, kl = (torch.zeros_like(mask, dtype=text.dtype) for _ in range(5))
+    # In the very chunks of the first update, so that its ratios are 1 to the last bit.
+    for rows in (rows for _, chunks in epochs[0] for rows in chunks):
+        asked = tokens[rows], text[rows], policy.vq.shortest, args.temperature
+        old[rows], logps, values[rows] = score_actions(policy.gpt, critic, *asked)
+        ref[rows], logps_ref, _ = score_actions(policy.reference, None, *asked)
         entropy[rows] = -(logps.exp() * logps).sum(-1)
-        ref[rows], logps_ref, _ = score_actions(policy.reference, None, tokens[rows], text[rows], *options)
-        kl[rows] = diagnostics.exact_kl(logps, logps_ref)
-    return old, ref, values, diagnostics.rollout_stats(tokens, mask, batch["lengths"], policy.gpt.end, kl,
-                                                       entropy)
-# [/sync:score_rollout]
+        kl[rows] = (logps.exp() * (logps - logps_ref)).sum(-1)  # exact, over all actions
+    return old, ref, values, training.token_stats(tokens, mask, batch["lengths"], policy.gpt.end,
+                                                  kl, entropy)
+TRAINED = ("tokens", "text", "mask", "weight", "logp_old", "returns", "advantages")
 
 
-def assess(args, learner, batch, plan):
-    """Stage 4, judge every token: rewards (MotionRL Eq. (7)), advantages (Eq. (8)), returns -> added to the
-    batch, with numbers to log. Differs from ppo_motion.py: whitened for each token apart, as rewards keep
-    different spreads; a motion's tokens share its weight."""
-    mask = batch["mask"]
-    old, ref, values, log = score_rollout(args, learner.policy, learner.critic, batch, plan)
-    rewards = token_rewards(batch["r"], old, ref, mask, args.kl_coef)
-    advantages, returns = gae(rewards, values, mask, args.gamma, args.gae_lambda)
-    white = torch.zeros_like(advantages)
-    for token in range(learner.sets):
-        own = mask & (batch["token"] == token)[:, None]
-        white += whiten(advantages * own, own, training.all_gather_rows(advantages[own]))
-    batch |= dict(logp_old=old, values=values, returns=returns, advantages=white,
-                  weight=token_weights(batch["weight"], mask, args.reduction))
-    return log | {"explained_variance": diagnostics.explained_variance(values, returns, mask)}
-
-# [sync:update]
-TRAINED = ("tokens", "text", "mask", "weight", "logp_old", "values", "returns", "advantages")
-
-
-def update(args, policy, critic, batch, plan, optimizer, iteration, stop):
-    """Stage 4, update: clipped loss of the policy, a mean over tokens by their weight, and squared loss of
-    the critic -> values to log."""
+def update(args, policy, critic, batch, epochs, optimizer, iteration, loop):
+    """Stage 3: clipped loss of the policy, squared loss of the critic -> numbers to log."""
     actor, head = (group["params"] for group in optimizer.param_groups)
-    names = ("pg_loss", "vf_loss", "approx_kl", "clipfrac", "grad_norm", "vf_grad_norm")
-    log, ratios = dict.fromkeys(names, 0.0), []
-    steps = [part for epoch in plan for part in epoch]
+    log = training.Sums("pg_loss", "vf_loss", "approx_kl", "clipfrac", "grad_norm", "vf_grad_norm")
+    steps, ratios = [step for epoch in epochs for step in epoch], []
     for _, chunks in steps:
         optimizer.zero_grad()
-        share = torch.tensor([[sum(batch[name][rows].sum().item() for rows in chunks)
-                               for name in ("mask", "weight")]], dtype=torch.float64)
-        total, weight = training.all_gather_rows(share).sum(0).tolist()  # of the minibatch, of all processes
+        # Both losses are means over a minibatch, over all its chunks on all processes.
+        total, weight = (training.total(batch[name][rows] for rows in chunks)
+                         for name in ("mask", "weight"))
         for rows in chunks:
-            stop.check()
-            part = {name: batch[name][rows] for name in TRAINED}
-            learns = args.critic == "shared" or bool(part["weight"].any())  # or the critic alone does
-            logp, _, values = score_actions(policy.gpt, critic, part["tokens"], part["text"],
-                                            policy.shortest, args.temperature, learns)
-            mask = part["mask"]
-            logratio = torch.where(mask, logp - part["logp_old"], 0.0)
-            ratio = logratio.exp()  # b n
-            pg = clipped_loss(ratio, part["advantages"], args.clip_range)
-            pg = (pg * part["weight"]).sum() / (weight or 1.0)  # none of them may be kept
-            vf = value_loss(values, part["returns"], part["values"], args.value_clip)
-            vf = (vf * mask).sum() / total
-            loss = pg + args.vf_coef * vf
+            loop.check()                     # Ctrl-C ends here, with all saved
+            tokens, text, mask, share, logp_old, returns, advantages = (
+                batch[name][rows] for name in TRAINED)
+            # A chunk of motions without weight trains only the critic.
+            learns = args.critic == "shared" or bool(share.any())
+            logp, _, values = score_actions(policy.gpt, critic, tokens, text, policy.vq.shortest,
+                                            args.temperature, learns)
+            logratio = torch.where(mask, logp - logp_old, 0.0)
+            ratio = logratio.exp()           # b n
+            pg = clipped_loss(ratio, advantages, args.clip_range)
+            pg = (pg * share).sum() / (weight or 1.0)  # it can happen that no motion has a weight
+            vf = (value_loss(values, returns) * mask).sum() / total
+            loss = pg + VF_COEF * vf
             training.check_loss(loss, f"iteration {iteration}")
             loss.backward()
             ratios.append(ratio.detach()[mask])
-            log["pg_loss"] += pg.item() / len(steps)
-            log["vf_loss"] += vf.item() / len(steps)
-            for name, value in diagnostics.ratio_stats(logratio.detach(), mask, args.clip_range).items():
-                log[name] += value.item() / (total * len(steps))
+            # approx_kl estimates KL(old || new) (Schulman 2020), clipfrac counts clipped tokens.
+            gap, clipped = (ratio - 1) - logratio, (ratio - 1).abs() > args.clip_range
+            log.add(pg_loss=pg, vf_loss=vf, approx_kl=(gap * mask).sum().item() / total,
+                    clipfrac=(clipped & mask).sum().item() / total)
         training.all_reduce_grads([*actor, *head])
+        # Clipped apart: large gradients of the critic must not shrink those of the policy.
         for name, parameters in (("grad_norm", actor), ("vf_grad_norm", head)):
-            where = f"iteration {iteration}: {name}"
-            log[name] += training.clip_gradients(parameters, args.max_grad_norm, where) / len(steps)
+            norm = training.clip_gradients(parameters, MAX_GRAD_NORM, f"iteration {iteration}")
+            log.add(**{name: norm})
         optimizer.step()
-    first = torch.cat(ratios[: len(steps[0][1])] or [torch.ones(1)])
-    log["first_ratio_error"] = (first - 1).abs().max().item()
-    return training.reduce_log(log, highest={"first_ratio_error", "grad_norm", "vf_grad_norm"})
-# [/sync:update]
+    return training.reduce_log(log.mean(len(steps)) | training.ratio_stats(ratios))
+# [/sync:ppo]
 
 
-def learn(args, learner, rewards, clips, iteration, loop, watch, rank, processes):
-    """One iteration of one learner -> values to log."""
-    with watch.stage("rollout"):
-        batch = collect(args, learner, clips, iteration, rank, processes)
-    loop.check()
-    with watch.stage("reward"):
-        loop.rewards = R = score(rewards, batch, iteration)
-    with watch.stage("selection"):
-        batch, trained, dominated, log = choose(args, learner, batch, R)
-    plan = [training.minibatches(trained, round(1 / args.minibatch_ratio), batch["index"], args.micro_batch,
-                             generator(args.seed, iteration, "shuffle", epoch), dominated)
-            for epoch in range(args.ppo_epochs)]
-    learner.optimizer.param_groups[0]["lr"] = args.lr * training.rise_and_fall(iteration, args.iterations,
-                                                                          args.warmup)
-    with watch.stage("update"):
-        log |= assess(args, learner, batch, plan)
-        log |= update(args, learner.policy, learner.critic, batch, plan, learner.optimizer, iteration, loop)
-    return {name: float(value) for name, value in log.items()}
+def assess(args, policy, critic, batch, sets, epochs):
+    """Judge every action: rewards, Eq. (7), advantages, Eq. (8), returns, into the batch; log."""
+    mask = batch["mask"]
+    old, ref, values, log = score_rollout(args, policy, critic, batch, epochs)
+    rewards = token_rewards(batch["r"], old, ref, mask, args.kl_coef)
+    advantages, returns = gae(rewards, values, mask, GAMMA, args.gae_lambda)
+    # Whitened for each token apart: rewards keep different spreads, and the widest would win.
+    white = torch.zeros_like(advantages)
+    for token in range(sets):
+        own = mask & (batch["token"] == token)[:, None]
+        white += whiten(advantages * own, own, training.all_gather_rows(advantages[own]))
+    batch |= dict(logp_old=old, returns=returns, advantages=white,
+                  weight=token_weights(batch["weight"], mask, args.reduction))
+    return log | {"explained_variance": training.explained_variance(values, returns, mask)}
 
 
-LOG_FIELDS = ("iteration", *REWARDS, "own", "kept", "text_quality", "constant", "kl_ref", "entropy", "length",
-              "truncated", "distinct", "explained_variance", "pg_loss", "vf_loss", "approx_kl", "clipfrac",
-              "grad_norm", "vf_grad_norm", "first_ratio_error", "rival_text", "rival_quality",
-              "rival_preference", "rival_kl_ref", "val_judge", "val_oracle", "val_jerk", "val_speed")
+# ---- 7. Training: roll out, score, update ----
 
 
-def train(start, policies, tokens, rewards, scorers, splits, folder):
-    """The loop. Of each policy the GPT alone changes."""
-    args, policy, rival = start.args, policies["tuned"], policies.get("weighted sum")
-    rank, processes = runs.world(policy.device)
-    learners = {"tuned": make_learner(args, policy, args.selection, tokens)}
-    learners |= {"rival": make_learner(args, rival, "weighted-sum", None)} if rival else {}
-    parts = {f"{name} {part}": value for name, learner in learners.items() for part, value in (
-        ("gpt", learner.policy.gpt), ("critic", learner.critic), ("optimizer", learner.optimizer))}
-    networks = nn.ModuleDict({name: part for name, part in parts.items() if isinstance(part, nn.Module)})
-    origin = {"starts from": runs.fingerprint(policy.reference.state_dict())}
-    watch, shown = start.watch, {}
-    with runs.Loop("pareto", start, folder, LOG_FIELDS, origin, networks) as loop:
-        for name, part in parts.items() if loop.state else ():
-            part.load_state_dict(loop.state[name])
+@torch.no_grad()
+def collect(args, policy, clips, iteration):
+    """Stage 1: N motions for each of P prompts and K tokens, or KN for a prompt without tokens."""
+    g, sets = generator(args.seed, iteration, "prompts"), 1 if policy.tokens is None else 3
+    rows = torch.randint(len(clips), (args.prompts,), generator=g).tolist()
+    drawn = [clips[row] for row in rows]
+    lines, size = datasets.draw_captions(drawn, g), len(REWARDS) * args.samples
+    # Of several processes each samples its own share of whole prompts.
+    numbers = runs.share(args.prompts, size, policy.vq.mean.device)
+    captions, pairs = ([part[k // size] for k in numbers] for part in (lines, drawn))
+    token = torch.tensor(numbers, device=policy.vq.mean.device) // (size // sets) % sets
+    text = read_text(policy, captions, F.one_hot(token, len(REWARDS)), args.alpha)
+    motion, lengths, tokens = sample(policy, text, args.seed, iteration, "rollout", numbers,
+                                     args.temperature)
+    mask = F.pad(tokens[:, :-1] < policy.gpt.end, (1, 0), value=True)  # codes and the end
+    return dict(captions=captions, clips=pairs, numbers=numbers, motion=motion, lengths=lengths,
+                tokens=tokens, text=text, token=token, mask=mask)
+
+
+def score(rewards, batch, iteration):
+    """Stage 2: ask the rewards -> R (P*C*N k) of all processes."""
+    R = rewards(batch["motion"], batch["lengths"], batch["captions"], batch["clips"])
+    for name, column in zip(REWARDS, R.T):
+        where = f"iteration {iteration}: reward {name}"
+        training.check_rewards(column, batch["captions"], where)
+    return training.all_gather_rows(R)
+
+
+LOOKS = ("reward", "judge", "oracle", "jerk", "speed")  # at val prompts, as val_reward ...
+FIELDS = ("iteration", "reward", *REWARDS, "own", "kept", "text_quality", "constant", "kl_ref",
+          "entropy", "length", "truncated", "distinct", "explained_variance", "pg_loss", "vf_loss",
+          "approx_kl", "clipfrac", "grad_norm", "vf_grad_norm", "first_ratio_error",
+          "ratio_min", "ratio_max", *(f"val_{name}" for name in LOOKS))
+CURVES = (REWARDS, "val_reward", "val_judge", "val_oracle", "kl_ref", "val_jerk")
+
+
+def train(start, policy, rewards, data, scorers, folder):
+    """The loop. Tokenizer, text encoder, tokens and reference never change."""
+    args, watch, sets = start.args, start.watch, 1 if policy.tokens is None else 3
+    evaluate.check_names(LOOKS, data.splits["val"], scorers)
+    critic = Critic(policy.gpt, args.critic, generator(args.seed, 0, "critic")).to(start.device)
+    networks = nn.ModuleDict({"gpt": policy.gpt.requires_grad_(True), "critic": critic})
+    groups = [{"params": list(policy.gpt.parameters()), "lr": args.lr},
+              {"params": list(critic.parameters()), "lr": args.critic_lr}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=1e-6)
+    same = {"starts from": runs.fingerprint(policy.reference.state_dict())}
+    with runs.Loop("pareto", start, folder, FIELDS, same, networks) as loop:
+        if loop.state:  # --resume
+            networks.load_state_dict(loop.state["networks"])
+            optimizer.load_state_dict(loop.state["optimizer"])
         for iteration in loop:
-            values = {name: learn(args, learner, rewards, splits["train"], iteration, loop, watch, rank,
-                                  processes) for name, learner in learners.items()}
-            row = dict.fromkeys(LOG_FIELDS) | values["tuned"] | {"iteration": iteration}
-            row |= {f"rival_{name}": values["rival"][name] for name in (*REWARDS, "kl_ref") if rival}
+            # 1. Roll out.
+            batch = collect(args, policy, data.splits["train"], iteration)
+            watch.lap("rollout")
+            loop.check()
+            # 2. Score, and select the motions of each prompt and token that no other one beats.
+            R = loop.rewards = score(rewards, batch, iteration)
+            r, weight, counted, dominated, log = choose(args, R, sets, rewards.weights)
+            batch |= {"r": r[batch["numbers"]], "weight": weight[batch["numbers"]]}
+            watch.lap("reward")
+            # 3. Update: judge every action, then learn. Dominated motions teach the critic alone.
+            counted, dominated = (part.nonzero()[:, 0].tolist() for part in (counted, dominated))
+            batch = training.select_rows(batch, counted)
+            epochs = [training.minibatches(
+                counted, args.minibatches, batch["numbers"], args.micro_batch,
+                generator(args.seed, iteration, "shuffle", epoch), dominated)
+                for epoch in range(args.epochs)]
+            optimizer.param_groups[0]["lr"] = args.lr * training.rise_and_fall(
+                iteration, args.iterations, args.warmup)
+            log |= assess(args, policy, critic, batch, sets, epochs)
+            log |= update(args, policy, critic, batch, epochs, optimizer, iteration, loop)
+            watch.lap("update")
+            # 4. Log, now and then look at validation prompts, save.
+            row = dict.fromkeys(FIELDS) | {name: float(value) for name, value in log.items()}
+            row["iteration"] = iteration
             if (iteration + 1) % args.eval_every == 0:
-                with watch.stage("validation"):
-                    val = evaluate.evaluate(splits["val"], scorers, policy_sampler(args, policy, tokens),
-                                           purpose="validation", benchmark=False)
-                row |= {f"val_{name}": val[name][0] for name in ("judge", "oracle", "jerk", "speed")}
-                shown = {name: row[name] for name in ("val_judge", "val_oracle")}
-            loop.end(row, {name: row[name] for name in (*REWARDS, "kl_ref")} | shown,
-                     {name: part.state_dict() for name, part in parts.items()})
+                sampler = policy_sampler(args, policy)
+                row |= evaluate.look(LOOKS, data.splits["val"], scorers, sampler)
+                watch.lap("validation")
+            loop.end(row, (*REWARDS, "kl_ref", "val_judge", "val_oracle"), {
+                "networks": networks.state_dict(), "optimizer": optimizer.state_dict()})
 
 
-# ---- 8. Evaluation and pictures ----------------------------------------------------------------------------
+# ---- 8. The run ----
 
 
-def policy_sampler(args, policy, tokens=None, weights=BALANCED):
-    """A policy as a sampler for common/evaluate.py, its tokens mixed by weights (k). Sample k of a call always
-    uses the same draws: policies are compared in pairs."""
-    def sample(captions, lengths, rows, purpose, repeat):
-        text = read_text(policy, captions, tokens, weights, args.alpha)
-        return generate(policy, policy.gpt, text, args.seed, repeat, purpose, rows, 1.0)[:2]
-    return evaluate.in_chunks(sample)
+# [sync:make_policy]
+def make_policy(args, data, size, options):
+    """Tokenizer, text features and supervised GPT, published or trained -> Policy, notes."""
+    parts = CausalAttention, Block, MotionGPT  # change one: a new GPT is trained
+    vq, text, gpt, notes = t2m_gpt.fit_or_load(args, MotionGPT, parts, data, size, **options)
+    return Policy(vq, text, gpt, copy.deepcopy(gpt)), notes
+# [/sync:make_policy]
 
 
-def final_tables(args, policies, tokens, scorers, splits, folder):
-    """Tables of val and test, the controllability matrix, and the fronts of all policies (by name)."""
-    start, policy, single = policies["start"], policies["tuned"], torch.eye(len(REWARDS))
-    rows = {"vq": None, "base": policy_sampler(args, start), "tuned": policy_sampler(args, policy, tokens)}
-    tables, rival = {}, policies.get("weighted sum")
-    more = {"weighted sum": policy_sampler(args, rival)} if rival else {}
-    if tokens is not None:
-        more["plain"] = policy_sampler(args, policy)
-        more |= {f"token {name}": policy_sampler(args, policy, tokens, w) for name, w in zip(REWARDS, single)}
+def load_policy(args, stored, device):
+    """The policy of a finished run, frozen; its policy.pt holds all networks, and the tokens."""
+    tokens = stored["tokens"].to(device) if len(stored["tokens"]) else None
+    parts = t2m_gpt.load_networks(MotionGPT, stored, args.text_features, device)
+    return Policy(**parts, tokens=tokens)
+
+
+def policy_sampler(args, policy, weights=None):
+    """What common/evaluate.py asks for motions; tokens are mixed by weights (k), by default a
+    third each. Sample k always uses the same draws: policies are compared in pairs."""
+    weights = runs.parse_weights("", REWARDS, "") if weights is None else weights
+
+    def motions(captions, lengths, numbers, purpose, repeat):
+        text = read_text(policy, captions, weights, args.alpha)
+        return sample(policy, text, args.seed, repeat, purpose, numbers, 1.0)[:2]
+    return evaluate.in_chunks(motions)
+
+
+def final_tables(args, policy, scorers, data, before, after):
+    """Paired val and test; on test also the plain caption, and each token alone."""
+    tables, more = {}, {}
+    if policy.tokens is not None:
+        more = {"plain": policy_sampler(args, policy._replace(tokens=None))} | {
+            f"token {name}": policy_sampler(args, policy, weights)
+            for name, weights in zip(REWARDS, torch.eye(len(REWARDS)))}
     for name, others in (("val", {}), ("test", more)):
-        clips = splits[name][:300]
-        rows["vq"] = tokenizer.reconstruction(policy.vq, clips, policy.device)
-        tables[f"paired_{name}"] = evaluate.compare(f"paired {name}", clips, scorers, rows | others,
-                                                   purpose=name, repeats=args.eval_repeats)
-    samplers = {name: [policy_sampler(args, one, tokens if name == "tuned" else None, w) for w in single]
-                for name, one in policies.items()}
-    return tables | {"controllability": fronts.controllability(tables["paired_test"], REWARDS),
-                     "fronts": fronts.compare_fronts(samplers, splits["test"][:args.front_prompts], scorers,
-                                                      REWARDS, folder / "fronts.png")}
+        clips = data.splits[name][:300]
+        rows = {"base": before, "tuned": after, "vq": tokenizer.reconstruction(policy.vq, clips)}
+        tables[f"paired_{name}"] = evaluate.compare(name, clips, scorers, rows | others,
+                                                    repeats=args.eval_repeats)
+    return tables
 
 
 def write_motions(args, stored, folder, device):
     """--prompt: GIF, joints and BVH of every caption, from policy.pt alone."""
-    policy = token_policy.load(stored, device, **runs.arguments_of(token_policy.load, args))
-    tokens = stored["tokens"].to(device) if len(stored["tokens"]) else None
-    if args.prefer and tokens is None:
+    policy = load_policy(args, stored, device)
+    if args.prefer and policy.tokens is None:
         raise InputError(f"--prefer: {args.load} was trained without tokens; leave --prefer out")
-    before = {"before": policy_sampler(args, policy._replace(gpt=policy.reference))} if args.compare else {}
-    after = policy_sampler(args, policy, tokens, runs.parse_weights(args.prefer, REWARDS, "--prefer"))
-    skeleton = features.SKELETONS[len(policy.vq.mean)]
-    evaluate.export(folder, args.prompt, 0, 0, skeleton, before | {"after": after})
+    weights = runs.parse_weights(args.prefer, REWARDS, "--prefer")
+    motions = {"after": policy_sampler(args, policy, weights)}
+    if args.compare:
+        base = policy._replace(gpt=policy.reference, tokens=None)
+        motions = {"before": policy_sampler(args, base), **motions}
+    evaluate.export(folder, args.prompt, 0, 0, features.SKELETONS[len(policy.vq.mean)], motions)
+
+
+def assemble(start, data):
+    """What a run starts from, or with --load a finished one -> policy, rewards, Scorers, notes."""
+    args, stored, device, options = start.args, start.stored, start.device, start.training()
+    size, notes = tokenizer.SIZES[args.size], {}
+    if stored:
+        policy = load_policy(args, stored, device)
+    else:
+        policy, notes["policy"] = make_policy(args, data, size, options)
+    start.watch.lap("supervised model")
+    encoders, critic, judge, more = build_scorers(args, data, size, policy.vq, options)
+    weights = torch.tensor(runs.parse_weights(args.weights, REWARDS, "--weights"), device=device)
+    if stored:
+        scales = {name: value.to(device) for name, value in stored["rewards"].items()}
+        rewards = Rewards(encoders, critic, weights, **scales)
+    else:
+        if args.selection != "weighted-sum":
+            policy = with_tokens(policy, data.splits["train"])
+        rewards = calibrate(args, policy, size.calibration, encoders, critic, weights,
+                            data.splits["train"])
+    scorers = evaluate.Scorers(rewards.weighted, judge, data.skeleton, rewards.columns, paired=True)
+    start.watch.lap("rewards and judge")
+    return policy, rewards, scorers, notes | more
 
 
 def main(argv):
-    """Prepare; then train, evaluate and draw, or do one of the things that need no training."""
-    start = runs.prepare(Args, TINY, argv, __doc__, method="pareto", product="pareto-policy",
-                         check=check_args)
-    args, stored, device, rank, watch = start.args, start.stored, start.device, start.rank, start.watch
+    """Prepare, train, report; or use what a finished run has left (--load)."""
+    start = runs.prepare(Args, SIZE_ARGS, argv, __doc__, "pareto", "pareto-policy", check_args)
+    args, stored = start.args, start.stored
     if args.prompt:
-        write_motions(args, stored, start.open_folder(), device)
-        return
-    with watch.stage("data"):
-        data = datasets.load_dataset(
-            args.dataset, space="native", clips=args.clips, seed=args.base_seed, data_root=args.data_root,
-            cache_dir=args.cache_dir, use_cache=args.cache)
+        return write_motions(args, stored, start.open_folder(), start.device)
+    clips = tokenizer.SIZES[args.size].clips
+    data = datasets.load_dataset(args.dataset, space="native", clips=clips, **start.data())
     folder = start.open_folder()
-    print(f"{device}, {start.threads} CPU thread(s)\n  data: {data.label}")
-    with watch.stage("reward encoders and judge"):
-        losses = retrieval.INFO_NCE, (f"margin {args.margin}", retrieval.margin_pairs(args.margin))
-        *encoders, judge, notes = retrieval.rewards_and_judge(
-            [data], [data], saw=data.label, losses=losses, iterations=args.reward_iterations,
-            seed=args.base_seed, cache_dir=args.cache_dir, use_cache=args.cache, device=device)
-    if stored:
-        policy = token_policy.load(stored, device, **runs.arguments_of(token_policy.load, args))
-    else:
-        settings = runs.arguments_of(token_policy.build, args)
-        policy, trained = token_policy.build(data, device, watch, **settings)
-        notes |= trained
-    with watch.stage("perception"):
-        settings = runs.arguments_of(perception.build, args)
-        critic, notes["perception"] = perception.build(data, policy.vq, device, **settings)
-    tokens, policies = None, {"start": policy._replace(gpt=policy.reference), "tuned": policy}
-    if args.selection != "weighted-sum":
-        tokens = stored["tokens"].to(device) if stored else make_tokens(policy, data.splits["train"])
-        if args.rival:
-            policies["weighted sum"] = policy._replace(gpt=copy.deepcopy(policy.reference))
-    if stored:
-        rewards = Rewards(encoders, critic, **{k: v.to(device) for k, v in stored["rewards"].items()})
-        if "weighted sum" in policies:
-            published.load_strict(policies["weighted sum"].gpt, stored["rival"], args.load)
-    else:
-        rewards = calibrate(args, policy, encoders, critic, data.splits["train"])
-    scorers = evaluate.Scorers(encoders[0], judge, data.skeleton, rewards.columns)
+    start.announce(data=data)
+    policy, rewards, scorers, notes = assemble(start, data)
     scales = {name: getattr(rewards, name) for name in ("lambdas", "low", "high")}
     about = start.about(folder, notes, data, data, rewards=scales)
     if not stored:
-        train(start, policies, tokens, rewards, scorers, data.splits, folder)
-        if rank:
-            return
-        rival = policies["weighted sum"].gpt.state_dict() if "weighted sum" in policies else {}
-        runs.save_checkpoint(folder / "policy.pt", kind="pareto-policy", keep_previous=False, data={
-            "args": runs.shaping_args(args), **token_policy.state(policy), "rival": rival,
-            "tokens": torch.zeros(0) if tokens is None else tokens, "rewards": scales})
-    with watch.stage("evaluation"):
-        tables = final_tables(args, policies, tokens, scorers, data.splits, folder)
-    with watch.stage("pictures"):
-        evaluate.draw(folder, data.splits["test"], scorers, {
-            "before": policy_sampler(args, policies["start"]), "after": policy_sampler(args, policy, tokens)
-        }, curves=not stored)
-    motions = 0 if stored else args.iterations * args.batch_prompts * args.samples_per_prompt * len(REWARDS)
-    runs.finish(folder, watch, {**about, **tables, "counts": {"motions": motions * (len(policies) - 1)}})
+        train(start, policy, rewards, data, scorers, folder)
+        if start.rank:
+            return  # the first process evaluates
+        tokens = torch.zeros(0) if policy.tokens is None else policy.tokens
+        start.save_product(folder, t2m_gpt.networks(policy) | {
+            "tokens": tokens, "rewards": scales})
+
+    before = policy_sampler(args, policy._replace(gpt=policy.reference, tokens=None))
+    after = policy_sampler(args, policy)
+    tables = final_tables(args, policy, scorers, data, before, after)
+    evaluate.end_run(start, folder, about, tables, data.splits["test"], scorers, before, after,
+                     CURVES)
 
 
 if __name__ == "__main__":

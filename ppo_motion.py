@@ -590,12 +590,12 @@ def make_policy(args, data, size, options):
     parts = CausalAttention, Block, MotionGPT  # change one: a new GPT is trained
     vq, text, gpt, notes = t2m_gpt.fit_or_load(args, MotionGPT, parts, data, size, **options)
     return Policy(vq, text, gpt, copy.deepcopy(gpt)), notes
+# [/sync:make_policy]
 
 
 def load_policy(args, stored, device):
     """The policy of a finished run, frozen; its policy.pt holds all networks."""
     return Policy(**t2m_gpt.load_networks(MotionGPT, stored, args.text_features, device))
-# [/sync:make_policy]
 
 
 def policy_sampler(args, policy):

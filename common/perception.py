@@ -1,33 +1,30 @@
-"""The synthetic perception score: how little a motion looks like a damaged one. The third reward of MotionRL
-(arXiv 2410.06513), whose own is a model of human preference.
+"""The synthetic perception score: how little a motion looks like a damaged one.
 
-  1. the critic    the network of common/motion_critic.py on joints, masked, small and cheap
+It stands in for a model of human preference such as MotionCritic. Nobody judged anything here, so the score
+must not be called human judgement. No text enters it: a motion that does not do what was asked can raise it,
+for instance by standing still.
+
+  1. the critic    the network of MotionCritic on joints, masked, small and cheap
   2. damages       a real motion looks better than its damaged copy, and the more the stronger the damage
-  3. ranking       pairs, Bradley-Terry loss, training
+  3. training      on pairs of motions, with a loss that the caller hands in
 
-Nobody judged anything here: the score must not be called human judgement. No text enters it, so it can be
-raised by a motion that does not do what was asked, for instance by standing still.
 Letters: b batch, t frames, n patches of frames, j joints, d features, r rows.
 """
 import copy
-import inspect
 import math
-import sys
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
-from common import (
-    InputError, NonFiniteError, datasets, features, generator, length_mask, runs, training)
+from common import InputError, NonFiniteError, datasets, features, generator, length_mask
 from common.published import motion_critic
 from common.published.motion_critic import MotionCritic
 from common.retrieval import freeze
+from common.training import cached, initialise, source_of, supervised
 
-# ---- 1. The critic -----------------------------------------------------------------------------------------
+# ---- 1. The critic -----------------------------------------------------------------------------
 
 # Not in the paper: four frames of a joint are one token, thirteen joints, one layer of width 24. Every motion
 # of every iteration is scored; with a token for each frame and each joint that took twelve times as long.
@@ -42,11 +39,8 @@ def metres(motion, skeleton):
 
 
 class PerceptionCritic(nn.Module):
-    """The synthetic perception score: C(g(motion)) of MotionRL eq. (6); higher looks less damaged.
-
-    Here g has no learned part: joints without the first frame's root x and z, heights kept, and their
-    velocities. The critic owns its statistics: motions come in raw.
-    """
+    """The score of a raw motion, higher where it looks less damaged. It reads joints and their velocities,
+    relative to where the root starts, with heights kept; it owns the statistics that it normalises with."""
 
     def __init__(self, skeleton):
         super().__init__()
@@ -63,7 +57,7 @@ class PerceptionCritic(nn.Module):
         return torch.cat([joints, velocity], -1)
 
     def score_joints(self, joints, lengths):
-        """joints (b t j 3) in metres, anything behind the ends, lengths (b) in frames -> scores (b).
+        """joints (b t j 3) in metres, anything after the ends, lengths (b) in frames -> scores (b).
 
         The frames that fill no patch of four are left out; InputError for a motion shorter than a patch.
         """
@@ -76,13 +70,13 @@ class PerceptionCritic(nn.Module):
         return self.net(x, length_mask(lengths // PATCH, n))
 
     def score(self, motion, lengths):
-        """motion (b t d) raw features, anything behind the ends, lengths (b) -> scores (b)."""
-        # before the integration over time, whose gradient would carry a NaN back to the real frames
+        """motion (b t d) raw features, anything after the ends, lengths (b) -> scores (b)."""
+        # Before the integration over time, whose gradient would carry a NaN back to the real frames.
         motion = motion.where(length_mask(lengths, motion.shape[1])[..., None], 0.0)
         return self.score_joints(metres(motion, self.skeleton), lengths)
 
 
-# ---- 2. Damages --------------------------------------------------------------------------------------------
+# ---- 2. Damages --------------------------------------------------------------------------------
 # Each maps joints (t j 3) in metres to a copy of the same length that looks worse with each grade 1..3. The
 # same generator state gives the same damage at every grade, only weaker or stronger.
 
@@ -127,7 +121,7 @@ def warp(joints, grade, g, skeleton):
 
 def rush(joints, grade, g, skeleton):
     """Everything is 1.3, 1.6 or 2.2 times as fast, and goes backwards when it is over. Without this damage
-    the score is raised by haste: it had learnt that standing still is bad, and nothing against the rest."""
+    haste raised the score: it had learnt that standing still is bad, and nothing about the contrary."""
     t = len(joints)
     at = torch.arange(t) * (1.3, 1.6, 2.2)[grade - 1] % (2 * t - 2)
     at = torch.minimum(at, 2 * t - 2 - at)
@@ -176,13 +170,7 @@ def damaged(name, motion, grade, g, skeleton, vq):
     return DAMAGES[name](joints, grade, g, skeleton) if grade else joints
 
 
-# ---- 3. Ranking and training -------------------------------------------------------------------------------
-
-
-def ranking_loss(better, worse):
-    """Scores (r) of the better and of the worse motions -> mean loss. Bradley-Terry, MotionRL eq. (5)."""
-    return F.softplus(worse - better).mean()  # log(sigmoid(x)) would be infinite from x = -104 on
-
+# ---- 3. Training -------------------------------------------------------------------------------
 
 GRADES = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))  # of the better and the worse side; 0 = real
 
@@ -229,10 +217,11 @@ def rank(critic, better, worse, device):
     return critic.score_joints(joints, lengths).chunk(2)
 
 
-def train_perception(critic, clips, clips_val, vq, *, iterations, batch, lr, seed, device):
+def train_perception(critic, clips, clips_val, vq, loss, *, iterations, batch, lr, seed, device):
     """Learn to rank -> {"accuracy": {damage: share of held-out pairs where the real motion scores higher}}.
 
-    The weights kept are those with the lowest loss on held-out clips.
+    loss(better, worse): scores (r) of the better and of the worse motions of pairs -> scalar. The weights
+    kept are those with the lowest loss on held-out clips.
     """
     skeleton, known = critic.skeleton, [name for name in DAMAGES if name != HELD_OUT]
     real, real_val = ([torch.from_numpy(clip.features) for clip in part[::math.ceil(len(part) / most)]]
@@ -241,81 +230,65 @@ def train_perception(critic, clips, clips_val, vq, *, iterations, batch, lr, see
     critic.mean.copy_(rows.mean(0))
     critic.std.copy_(rows.std(0).clamp(min=1e-3))
     # Every other motion went through the tokenizer first, on both sides of its pair: what is scored later is
-    # always decoded. There a critic that knows real motion alone found 80 % of the freezes, this one 88 %.
+    # always decoded. A critic that knew real motion alone found 80 % of the freezes there, this one 88 %.
     motions, motions_val = ([motion for both in zip(part, decoded(part, vq)) for motion in both]
                             for part in (real, real_val))
     pairs = make_pairs(motions, min(2 * len(motions), iterations * batch), known, GRADES, skeleton, vq, seed,
                        "pairs")
     held_out = make_pairs(motions_val, len(motions_val), known, GRADES, skeleton, vq, seed, "held-out pairs")
-    optimizer = torch.optim.AdamW(critic.parameters(), lr=lr, weight_decay=1e-2)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, iterations,
-                                                    pct_start=max(0.1, 2 / max(iterations, 3)))
     lowest, best, every = math.inf, None, max(1, iterations // 10)
-    bar = tqdm(range(iterations), desc="perception", mininterval=1.0)
-    for iteration in bar:
+
+    def pair_loss(iteration):
         chosen = torch.randint(len(pairs[0]), (batch,), generator=generator(seed, iteration, "perception"))
         better, worse = rank(critic, *([side[k] for k in chosen] for side in pairs), device)
-        loss = ranking_loss(better, worse)
-        if not torch.isfinite(loss):
-            raise NonFiniteError(f"perception: loss {loss.item()} at iteration {iteration}; huge values in "
-                                 "the clips?")
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        scheduler.step()
-        accuracy = (better > worse).float().mean().item()
-        bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{accuracy:.2f}", refresh=False)
-        if (iteration + 1) % every == 0 or iteration + 1 == iterations:
-            with torch.no_grad():
-                loss = ranking_loss(*rank(critic, *held_out, device)).item()
-            if not math.isfinite(loss):
-                raise NonFiniteError(f"perception: loss {loss} on held-out clips at iteration {iteration}")
-            if loss < lowest:
-                lowest, best = loss, copy.deepcopy(critic.state_dict())
+        return loss(better, worse), {"accuracy": (better > worse).float().mean().item()}
+
+    def keep_the_best(iteration):
+        nonlocal lowest, best
+        if (iteration + 1) % every and iteration + 1 < iterations:
+            return
+        with torch.no_grad():
+            value = loss(*rank(critic, *held_out, device)).item()
+        if not math.isfinite(value):
+            raise NonFiniteError(f"perception: loss {value} on held-out clips at iteration {iteration}")
+        if value < lowest:
+            lowest, best = value, copy.deepcopy(critic.state_dict())
+
+    supervised("perception", critic.parameters(), pair_loss, iterations=iterations, lr=lr,
+               after=keep_the_best)
     critic.load_state_dict(best)
-    with torch.no_grad():
-        shares = {}
-        for name in DAMAGES:
-            against = make_pairs(real_val, len(real_val), [name], GRADES[:3], skeleton, vq, seed,
-                                 f"{name} pairs")
+    shares = {}
+    for name in DAMAGES:
+        against = make_pairs(real_val, len(real_val), [name], GRADES[:3], skeleton, vq, seed, f"{name} pairs")
+        with torch.no_grad():
             better, worse = rank(critic, *against, device)
-            shares[name] = (better > worse).float().mean().item()
+        shares[name] = (better > worse).float().mean().item()
     return {"accuracy": shares, "loss": lowest}
 
 
-def fit_perception(clips_train, clips_val, skeleton, vq, *, iterations, seed, cache_dir, use_cache, device,
-                   saw, batch=32, lr=3e-3):
-    """A trained small critic, or its copy in the cache -> frozen PerceptionCritic, notes.
+def fit_perception(dataset, vq, loss, *, iterations, seed, cache_dir, use_cache, device, batch=32, lr=3e-3):
+    """A trained critic, or its copy in the cache -> frozen PerceptionCritic, notes.
 
-    saw: plain data that names the clips, such as [dataset.fingerprint, "train"]; part of the cache's key.
+    It learns from the half of the train split that the judge never sees; vq: the tokenizer whose motions it
+    will score; loss: see train_perception.
     """
+    clips, clips_val = datasets.half(dataset.splits["train"], 0), dataset.splits["val"]
     with torch.random.fork_rng(devices=[]):  # constructors draw from the global stream
-        critic = PerceptionCritic(skeleton)
-    training.initialise(critic, generator(seed, 0, "perception_init"))
+        critic = PerceptionCritic(dataset.skeleton)
+    initialise(critic, generator(seed, 0, "perception_init"))
+    training = dict(iterations=iterations, batch=batch, lr=lr, seed=seed)
 
-    def train():
-        notes = train_perception(critic.to(device), clips_train, clips_val, vq, iterations=iterations,
-                                 batch=batch, lr=lr, seed=seed, device=device)
+    def build():
+        notes = train_perception(critic.to(device), clips, clips_val, vq, loss, device=device, **training)
         return {"model": critic.state_dict(), **notes}
 
-    code = [inspect.getsource(part) for part in (sys.modules[__name__], motion_critic, features)]
-    key = [list(saw), len(clips_train), len(clips_val), skeleton.name, vq.state_dict(), vq.halvings, code,
-           iterations, batch, lr, seed]
-    stored = training.cached(cache_dir, key, train, "perception", use_cache)
+    code = source_of(PerceptionCritic, *DAMAGES.values(), damaged, make_pairs, train_perception, loss,
+                     supervised, motion_critic.DSTformer, motion_critic.Block, MotionCritic)
+    key = [dataset.fingerprint, vq.state_dict(), vq.halvings, SIZES, PATCH, list(PARTS), list(FREEZES), code,
+           training]
+    stored = cached(cache_dir, key, build, "perception", use_cache)
     critic.load_state_dict(stored.pop("model"))
     shown = [f"{name} {share:.2f}" for name, share in stored["accuracy"].items() if name != HELD_OUT]
     print(f"  synthetic perception: accuracy {', '.join(shown)} | never trained on: "
           f"{HELD_OUT} {stored['accuracy'][HELD_OUT]:.2f}")
     return freeze(critic.to(device)), stored
-
-
-def build(dataset, vq, device, *, perception_iterations, perception_checkpoint, base_seed, cache_dir, cache):
-    """The critic of a run -> what fit_perception returns or, if a checkpoint of MotionCritic is named, what
-    motion_critic.fit_published returns. It learns from the half of the train split that the judge never sees.
-    """
-    clips = datasets.half(dataset.splits["train"], 0), dataset.splits["val"], dataset.skeleton
-    options = dict(iterations=perception_iterations, seed=base_seed, cache_dir=cache_dir, use_cache=cache,
-                   device=device, saw=[dataset.fingerprint])
-    if perception_checkpoint:
-        return motion_critic.fit_published(perception_checkpoint, *clips, **options)
-    return fit_perception(*clips, vq, **options)

@@ -8,18 +8,15 @@ guesses SMPL rotations from joints, which MotionRL (arXiv 2410.06513, appendix A
 
 Letters: b batch, t and n frames (or patches of them), j joints, h heads, c width, r rows.
 """
-import inspect
 import math
-import sys
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
-from tqdm import tqdm
 
-from common import InputError, NonFiniteError, features, generator, training
+from common import InputError, datasets, features, generator, training
 from common.published import load_strict, read_state, size
 from common.retrieval import freeze
 
@@ -219,25 +216,17 @@ def train_rotations(g, clips, clips_val, skeleton, *, iterations, batch=16, lr=3
         return joints, [rotation_targets(one) for one in joints]
     joints, targets = prepare(clips)
     frames = min(frames, *map(len, joints))
-    optimizer = torch.optim.AdamW(g.parameters(), lr=lr)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, iterations,
-                                                    pct_start=max(0.1, 2 / max(iterations, 3)))
-    bar = tqdm(range(iterations), desc="joints to rotations", mininterval=1.0)
-    for iteration in bar:
+
+    def loss(iteration):
         draw, x, y = generator(seed, iteration, "rotations"), [], []
         for k in torch.randint(len(clips), (batch,), generator=draw).tolist():
             start = int(torch.randint(len(joints[k]) - frames + 1, (), generator=draw))
             x.append(joints[k][start:start + frames])
             y.append(targets[k][start:start + frames])
         out = g(torch.stack(x).to(device))[:, :24]
-        loss = F.mse_loss(out, rearrange(torch.stack(y), "b t j six -> b j six t").to(device))
-        if not torch.isfinite(loss):
-            raise NonFiniteError(f"joints to rotations: loss {loss.item()} at iteration {iteration}")
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        scheduler.step()
-        bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+        return F.mse_loss(out, rearrange(torch.stack(y), "b t j six -> b j six t").to(device))
+
+    training.supervised("joints to rotations", g.parameters(), loss, iterations=iterations, lr=lr)
     angles = []
     with torch.no_grad():
         for one, target in zip(*prepare(clips_val)):
@@ -300,10 +289,11 @@ def load_published(path, heads=8):
     return net
 
 
-def fit_published(path, clips_train, clips_val, skeleton, *, iterations, seed, cache_dir, use_cache, device,
-                  saw):
-    """The published critic behind a trained g (or its copy in the cache) -> frozen PublishedCritic, notes."""
-    net = load_published(path)
+def fit_published(path, dataset, *, iterations, seed, cache_dir, use_cache, device):
+    """The published critic behind a trained g (or its copy in the cache) -> frozen PublishedCritic, notes. g
+    learns from the half of the train split that the judge never sees."""
+    net, skeleton = load_published(path), dataset.skeleton
+    clips, clips_val = datasets.half(dataset.splits["train"], 0), dataset.splits["val"]
     if net.dstran.pos_embed.shape[1] != 25 or net.dstran.temp_embed.shape[1] < WINDOW:
         raise InputError(f"{path}: not for 25 joints and windows of {WINDOW} frames")
     with torch.random.fork_rng(devices=[]):
@@ -313,14 +303,15 @@ def fit_published(path, clips_train, clips_val, skeleton, *, iterations, seed, c
     for weight in g.lstm.parameters():
         weight.data.uniform_(-0.1, 0.1, generator=draw)
 
-    def train():
-        notes = train_rotations(g.to(device), clips_train, clips_val, skeleton, iterations=iterations,
-                                seed=seed, device=device)
+    def build():
+        notes = train_rotations(g.to(device), clips, clips_val, skeleton, iterations=iterations, seed=seed,
+                                device=device)
         return {"model": g.state_dict(), **notes}
 
-    code = [inspect.getsource(sys.modules[__name__]), inspect.getsource(features)]
-    key = [list(saw), len(clips_train), len(clips_val), skeleton.name, code, iterations, seed]
-    stored = training.cached(cache_dir, key, train, "rotations", use_cache)
+    code = training.source_of(JointsToRotations, standard_joints, rotation_targets, train_rotations,
+                              training.supervised)
+    key = [dataset.fingerprint, code, iterations, seed]
+    stored = training.cached(cache_dir, key, build, "rotations", use_cache)
     g.load_state_dict(stored.pop("model"))
     print(f"  published MotionCritic: rotations within {stored['degrees']:.1f} degrees of an inverse "
           "kinematics without twist, not of SMPL fits: its scores are indicative only")
