@@ -13,7 +13,6 @@ text-to-motion repositories (Guo et al., CVPR 2022).
 
     python -m common.datasets check data/KIT-ML      # sizes, what is skipped and why; exit code 2 on damage
 """
-
 import argparse
 import json
 import math
@@ -31,10 +30,9 @@ import torch
 from common import InputError, features as motion_features
 from common.embedded import movements, oracle, wording
 from common.features import KIT, SKELETONS, T2M, features_to_joints, joints_to_features
-from common.training import source_of
-from common.runs import atomic_write, fingerprint, make_folder, run_main
+from common.runs import fingerprint, run_main
+from common.training import cached, source_of
 
-VERSION = 1             # of the embedded data's cache file
 MAX_LENGTH = 196        # frames; the longest clip of the benchmark
 UNIT = 4                # lengths are multiples of it
 MAX_LOSS = 0.01         # damaged share of a split above which nothing is loaded
@@ -45,7 +43,7 @@ DEFAULT_ROOT = "data"
 LOST_REASONS = ("missing_motion", "missing_text", "bad_shape", "non_finite", "no_caption")
 
 
-# ---- 1. Clips and data sets --------------------------------------------------------------------------------
+# ---- 1. Clips and data sets ----------------------------------------------------------------------
 
 @dataclass
 class Clip:
@@ -103,7 +101,7 @@ def half(clips, which):
     return [clip for clip, name in zip(clips, family) if rank[name] % 2 == which]
 
 
-# ---- 2. Reading a folder -----------------------------------------------------------------------------------
+# ---- 2. Reading a folder -------------------------------------------------------------------------
 
 class TextLine(NamedTuple):
     """One annotated sentence of a text file."""
@@ -264,51 +262,42 @@ def load_folder(path):
     return _dataset(f"folder {root.resolve().name} ({layout} layout)", skeleton, splits, skipped, False)
 
 
-def to_t2m(dataset):
-    """The same data in HumanML3D's space: 22 joints, 20 fps, 263-d; lengths multiples of 4, at most 196.
-
-    KIT clips are converted from joint positions (features.kit_to_t2m), with the heading repair on.
-    """
+def converted(dataset, space):
+    """The same data in another space, lengths multiples of UNIT, at most MAX_LENGTH: "t2m", HumanML3D's (22
+    joints, 20 fps, 263-d), or "native", its own. KIT clips are converted from joint positions."""
     def convert(clip):
-        if dataset.skeleton is T2M:
+        if space == "native" or dataset.skeleton is T2M:
             return trimmed(clip.features)
         joints = motion_features.kit_to_t2m(features_to_joints(clip.features, KIT))
         return trimmed(joints_to_features(joints, T2M, retarget=False, fix_heading_flip=True))
 
-    return _converted(dataset, T2M, convert)
-
-
-def _converted(dataset, skeleton, convert):
     splits = {split: [replace(clip, features=convert(clip)) for clip in clips]
               for split, clips in dataset.splits.items()}
-    return _dataset(dataset.label, skeleton, splits, dataset.skipped, dataset.embedded)
+    return _dataset(dataset.label, T2M if space == "t2m" else dataset.skeleton, splits, dataset.skipped,
+                    dataset.embedded)
 
 
-# ---- 3. The embedded data set, and which data a name means -------------------------------------------------
+# ---- 3. The embedded data set, and which data a name means ---------------------------------------
 
 def load_dataset(name_or_path, *, data_root=DEFAULT_ROOT, cache_dir=".cache", space="t2m", seed=0, clips=None,
-                 gaps=("actions", "wording", "style"), use_cache=True):
+                 use_cache=True):
     """Dataset by name ("kit", "humanml3d") or path, in one space; lengths multiples of 4, at most 196.
 
     A path is read or refused. A name means the folder KIT-ML / HumanML3D under data_root; where that does not
     exist, and data_root is the default, the embedded data of that name is built (or taken from cache_dir),
     said in one line. space: "t2m" (22 joints, 20 fps, 263-d) or "native" (kit: 21 joints, 12.5 fps, 251-d).
-    seed, clips (how many) and gaps shape the embedded data only. Raises InputError.
+    seed and clips (how many) shape the embedded data only. Raises InputError.
     """
     if space not in ("t2m", "native"):
         raise InputError(f"space must be t2m or native, not {space!r}")
     folder = Path(data_root) / FOLDERS[name_or_path] if name_or_path in FOLDERS else Path(name_or_path)
     if folder.exists() or name_or_path not in FOLDERS:
-        dataset = load_folder(folder)
-        if space == "t2m":
-            return to_t2m(dataset)
-        return _converted(dataset, dataset.skeleton, lambda clip: trimmed(clip.features))
+        return converted(load_folder(folder), space)
     if Path(data_root) != Path(DEFAULT_ROOT):
         raise InputError(f"{folder}: no such folder; correct --data-root or leave it out (embedded data)")
     print(f"*** {folder} not found: using the EMBEDDED procedural {name_or_path} data, not the real data ***")
     skeleton = KIT if (name_or_path, space) == ("kit", "native") else T2M
-    flags = {"seed": seed, "clips": clips, "gaps": list(gaps)}
-    return _embedded(name_or_path, skeleton, flags, cache_dir, use_cache)
+    return _embedded(name_or_path, skeleton, seed, clips, cache_dir, use_cache)
 
 
 # What captions call an action, as stems; an action that is not listed is its own stem.
@@ -342,7 +331,7 @@ def leave_out(dataset, action):
     for part in SPLITS:
         with_it, without = len(left[part]), len(rest[part])
         if min(with_it, without) < 2:
-            raise InputError(f"--leave-out {action}: {with_it} {part} clips of {dataset.label} mention it, "
+            raise InputError(f"leaving out {action!r}: {with_it} {part} clips of {dataset.label} mention it, "
                              f"{without} do not; both must be 2 or more")
     return tuple(_dataset(f"{dataset.label} {title} {action}", dataset.skeleton, splits, dataset.skipped,
                           dataset.embedded) for title, splits in (("without", rest), ("with", left)))
@@ -357,66 +346,43 @@ def load_pair(source, target, *, clips, left_out="", **options):
     """
     if left_out:
         if source:
-            raise InputError("--leave-out: divides --dataset in two; leave out --source")
+            raise InputError(f"leaving out {left_out!r} divides one data set in two: leave out the source")
         return leave_out(load_dataset(target, clips=clips[1], **options), left_out)
     other = {"kit": "humanml3d", "humanml3d": "kit"}
     if not source and target not in other:
-        raise InputError("--source: name the source (kit, humanml3d or a folder) beside a --dataset folder")
+        raise InputError(f"--dataset {target}: a folder needs a source beside it: kit, humanml3d or another "
+                         "folder")
     return tuple(load_dataset(name, space="t2m", clips=count, **options)
                  for name, count in zip((source or other[target], target), clips))
 
 
-def _embedded(domain, skeleton, flags, cache_dir, use_cache):
-    """Build the embedded data, or read its cache file: one .npz, features end to end and the rest as JSON."""
-    code = source_of(movements, wording, oracle, motion_features)  # a comment makes nothing anew
-    key = fingerprint([code, VERSION, domain, skeleton.name, flags])[:16]
-    make_folder(cache_dir, "--cache-dir")
-    path = Path(cache_dir) / f"embedded-{domain}-{skeleton.name}-{key}.npz"
-    stored = None
-    if use_cache and path.exists():
-        try:
-            stored = _read_cache(path)
-        except (ValueError, EOFError, KeyError, OSError, zipfile.BadZipFile, zlib.error) as error:
-            print(f"{path} is damaged ({error}): building the data again")
-    if stored is None:
-        try:
-            built = movements.build(domain, skeleton, **flags)
-        except ValueError as error:
-            raise InputError(f"embedded {domain} data: {error}") from error
+def _embedded(domain, skeleton, seed, clips, cache_dir, use_cache):
+    """The embedded data of a domain, built or from the cache."""
+    kept = ("name", "split", "captions", "tokens", "attributes", "subject", "tags")
+
+    def build():
+        built = movements.build(domain, skeleton, seed=seed, clips=clips)
         rows = [trimmed(joints_to_features(clip.joints, skeleton, fix_heading_flip=True)) for clip in built]
-        kept = ("name", "split", "captions", "tokens", "attributes", "subject", "tags")
-        meta = [{"frames": len(features), **{name: getattr(clip, name) for name in kept}}
-                for clip, features in zip(built, rows)]
-        text = np.frombuffer(json.dumps(meta).encode(), np.uint8)
+        notes = [{"frames": len(features), **{name: getattr(clip, name) for name in kept}}
+                 for clip, features in zip(built, rows)]
+        return {"features": np.concatenate(rows), "notes": json.dumps(notes)}  # all clips end to end
 
-        def write(temporary):
-            with open(temporary, "wb") as file:
-                np.savez(file, features=np.concatenate(rows), meta=text)
-
-        atomic_write(path, write)
-        stored = _read_cache(path)
-    values, meta = stored
+    code = source_of(movements, wording, oracle, motion_features)  # a comment makes nothing anew
+    key = [code, domain, skeleton.name, seed, clips, UNIT, MAX_LENGTH]
+    stored = cached(cache_dir, key, build, f"embedded-{domain}-{skeleton.name}", use_cache)
     splits, start = {split: [] for split in SPLITS}, 0
-    for entry in meta:
+    for entry in json.loads(stored["notes"]):
         frames, split = entry.pop("frames"), entry.pop("split")
         entry["tags"] = tuple(entry["tags"])
-        splits[split].append(Clip(features=values[start:start + frames], **entry))
+        splits[split].append(Clip(features=stored["features"][start:start + frames].numpy(), **entry))
         start += frames
-    empty = [split for split, clips in splits.items() if not clips]
+    empty = [split for split in SPLITS if not splits[split]]
     if empty:
-        raise InputError(f"embedded {domain} data: {flags['clips']} clips leave no {empty[0]} clip; use more")
+        raise InputError(f"embedded {domain} data: {clips} clips leave no {empty[0]} clip; use more")
     return _dataset(f"embedded {domain}", skeleton, splits, {}, embedded=True)
 
 
-def _read_cache(path):
-    with np.load(path, allow_pickle=False) as file:
-        values, meta = file["features"], json.loads(file["meta"].tobytes())
-    if len(values) != sum(entry["frames"] for entry in meta):
-        raise ValueError("frames are missing")
-    return values, meta
-
-
-# ---- 4. Statistics -----------------------------------------------------------------------------------------
+# ---- 4. Statistics -------------------------------------------------------------------------------
 
 class Statistics:
     """Mean and standard deviation (d) of one model, and which kind it is: "generator" or "scorer".
@@ -437,16 +403,6 @@ class Statistics:
         if self.role != role:
             raise ValueError(f"statistics of a {self.role} were handed to a {role}: denormalise first")
         return self
-
-    def normalise(self, x):
-        """Raw (... d) -> zero mean, unit variance."""
-        x = torch.as_tensor(x)
-        return (x - self.mean.to(x.device)) / self.std.to(x.device)
-
-    def denormalise(self, x):
-        """Back to raw features (... d)."""
-        x = torch.as_tensor(x)
-        return x * self.std.to(x.device) + self.mean.to(x.device)
 
     @classmethod
     def from_clips(cls, clips, role, feat_bias=1.0, block_average=True, blocks=None):
@@ -469,7 +425,7 @@ class Statistics:
         return cls(mean, np.maximum(std, 1e-6), role)  # a constant feature must not divide by zero
 
 
-# ---- 5. Words ----------------------------------------------------------------------------------------------
+# ---- 5. Words ------------------------------------------------------------------------------------
 
 def words(caption):
     """Lower-case words of a caption, any script and length: "He's waving, twice" -> he's, waving, twice."""
@@ -540,71 +496,28 @@ def draw_lengths(table, captions, generator):
     return torch.tensor(lengths)
 
 
-# ---- 6. Batches --------------------------------------------------------------------------------------------
+# ---- 6. Batches ----------------------------------------------------------------------------------
 
 class Batch(NamedTuple):
     """Clips side by side, one caption each."""
     motion: torch.Tensor            # b t d, raw, zeros after the end of a clip
     lengths: torch.Tensor           # b, int64, frames
-    mask: torch.Tensor              # b t, True = real frame
     captions: list
-    tokens: list
-    names: list
 
 
-def collate(clips, captions=0, *, generator=None, max_length=None):
-    """Clips -> Batch, lengths multiples of 4.
+def collate(clips):
+    """Clips -> Batch with the first caption of each; lengths are multiples of UNIT.
 
-    captions: which caption of each clip, one number or a list of b, counted modulo the clip's number of them;
-    with a torch.Generator a random one. max_length: frames of the padded batch (longer clips are cut), by
-    default those of the longest clip. Padding is zero in RAW features: normalise first, then mask, where the
-    official evaluator wants zeros after normalising.
+    Padding is zero in RAW features: normalise first, then mask, where zeros are wanted after normalising.
     """
-    if generator is not None:
-        captions = torch.randint(1 << 30, (len(clips),), generator=generator).tolist()
-    chosen = [captions] * len(clips) if isinstance(captions, int) else captions
-    chosen = [k % len(clip.captions) for k, clip in zip(chosen, clips, strict=True)]
-    frames = [len(clip.features) // UNIT * UNIT for clip in clips]
-    if max_length is not None:
-        frames = [min(n, max_length // UNIT * UNIT) for n in frames]
-    lengths = torch.tensor(frames, dtype=torch.int64)
-    total = max(frames) if max_length is None else max_length
-    motion = torch.zeros(len(clips), total, clips[0].features.shape[1])                              # b t d
-    for row, clip, n in zip(motion, clips, frames):
+    lengths = torch.tensor([len(clip.features) // UNIT * UNIT for clip in clips])
+    motion = torch.zeros(len(clips), int(lengths.max()), clips[0].features.shape[1])  # b t d
+    for row, clip, n in zip(motion, clips, lengths.tolist()):
         row[:n] = torch.from_numpy(clip.features[:n])
-    return Batch(motion, lengths, torch.arange(total) < lengths[:, None],
-                 [clip.captions[k] for clip, k in zip(clips, chosen)],
-                 [clip.tokens[k] for clip, k in zip(clips, chosen)], [clip.name for clip in clips])
+    return Batch(motion, lengths, [clip.captions[0] for clip in clips])
 
 
-def batches(clips, *, mode="deterministic", batch=32, seed=0, epoch=0, max_length=MAX_LENGTH):
-    """Yield the Batches of one pass.
-
-    "deterministic": first caption, the first (t // 4) * 4 frames, fixed order, the last batch may be small.
-    "official": the rules behind the published numbers, by which the same data scored twice differ: shuffled,
-    the last batch dropped, a random caption, and with probability 1/3 four frames less; then a random start.
-    Everything drawn for a clip is a function of (seed, epoch, index), so it does not depend on order or batch
-    size.
-    """
-    if mode not in ("deterministic", "official"):
-        raise InputError(f"mode must be deterministic or official, not {mode!r}")
-    if mode == "deterministic":
-        for start in range(0, len(clips), batch):
-            yield collate(clips[start:start + batch], max_length=max_length)
-        return
-    order = np.random.default_rng([seed, epoch]).permutation(len(clips)).tolist()
-    for start in range(0, len(clips) - batch + 1, batch):
-        crops, captions = [], []
-        for index in order[start:start + batch]:
-            clip, rng = clips[index], np.random.default_rng([seed, epoch, index])
-            captions.append(int(rng.integers(len(clip.captions))))
-            length = (len(clip.features) // UNIT - (rng.random() < 1 / 3)) * UNIT
-            first = int(rng.integers(len(clip.features) - length + 1))
-            crops.append(replace(clip, features=clip.features[first:first + length]))
-        yield collate(crops, captions, max_length=max_length)
-
-
-# ---- 7. python -m common.datasets check DIR ----------------------------------------------------------------
+# ---- 7. python -m common.datasets check DIR ------------------------------------------------------
 
 def check_folder(path):
     """Print sizes, skipped clips and statistics of a folder; returns the damages as a list of strings."""

@@ -3,9 +3,12 @@
   1. samplers      DDIM and DPM-Solver++, one step at a time, and a whole sample
   2. skeletons     forward kinematics of the rotation block, and a reader of BVH files
   3. retrieval     the parts of TMR and of the benchmark's evaluator that no script needs
+  4. batches       as the official code makes them for its evaluator
 """
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 
-from common import InputError, TransformerLayer, features as motion_features, sinusoid
+from common import InputError, TransformerLayer, datasets, features as motion_features, sinusoid
 from common.render import JOINT_NAMES
 from common.retrieval import info_nce
 from common.vae import gaussian_kl
@@ -273,7 +276,72 @@ def retrieval_metrics(similarity, same=None):
 
 
 def margin_loss(text, motion, negative, margin=10.0):
-    """The training loss of the benchmark's evaluator: d^2 for pairs that belong together, max(0, margin - d)^2
-    where negative (...) is True; text, motion (... c) -> mean."""
+    """The training loss of the benchmark's evaluator: d^2 for pairs that belong together, max(0, margin -
+    d)^2 where negative (...) is True; text, motion (... c) -> mean."""
     distance = (text - motion).square().sum(-1).clamp(min=1e-12).sqrt()
     return torch.where(negative, (margin - distance).clamp(min=0), distance).square().mean()
+
+
+# ---- 4. Batches as the official code makes them --------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """Clips side by side, one caption each."""
+    motion: torch.Tensor            # b t d, raw, zeros after the end of a clip
+    lengths: torch.Tensor           # b, int64, frames
+    mask: torch.Tensor              # b t, True = real frame
+    captions: list
+    tokens: list
+    names: list
+
+
+def official_collate(clips, captions=0, *, generator=None, max_length=None):
+    """Clips -> Batch, lengths multiples of 4.
+
+    captions: which caption of each clip, one number or a list of b, counted modulo the clip's number of them;
+    with a torch.Generator a random one. max_length: frames of the padded batch (longer clips are cut), by
+    default those of the longest clip. Padding is zero in RAW features: normalise first, then mask, where the
+    official evaluator wants zeros after normalising.
+    """
+    if generator is not None:
+        captions = torch.randint(1 << 30, (len(clips),), generator=generator).tolist()
+    chosen = [captions] * len(clips) if isinstance(captions, int) else captions
+    chosen = [k % len(clip.captions) for k, clip in zip(chosen, clips, strict=True)]
+    frames = [len(clip.features) // datasets.UNIT * datasets.UNIT for clip in clips]
+    if max_length is not None:
+        frames = [min(n, max_length // datasets.UNIT * datasets.UNIT) for n in frames]
+    lengths = torch.tensor(frames, dtype=torch.int64)
+    total = max(frames) if max_length is None else max_length
+    motion = torch.zeros(len(clips), total, clips[0].features.shape[1])                              # b t d
+    for row, clip, n in zip(motion, clips, frames):
+        row[:n] = torch.from_numpy(clip.features[:n])
+    return Batch(motion, lengths, torch.arange(total) < lengths[:, None],
+                 [clip.captions[k] for clip, k in zip(clips, chosen)],
+                 [clip.tokens[k] for clip, k in zip(clips, chosen)], [clip.name for clip in clips])
+
+
+def batches(clips, *, mode="deterministic", batch=32, seed=0, epoch=0, max_length=datasets.MAX_LENGTH):
+    """Yield the Batches of one pass.
+
+    "deterministic": first caption, the first (t // 4) * 4 frames, fixed order, the last batch may be small.
+    "official": the rules behind the published numbers, by which the same data scored twice differ: shuffled,
+    the last batch dropped, a random caption, and with probability 1/3 four frames less; then a random start.
+    Everything drawn for a clip is a function of (seed, epoch, index), so it does not depend on order or batch
+    size.
+    """
+    if mode not in ("deterministic", "official"):
+        raise InputError(f"mode must be deterministic or official, not {mode!r}")
+    if mode == "deterministic":
+        for start in range(0, len(clips), batch):
+            yield official_collate(clips[start:start + batch], max_length=max_length)
+        return
+    order = np.random.default_rng([seed, epoch]).permutation(len(clips)).tolist()
+    for start in range(0, len(clips) - batch + 1, batch):
+        crops, captions = [], []
+        for index in order[start:start + batch]:
+            clip, rng = clips[index], np.random.default_rng([seed, epoch, index])
+            captions.append(int(rng.integers(len(clip.captions))))
+            length = (len(clip.features) // datasets.UNIT - (rng.random() < 1 / 3)) * datasets.UNIT
+            first = int(rng.integers(len(clip.features) - length + 1))
+            crops.append(replace(clip, features=clip.features[first:first + length]))
+        yield official_collate(crops, captions, max_length=max_length)
