@@ -53,7 +53,7 @@ def random_critic(skeleton=KIT):
 
 def real_motions(data, count=4):
     """Batch of test clips, cut to lengths that differ."""
-    part = datasets.collate(data.splits["test"][:count], max_length=44)
+    part = datasets.collate(data.splits["test"][:count])
     lengths = torch.tensor([24, 12, 20, 8, 16, 4][:count])
     return part.motion[:, :24], lengths
 

@@ -1,4 +1,7 @@
-"""Closed forms and identities of common/samplers.py; the public values are in tests/parity/ddpo.py."""
+"""Closed forms and identities of the nodes in common/samplers.py and of the steps in tests/reference.py.
+
+The public values are in tests/parity/samplers.py.
+"""
 import itertools
 import math
 
@@ -6,7 +9,9 @@ import pytest
 import torch
 
 from common import samplers
-from common.samplers import ddim_step, dpmpp_step, make_betas, make_grid, predict_x_start, sample
+from common.samplers import make_betas, make_grid
+from tests import reference
+from tests.reference import ddim_step, dpmpp_step, order_at, predict_x_start, sample, snr, step_std
 
 GRIDS = [pytest.param(*combo, id="-".join(map(str, combo))) for combo in itertools.product(
     samplers.SCHEDULES, samplers.SPACINGS, ("zero", "sigma_min"), (1, 5, 10, 20))]
@@ -23,9 +28,9 @@ def test_nodes_lose_noise_and_only_the_last_step_may_be_deterministic(schedule, 
     assert grid.alpha.shape == grid.sigma.shape == grid.lam.shape == (steps + 1,)
     assert (grid.alpha**2 + grid.sigma**2 - 1).abs().max() < 1e-12
     assert (grid.timesteps.diff() <= 0).all() and 0 <= grid.timesteps.min() and grid.timesteps.max() <= 999
-    assert torch.isfinite(grid.std).all() and (grid.std[:-1] > 0).all()
+    assert torch.isfinite(step_std(grid)).all() and (step_std(grid)[:-1] > 0).all()
     empty = final == "zero" or (spacing == "karras" and steps > 1)  # Karras ends there anyway
-    assert (grid.std[-1] == 0) == empty
+    assert (step_std(grid)[-1] == 0) == empty
 
 
 @pytest.mark.parametrize("spacing, expected", [
@@ -81,7 +86,7 @@ def test_kl_of_a_step_is_half_the_gain_in_snr(schedule, spacing):
             moved, _ = dpmpp_step(grid, i, x, x0 + shift, before)
             kl = ((moved - mean) ** 2).sum() / (2 * std**2)
             k = 0 if before is None else grid.lam.diff()[i] / (2 * grid.lam.diff()[i - 1])
-            expected = (grid.snr[i + 1] - grid.snr[i]) / 2 * (1 + k) ** 2 * (shift**2).sum()
+            expected = (snr(grid)[i + 1] - snr(grid)[i]) / 2 * (1 + k) ** 2 * (shift**2).sum()
             assert torch.allclose(kl, expected, rtol=1e-5)
 
 
@@ -124,14 +129,14 @@ def test_a_batch_of_indices_equals_the_steps_one_by_one():
 
 
 def test_order_rule():
-    assert [make_grid("linear", 5).order_at(i, 2) for i in range(5)] == [1, 2, 2, 2, 1]
-    assert make_grid("linear", 20).order_at(19, 2) == 1  # nothing can be extrapolated to infinite lam
-    assert make_grid("linear", 20, final="sigma_min").order_at(19, 2) == 2
-    assert make_grid("linear", 14, final="sigma_min").order_at(13, 2) == 1
-    assert [make_grid("linear", 5).order_at(i, 1) for i in range(5)] == [1] * 5
+    assert [order_at(make_grid("linear", 5), i, 2) for i in range(5)] == [1, 2, 2, 2, 1]
+    assert order_at(make_grid("linear", 20), 19, 2) == 1  # nothing can be extrapolated to infinite lam
+    assert order_at(make_grid("linear", 20, final="sigma_min"), 19, 2) == 2
+    assert order_at(make_grid("linear", 14, final="sigma_min"), 13, 2) == 1
+    assert [order_at(make_grid("linear", 5), i, 1) for i in range(5)] == [1] * 5
 
 
-@pytest.mark.parametrize("method", samplers.METHODS)
+@pytest.mark.parametrize("method", reference.METHODS)
 def test_sampling_a_gaussian_gives_its_mean_and_spread(method):
     """For data N(2, 0.5^2) the best prediction is known, so every method must return that distribution."""
     grid = make_grid("linear", 200)
@@ -183,7 +188,7 @@ def test_wrong_names_are_refused():
                  lambda: predict_x_start(x, x, grid.alpha[0], grid.sigma[0], "score")):
         with pytest.raises(ValueError):
             call()
-    assert math.isinf(grid.snr[-1])
+    assert math.isinf(snr(grid)[-1])
 
 
 def test_leading_spacing_is_that_of_mld():
