@@ -32,14 +32,18 @@ def load(name):
 
 # ---- a finished run of each script -------------------------------------------------------------------------
 
-LITTLE = {"iterations": 30, "scorer_iterations": 10, "vae_iterations": 20, "clips": (120, 80),
+LITTLE = {"iterations": 30, "scorer_iterations": 10, "vae_iterations": 20, "clips": (90, 60),
           "latent_dims": 8}
 
 
 @contextlib.contextmanager
 def smaller(**changes):
-    """--tiny is still smaller in this process: changes of LITTLE, for the diffusion scripts."""
+    """--tiny is still smaller in this process, with one GIF and few samples for the variety of a policy.
+    changes: of LITTLE, for the diffusion scripts."""
     with contextlib.ExitStack() as stack:
+        for name, less in (("draw", dict(count=1)), ("variety", dict(prompts=6, samples=4))):
+            function = functools.partial(getattr(evaluate, name), **less)
+            stack.enter_context(mock.patch.object(evaluate, name, function))
         for space, sizes in diffusion.SIZES.items():
             little = {**LITTLE, "latents": 3 if space == "latent" else 0, **changes}
             stack.enter_context(mock.patch.dict(sizes, tiny=sizes["tiny"]._replace(**little)))
@@ -60,7 +64,7 @@ TOKENS = ("--dataset kit --tiny --threads 1 --device cpu --iterations 4 --miniba
           "--lr 5e-3 --warmup 2 --eval-every 2 --eval-repeats 2 --best-of 2 ")
 SMALL = {
     "ddpo": Small(
-        DIFFUSION, "adapter.pt", ["base", "judge", "reward"],
+        DIFFUSION, "adapter.pt", ["base", "embedded-humanml3d-t2m", "embedded-kit-t2m", "judge", "reward"],
         {"target_val": ROWS | {"gt"}, "target_test": ROWS | {"gt", "best of 2"},
          "source_test": ROWS | {"gt"}}),
     "stepwise": Small(

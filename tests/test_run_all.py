@@ -39,6 +39,7 @@ def test_files_of_a_run(finished):
             assert picture.format == kind and getattr(picture, "n_frames", 1) > (2 if kind == "GIF" else 0)
     about = json.loads((finished.folder / "args.json").read_text())
     args = helpers.parse(finished.script, *finished.flags, "--out-dir", "run")
+    assert args.size == "tiny" and args.tiny
     assert about["args"] == dataclasses.asdict(args) and about["threads"] == 1
     assert set(about["versions"]) >= {"python", "torch", "numpy", "commit"} and about["fingerprints"]
     assert "EMBEDDED" in finished.out
@@ -106,8 +107,8 @@ def test_using_a_product_never_deletes_its_run(finished, tmp_path, no_evaluation
 # ppo: in an iteration there are one rollout and eight losses, of two passes, two minibatches and two micro
 # batches; a rollout before the first iteration gives the reward its scale. stepwise: two losses, one a step.
 @pytest.mark.parametrize("name, moment, count, number, code, kept", [
-    ("ddpo", "retrieval_reward", 3, signal.SIGTERM, 143, 1),
-    ("ddpo", "retrieval_reward", 3, signal.SIGINT, 130, 1),
+    ("ddpo", "score", 3, signal.SIGTERM, 143, 1),
+    ("ddpo", "clipped_loss", 5, signal.SIGINT, 130, 1),
     ("ddpo", "after a checkpoint", 1, signal.SIGTERM, 143, 1),
     ("ddpo", "after a checkpoint", 1, signal.SIGKILL, -9, 1),
     ("ddpo", "between log and checkpoint", 1, signal.SIGKILL, -9, 0),
@@ -124,8 +125,8 @@ def test_resumed_equals_uninterrupted(finished_run, tmp_path, no_evaluation, nam
     finished, run = finished_run(name), tmp_path / "run"
     flags = ["--out-dir", str(run)]
     child = helpers.interrupted(finished.script, [*finished.flags, *flags], moment, count, number)
-    assert child.returncode == code and "Traceback" not in child.stderr, child.stderr
-    assert code < 0 or child.stderr.splitlines()[-1].endswith("go on with --resume")
+    assert child.code == code and "Traceback" not in child.errors, child.errors
+    assert code < 0 or child.errors.splitlines()[-1].endswith("go on with --resume")
     if kept is None:
         assert not (run / "checkpoint.pt").exists()
     else:
