@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 import ddpo_motion
-from common import InputError, diffusion, evaluate, retrieval, runs
+import stepwise_motion
+from common import InputError, diffusion, evaluate, motion_reward, render, retrieval, runs
 from common.datasets import collate
 from results import studies, tables
 from tests.run_helpers import LITTLE, smaller
@@ -32,15 +33,15 @@ def documented(name, ddpo, folder, *flags):
 
 @pytest.fixture
 def reach(ddpo, tmp_path, monkeypatch):
-    """name, flags -> all that ddpo_motion.train is given by a study; nothing is trained by it."""
-    def reached(name, *flags):
-        asked, order = {}, inspect.signature(ddpo_motion.train)
+    """name, flags -> all that the script's train() is given by a study; it trains nothing."""
+    def reached(name, *flags, script=ddpo_motion):
+        asked, order = {}, inspect.signature(script.train)
 
         def train(*given):
             asked.update(order.bind(*given).arguments)
             raise Reached
         with monkeypatch.context() as patch:
-            patch.setattr(ddpo_motion, "train", train)
+            patch.setattr(script, "train", train)
             with pytest.raises(Reached):
                 documented(name, ddpo, tmp_path / name, *flags)
         return types.SimpleNamespace(**asked)
@@ -182,6 +183,67 @@ def test_long_base(reach, monkeypatch):
         trained.append((label, options["iterations"])), supervised(label, *given, **options))[1])
     reach("long-base")
     assert trained == [("base", 2 * LITTLE["iterations"])]
+
+
+def test_motion_reward(reach, monkeypatch):
+    """The cosine in MotionReward's space, whose heads are not trained."""
+    fit, made = motion_reward.fit_motion_reward, []
+    monkeypatch.setattr(motion_reward, "fit_motion_reward", lambda *given, **options: (
+        made.append(fit(*given, **options)), made[-1])[1])
+    run = reach("motion-reward")
+    (model, notes), motion = made[0], val_of(run)
+    cosine = F.cosine_similarity(model.embed_motion(*motion[:2]), model.embed_text(motion[2]), dim=-1)
+    torch.testing.assert_close(run.scorers.reward(*motion), cosine)
+    assert {"stage 1", "spl", "after"} <= set(notes) and "preference" not in notes
+
+
+@pytest.fixture(scope="module")
+def learners(tmp_path_factory, ddpo):
+    """study -> the function that it hands to stepwise_motion.py in place of `learn`."""
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("update-accum", "update-chain"):
+            patch.setattr(stepwise_motion, "main", lambda argv, learn: found.update({argv[0]: learn}))
+            studies.main([name, name])
+    return found
+
+
+def walked(learn, losses, lr=0.5):
+    """A weight that starts at 1 after a walk with these losses, and the norms that were returned."""
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], lr=lr)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    norms = [learn(loss(weight), loss is losses[-1], optimizer=optimizer, scheduler=scheduler, where="x")
+             for loss in losses]
+    return weight.item(), norms, scheduler.last_epoch
+
+
+LOSSES = [lambda w: 0.2 * w.square().sum(), lambda w: 0.1 * w.sum()]  # gradients 0.4 w and 0.1
+
+
+def test_update_accum(learners):
+    """One step by the sum, 1 - 0.5 * (0.4 + 0.1)."""
+    weight, norms, steps = walked(learners["update-accum"], LOSSES)
+    assert weight == pytest.approx(0.75) and norms == [None, pytest.approx(0.5)] and steps == 1
+
+
+def test_update_chain(learners):
+    """Two steps by gradients of the start, whereas the script's second one would be of a moved weight."""
+    losses = LOSSES[::-1]
+    weight, norms, steps = walked(learners["update-chain"], losses)
+    assert weight == pytest.approx(1 - 0.5 * 0.1 - 0.5 * 0.4) and steps == 2
+    assert norms == [None, pytest.approx((0.1 + 0.4) / 2)]
+    assert walked(learners["update-chain"], losses)[0] == weight, "a walk leaves nothing behind"
+    at_once, _, _ = walked(stepwise_motion.learn, losses)
+    assert at_once == pytest.approx(0.95 - 0.5 * 0.4 * 0.95)
+
+
+@pytest.mark.usefixtures("no_pictures", "no_evaluation")
+@pytest.mark.parametrize("name, updates", (("update-accum", 1), ("update-chain", 2)))
+def test_updates_of_stepwise(finished_run, tmp_path, name, updates):
+    """By the documented command: a window of two steps is one update of an iteration, or two."""
+    documented(name, finished_run("stepwise"), tmp_path / "run", "--iterations", "2")
+    assert render.read_csv(tmp_path / "run" / "logs.csv")["updates"].tolist() == [updates, 2 * updates]
 
 
 # ---- Of finished runs --------------------------------------------------------------------------------------
