@@ -1,4 +1,4 @@
-"""Several rewards at once: text, quality, preference; Pareto selection; tokens that choose among them.
+"""Several rewards at once: text, quality, preference; Pareto selection; tokens that choose.
 
 The idea. One reward can be raised at the cost of what it does not see: a text score by jittering,
 a preference score by standing still. So three rewards judge each motion. Of the motions that the
@@ -40,7 +40,7 @@ from torch import nn
 
 from common import (InputError, NonFiniteError, datasets, evaluate, features, generator,
                     perception, retrieval, runs, sinusoid, tokenizer, training)
-from common.published import motion_critic, t2m_gpt
+from common.published import t2m_gpt
 from common.runs import arg
 
 REWARDS = ("text", "quality", "preference")  # [MRL] <mt>, <mm>, <perception>
@@ -78,7 +78,7 @@ class Args(t2m_gpt.WeightArgs):
     kl_coef: float = arg(0.05, "beta, weight of the KL to the supervised GPT ([MRL]: unknown)")
     clip_range: float = arg(0.2, "eps of the ratio ([MRL]: unknown)")
     gae_lambda: float = arg(1.0, "lambda of GAE; 1: no value is bootstrapped ([MRL] Eq. 8: 1)")
-    temperature: float = arg(1.0, "of the rollout, and of log-probabilities ([MRL]: 1.5)")
+    temperature: float = arg(1.0, lowest=0.01, text="of rollout and update ([MRL]: 1.5)")
     eval_every: int = arg(20, "iterations between looks at val prompts", group="evaluation")
 
 
@@ -102,7 +102,6 @@ def check_args(args):
         (motions % args.minibatches, f"--minibatches: must divide the {motions} motions"),
         (args.minibatches > 1 and args.baseline == "kept", "--minibatches: 1, as some are kept"),
         (args.alpha > 1, "--alpha: 0 to 1"),
-        (not args.temperature, "--temperature: above 0"),
         (args.weights and not weighted, "--weights: for --selection weighted-sum"),
         (args.prefer and not args.prompt, "--prefer: steers a --prompt, and no training"))
 
@@ -179,6 +178,7 @@ class MotionGPT(nn.Module):
         for block, cache in zip(base, caches):
             x = block(x, cache, start)
         hidden = x
+        # The critic reads what the base layers give, the head layers are the policy's alone.
         for block, cache in zip(head, caches[len(base):]):
             x = block(x, cache, start)
         return self.trans_head["head"](self.trans_head["ln_f"](x)), hidden
@@ -200,6 +200,7 @@ class Critic(nn.Module):
         self.value = nn.Linear(width, 1)
         training.initialise(self, g)
         nn.init.zeros_(self.value.weight)  # V starts at 0
+        # "separate" reads a copy of the whole policy, which it trains with its own loss.
         self.trunk = copy.deepcopy(gpt).requires_grad_(True) if kind == "separate" else None
 
     def forward(self, hidden, tokens, text):
@@ -294,12 +295,9 @@ def build_scorers(args, data, size, vq, options):
         [data], name="reward 2", loss=margin_pairs, loss_parts=[margin_loss],
         loss_name=f"margin {MARGIN}", **scoring)
     judge, notes["judge"] = retrieval.judge([data], **scoring)
-    seeing = dict(options, iterations=size.perception_iterations)
-    if args.perception_checkpoint:
-        path = args.perception_checkpoint
-        critic, notes["perception"] = motion_critic.fit_published(path, data, **seeing)
-    else:
-        critic, notes["perception"] = perception.fit_perception(data, vq, ranking_loss, **seeing)
+    critic, notes["perception"] = perception.fit_perception(
+        data, vq, ranking_loss, args.perception_checkpoint, **options | {
+            "iterations": size.perception_iterations})
     return [nce, margin], critic, judge, notes
 
 
@@ -308,7 +306,7 @@ def calibrate(args, policy, count, encoders, critic, weights, clips):
     g = generator(args.base_seed, 0, "calibration")
     chosen = [clips[k] for k in torch.randint(len(clips), (count,), generator=g).tolist()]
     captions = datasets.draw_captions(chosen, g)
-    base = policy._replace(gpt=policy.reference, tokens=None)
+    base = policy._replace(gpt=policy.reference, tokens=None)  # pi_ref reads the plain caption
     made = sample(base, read_text(base, captions), args.base_seed, 0, "calibration",
                   range(count), args.temperature)[:2]
     embedded = (retrieval.embed_pairs(encoder, *made, captions, chosen) for encoder in encoders)
@@ -355,6 +353,7 @@ def with_tokens(policy, clips):
     # [MRL] appends words to the caption. Here the GPT starts with weights of zero for them, and
     # so as the supervised one: random directions would cost it some text reward at once.
     count, text = len(REWARDS), read_text(policy, [clip.captions[0] for clip in clips[:512]])
+    # Both GPTs read the longer text feature.
     for gpt in (policy.gpt, policy.reference):
         first = gpt.trans_base["cond_emb"]
         first.weight = nn.Parameter(F.pad(first.weight, (0, count)), requires_grad=False)
@@ -377,32 +376,32 @@ def action_logits(logits, first, shortest, temperature):
 
 def pick(logits, uniform):
     """Inverse transform sampling: logits (b v), uniform (b) in [0, 1) -> choice (b)"""
-    cumulative = logits.double().softmax(-1).cumsum(-1)
+    cumulative = logits.double().softmax(-1).cumsum(-1)  # b v
     return (cumulative < uniform[:, None] * cumulative[:, -1:]).sum(-1)
 
 
 @torch.no_grad()
 def rollout(gpt, text, uniform, shortest, temperature):
-    """Sample a sequence for each text feature (b d); uniform (b n): the draws, one a token
-    -> tokens (b n) with end and padding, counts (b)."""
+    """A sequence for each text feature (b d) -> tokens (b n) with end and padding, counts (b)."""
+    # uniform (b n) are the draws, one a token: a row does not depend on the other rows.
     caches = gpt.empty_cache(len(text))
     tokens = torch.full(uniform.shape, gpt.pad, device=text.device)
     running = torch.ones(len(text), dtype=torch.bool, device=text.device)
     x = gpt.trans_base["cond_emb"](text)[:, None] + gpt.positions[0]  # b 1 c
-    for t in range(uniform.shape[1]):
+    for t in range(uniform.shape[1]):  # the token limit
         logits = action_logits(gpt.run(x, caches, t)[0], t, shortest, temperature)
         token = pick(logits[:, 0], uniform[:, t])
         tokens[:, t] = torch.where(running, token, gpt.pad)
         running = running & (token != gpt.end)
         if t + 1 == uniform.shape[1] or not running.any():
-            break
+            break  # no further token is read
         x = (gpt.trans_base["tok_emb"](tokens[:, t]) + gpt.positions[t + 1])[:, None]
     return tokens, (tokens < gpt.end).sum(1)
 
 
 def action_logps(logits, tokens, shortest, temperature):
-    """logits (b n v), tokens (b n) -> log-probability of each token (b n), meaningless after the
-    end token, and of every action (b n v)."""
+    """logits (b n v), tokens (b n) -> logp of each token (b n), and of each action (b n v)."""
+    # After the end token, where tokens are padding, the values are meaningless.
     logps = action_logits(logits, 0, shortest, temperature).log_softmax(-1)
     logps = logps.clamp(min=-1e9)  # probability 0 times -inf would be NaN
     actions = tokens.clamp(max=logits.shape[-1] - 1)[..., None]
@@ -410,9 +409,9 @@ def action_logps(logits, tokens, shortest, temperature):
 
 
 def score_actions(gpt, critic, tokens, text, shortest, temperature, grad=True):
-    """tokens (b n), text (b d) -> their logp (b n), logps of all actions (b n v), values (b n) or
-    None without a critic. grad: whether the GPT learns."""
-    # One pass over the whole sequence, for the new, the old and the reference policy alike.
+    """tokens (b n), text (b d) -> their logp (b n), logps of all actions (b n v), values (b n)."""
+    # One pass over the whole sequence, for the new, the old and the reference policy alike; that
+    # one has no critic. grad: whether the GPT learns.
     with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
         logits, hidden = gpt(tokens[:, :-1], text)
     values = None if critic is None else critic(hidden, tokens[:, :-1], text)
@@ -420,8 +419,8 @@ def score_actions(gpt, critic, tokens, text, shortest, temperature, grad=True):
 
 
 def sample(policy, text, seed, iteration, purpose, numbers, temperature):
-    """A motion for each text feature (b d) -> raw motion (b t d), lengths (b), tokens (b n).
-    Each sample has random numbers of its own: it does not depend on its batch or process."""
+    """A motion for each text feature (b d) -> raw motion (b t d), lengths (b), tokens (b n)."""
+    # Each sample has random numbers of its own: it does not depend on its batch or process.
     draws = (generator(seed, iteration, purpose, number) for number in numbers)
     uniform = torch.stack([torch.rand(policy.gpt.block_size - 1, generator=g) for g in draws])
     tokens, counts = rollout(policy.gpt, text, uniform.to(text.device), policy.vq.shortest,
@@ -439,7 +438,7 @@ def nondominated(R):
     # a beats b if it is as good in every reward and better in one; equal motions both stay.
     if not torch.isfinite(R).all():  # a NaN is never beaten
         raise NonFiniteError("a reward is not finite: the selection would keep it for ever")
-    mine, other = R[..., :, None, :], R[..., None, :, :]
+    mine, other = R[..., :, None, :], R[..., None, :, :]  # ... n 1 k, ... 1 n k
     return ~((other >= mine).all(-1) & (other > mine).any(-1)).any(-1)
 
 
@@ -463,7 +462,7 @@ def select(R, selection):
 
 def front_weights(keep, selection):
     """1 / n(P) for members of the set P, else 0: keep (p c n) -> (p c n)"""
-    dims = (1, 2) if selection == "union" else (2,)
+    dims = (1, 2) if selection == "union" else (2,)  # the axes of a set
     return keep / keep.sum(dims, keepdim=True)
 
 
@@ -487,7 +486,7 @@ def choose(args, R, sets, weights):
     """R (p*c*n k) of all processes -> r, weight, counted, dominated, all (p*c*n); log."""
     R = rearrange(R, "(p c n) k -> p c n k", p=args.prompts, c=sets)
     keep, flat = select(R, args.selection), R.flatten(0, 2)
-    own = own_reward(R) if args.token_reward == "own" and sets > 1 else R.mean(-1)
+    own = own_reward(R) if args.token_reward == "own" and sets > 1 else R.mean(-1)  # p c n
     if args.selection == "weighted-sum":
         own = R @ weights
     # Beaten motions are no example, but the others are good in comparison with them.
@@ -509,8 +508,7 @@ def token_rewards(r, logp_old, logp_ref, mask, kl_coef):
 
 
 def gae(rewards, values, mask, gamma, gae_lambda):
-    """Generalised advantage estimation (Schulman et al. 2016, eq. 16); all (b n) -> advantages
-    and returns, zero outside the mask."""
+    """Schulman et al. 2016, eq. 16; all (b n) -> advantages, returns, zero outside the mask."""
     advantages, last = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
     # After the last action there is nothing, not even at the token limit: it is part of the task.
     following = F.pad(values * mask, (0, 1))[:, 1:]
@@ -522,8 +520,8 @@ def gae(rewards, values, mask, gamma, gae_lambda):
 
 
 def whiten(advantages, mask, valid=None):
-    """Mean 0 and variance 1 over the valid tokens of the whole batch; never of the returns.
-    valid: those of all processes, where this is a part of the batch."""
+    """Mean 0 and variance 1 over the valid tokens of the whole batch; never of the returns."""
+    # valid: those of all processes, where this is a part of the batch.
     valid = advantages[mask] if valid is None else valid
     return (advantages - valid.mean()) / torch.sqrt(valid.var(correction=0) + 1e-8) * mask
 
@@ -552,15 +550,15 @@ def score_rollout(args, policy, critic, batch, epochs):
         ref[rows], logps_ref, _ = score_actions(policy.reference, None, *asked)
         entropy[rows] = -(logps.exp() * logps).sum(-1)
         kl[rows] = (logps.exp() * (logps - logps_ref)).sum(-1)  # exact, over all actions
-    return old, ref, values, training.token_stats(tokens, mask, batch["lengths"], policy.gpt.end,
-                                                  kl, entropy)
-TRAINED = ("tokens", "text", "mask", "weight", "logp_old", "returns", "advantages")
+    log = training.token_stats(tokens, mask, batch["lengths"], policy.gpt.end, kl, entropy)
+    return old, ref, values, log
 
 
 def update(args, policy, critic, batch, epochs, optimizer, iteration, loop):
     """Stage 3: clipped loss of the policy, squared loss of the critic -> numbers to log."""
     actor, head = (group["params"] for group in optimizer.param_groups)
     log = training.Sums("pg_loss", "vf_loss", "approx_kl", "clipfrac", "grad_norm", "vf_grad_norm")
+    parts = "tokens", "text", "mask", "weight", "logp_old", "returns", "advantages"
     steps, ratios = [step for epoch in epochs for step in epoch], []
     for _, chunks in steps:
         optimizer.zero_grad()
@@ -569,8 +567,8 @@ def update(args, policy, critic, batch, epochs, optimizer, iteration, loop):
                          for name in ("mask", "weight"))
         for rows in chunks:
             loop.check()                     # Ctrl-C ends here, with all saved
-            tokens, text, mask, share, logp_old, returns, advantages = (
-                batch[name][rows] for name in TRAINED)
+            part = [batch[name][rows] for name in parts]
+            tokens, text, mask, share, logp_old, returns, advantages = part
             # A chunk of motions without weight trains only the critic.
             learns = args.critic == "shared" or bool(share.any())
             logp, _, values = score_actions(policy.gpt, critic, tokens, text, policy.vq.shortest,
@@ -627,6 +625,7 @@ def collect(args, policy, clips, iteration):
     # Of several processes each samples its own share of whole prompts.
     numbers = runs.share(args.prompts, size, policy.vq.mean.device)
     captions, pairs = ([part[k // size] for k in numbers] for part in (lines, drawn))
+    # Motion number k has place k in (p c n): its token is the c.
     token = torch.tensor(numbers, device=policy.vq.mean.device) // (size // sets) % sets
     text = read_text(policy, captions, F.one_hot(token, len(REWARDS)), args.alpha)
     motion, lengths, tokens = sample(policy, text, args.seed, iteration, "rollout", numbers,
@@ -777,6 +776,7 @@ def assemble(start, data):
             policy = with_tokens(policy, data.splits["train"])
         rewards = calibrate(args, policy, size.calibration, encoders, critic, weights,
                             data.splits["train"])
+    # The column `reward` of every table is the weighted sum; each reward has its own column, too.
     scorers = evaluate.Scorers(rewards.weighted, judge, data.skeleton, rewards.columns, paired=True)
     start.watch.lap("rewards and judge")
     return policy, rewards, scorers, notes | more

@@ -53,7 +53,7 @@ from common.runs import arg
 @dataclass
 class Args(t2m_gpt.WeightArgs):
     """Every field is a flag. The classes before it have --dataset, --seed, --vq-checkpoint ..."""
-    composed: int = arg(3000, "sentences made of known captions", lowest=0, group="prompts")
+    composed: int = arg(3000, "sentences made of known captions", group="prompts")
     text_only_share: float = arg(0.5, "share of them in a rollout ([IM]: 0 or 1/2)")
     write_captions: str = arg("", "write them to this file and stop", shaping=False)
     reward: str = arg("encoders", "shuffled and random are controls: they must teach nothing",
@@ -77,7 +77,7 @@ class Args(t2m_gpt.WeightArgs):
     kl_coef: float = arg(0.05, "beta, weight of the KL to the supervised GPT ([IM]: unknown)")
     clip_range: float = arg(0.2, "eps of the ratio ([IM]: unknown)")
     gae_lambda: float = arg(1.0, "lambda of GAE; 1: no value is bootstrapped ([IM]: unknown)")
-    temperature: float = arg(1.0, "of sampling, and of every log-probability")
+    temperature: float = arg(1.0, lowest=0.01, text="of sampling, and of every log-probability")
     eval_every: int = arg(50, "iterations between looks at val prompts", group="evaluation")
     best_of: int = arg(8, "reference row: the best of so many base samples", shaping=False)
 
@@ -101,10 +101,8 @@ def check_args(args):
         (kept > motions, f"--kept-samples: at most prompts x samples, {motions}"),
         (kept % args.minibatches, f"--minibatches: must divide the {kept} motions trained on"),
         (args.text_only_share > 1, "--text-only-share: 0 to 1"),
-        (args.text_only_share and not args.composed, "--composed: above 0"),
         (not args.lambda_t and not (args.lambda_m and paired), "--lambda-t: above 0"),
-        (args.reward == "shuffled" and paired == 1, "--prompts: two paired ones, or none"),
-        (not args.temperature, "--temperature: above 0"))
+        (args.reward == "shuffled" and paired == 1, "--prompts: two paired ones, or none"))
 
 
 # ---- 3. The network ----
@@ -179,6 +177,7 @@ class MotionGPT(nn.Module):
         for block, cache in zip(base, caches):
             x = block(x, cache, start)
         hidden = x
+        # The critic reads what the base layers give, the head layers are the policy's alone.
         for block, cache in zip(head, caches[len(base):]):
             x = block(x, cache, start)
         return self.trans_head["head"](self.trans_head["ln_f"](x)), hidden
@@ -200,6 +199,7 @@ class Critic(nn.Module):
         self.value = nn.Linear(width, 1)
         training.initialise(self, g)
         nn.init.zeros_(self.value.weight)  # V starts at 0
+        # "separate" reads a copy of the whole policy, which it trains with its own loss.
         self.trunk = copy.deepcopy(gpt).requires_grad_(True) if kind == "separate" else None
 
     def forward(self, hidden, tokens, text):
@@ -253,16 +253,21 @@ def motion_reward(text_distance, motion_distance, paired, lambda_t, lambda_m):
 
 @torch.no_grad()
 def distances(encoders, motion, lengths, captions, clips):
-    """Raw motions (b t d), lengths (b), captions and clips of b; a clip without frames is no
-    motion -> (b 3): distances to the text and to the paired motion, 1 where there is one."""
+    """Raw motions (b t d), lengths (b), captions and clips of b -> distances to the text and to
+    the paired motion, and 1 where there is one (b 3)."""
+    # The clip of a composed caption has no frames, and is as good as none.
     unit = retrieval.embed_pairs(encoders, motion, lengths, captions, clips)
     paired = torch.tensor([float(len(clip.features) > 0) for clip in clips], device=motion.device)
     return torch.stack([*reward_terms(*unit), paired], -1)
 
 
-def build_reward(args, data, **options):
-    """The function that is optimised, what training asks in its place, and notes. Both are
-    functions of (motion, lengths, captions, clips): -> reward (b), -> distances (b 3)."""
+def build_reward(args, data, given, **options):
+    """The reward of tables, what training asks, both functions of (motion, lengths, captions,
+    clips), and notes. Training asks for the distances (b 3): the pseudo score needs a batch."""
+    if given:  # a function of a study, see main()
+        def other(motion, lengths, captions, clips):
+            return given(motion, lengths, captions)
+        return other, other, {}
     if args.reward_loss == "margin":
         options |= dict(loss=margin_pairs, loss_parts=[margin_loss], loss_name=f"margin {MARGIN}")
     encoders, notes = retrieval.reward_model([data], **options)
@@ -299,32 +304,32 @@ def action_logits(logits, first, shortest, temperature):
 
 def pick(logits, uniform):
     """Inverse transform sampling: logits (b v), uniform (b) in [0, 1) -> choice (b)"""
-    cumulative = logits.double().softmax(-1).cumsum(-1)
+    cumulative = logits.double().softmax(-1).cumsum(-1)  # b v
     return (cumulative < uniform[:, None] * cumulative[:, -1:]).sum(-1)
 
 
 @torch.no_grad()
 def rollout(gpt, text, uniform, shortest, temperature):
-    """Sample a sequence for each text feature (b d); uniform (b n): the draws, one a token
-    -> tokens (b n) with end and padding, counts (b)."""
+    """A sequence for each text feature (b d) -> tokens (b n) with end and padding, counts (b)."""
+    # uniform (b n) are the draws, one a token: a row does not depend on the other rows.
     caches = gpt.empty_cache(len(text))
     tokens = torch.full(uniform.shape, gpt.pad, device=text.device)
     running = torch.ones(len(text), dtype=torch.bool, device=text.device)
     x = gpt.trans_base["cond_emb"](text)[:, None] + gpt.positions[0]  # b 1 c
-    for t in range(uniform.shape[1]):
+    for t in range(uniform.shape[1]):  # the token limit
         logits = action_logits(gpt.run(x, caches, t)[0], t, shortest, temperature)
         token = pick(logits[:, 0], uniform[:, t])
         tokens[:, t] = torch.where(running, token, gpt.pad)
         running = running & (token != gpt.end)
         if t + 1 == uniform.shape[1] or not running.any():
-            break
+            break  # no further token is read
         x = (gpt.trans_base["tok_emb"](tokens[:, t]) + gpt.positions[t + 1])[:, None]
     return tokens, (tokens < gpt.end).sum(1)
 
 
 def action_logps(logits, tokens, shortest, temperature):
-    """logits (b n v), tokens (b n) -> log-probability of each token (b n), meaningless after the
-    end token, and of every action (b n v)."""
+    """logits (b n v), tokens (b n) -> logp of each token (b n), and of each action (b n v)."""
+    # After the end token, where tokens are padding, the values are meaningless.
     logps = action_logits(logits, 0, shortest, temperature).log_softmax(-1)
     logps = logps.clamp(min=-1e9)  # probability 0 times -inf would be NaN
     actions = tokens.clamp(max=logits.shape[-1] - 1)[..., None]
@@ -332,9 +337,9 @@ def action_logps(logits, tokens, shortest, temperature):
 
 
 def score_actions(gpt, critic, tokens, text, shortest, temperature, grad=True):
-    """tokens (b n), text (b d) -> their logp (b n), logps of all actions (b n v), values (b n) or
-    None without a critic. grad: whether the GPT learns."""
-    # One pass over the whole sequence, for the new, the old and the reference policy alike.
+    """tokens (b n), text (b d) -> their logp (b n), logps of all actions (b n v), values (b n)."""
+    # One pass over the whole sequence, for the new, the old and the reference policy alike; that
+    # one has no critic. grad: whether the GPT learns.
     with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
         logits, hidden = gpt(tokens[:, :-1], text)
     values = None if critic is None else critic(hidden, tokens[:, :-1], text)
@@ -342,8 +347,8 @@ def score_actions(gpt, critic, tokens, text, shortest, temperature, grad=True):
 
 
 def sample(policy, text, seed, iteration, purpose, numbers, temperature):
-    """A motion for each text feature (b d) -> raw motion (b t d), lengths (b), tokens (b n).
-    Each sample has random numbers of its own: it does not depend on its batch or process."""
+    """A motion for each text feature (b d) -> raw motion (b t d), lengths (b), tokens (b n)."""
+    # Each sample has random numbers of its own: it does not depend on its batch or process.
     draws = (generator(seed, iteration, purpose, number) for number in numbers)
     uniform = torch.stack([torch.rand(policy.gpt.block_size - 1, generator=g) for g in draws])
     tokens, counts = rollout(policy.gpt, text, uniform.to(text.device), policy.vq.shortest,
@@ -359,9 +364,8 @@ def sample(policy, text, seed, iteration, purpose, numbers, temperature):
 def standardise(groups):
     """The rewards (p g) of G motions for each of P prompts -> mean 0 and spread 1 in a prompt."""
     # Not in the paper, which has one motion a prompt and the critic alone: an easy prompt must
-    # not make its motions look good.
+    # not make its motions look good. 0.05 keeps groups of almost equal motions near zero.
     centred = groups - groups.mean(1, keepdim=True)
-    # The second part keeps groups of almost equal motions near zero.
     return centred / (groups.std(1, keepdim=True) + 0.05 * centred.std() + 1e-8)
 
 
@@ -385,8 +389,7 @@ def token_rewards(r, logp_old, logp_ref, mask, kl_coef):
 
 
 def gae(rewards, values, mask, gamma, gae_lambda):
-    """Generalised advantage estimation (Schulman et al. 2016, eq. 16); all (b n) -> advantages
-    and returns, zero outside the mask."""
+    """Schulman et al. 2016, eq. 16; all (b n) -> advantages, returns, zero outside the mask."""
     advantages, last = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
     # After the last action there is nothing, not even at the token limit: it is part of the task.
     following = F.pad(values * mask, (0, 1))[:, 1:]
@@ -398,8 +401,8 @@ def gae(rewards, values, mask, gamma, gae_lambda):
 
 
 def whiten(advantages, mask, valid=None):
-    """Mean 0 and variance 1 over the valid tokens of the whole batch; never of the returns.
-    valid: those of all processes, where this is a part of the batch."""
+    """Mean 0 and variance 1 over the valid tokens of the whole batch; never of the returns."""
+    # valid: those of all processes, where this is a part of the batch.
     valid = advantages[mask] if valid is None else valid
     return (advantages - valid.mean()) / torch.sqrt(valid.var(correction=0) + 1e-8) * mask
 
@@ -428,15 +431,15 @@ def score_rollout(args, policy, critic, batch, epochs):
         ref[rows], logps_ref, _ = score_actions(policy.reference, None, *asked)
         entropy[rows] = -(logps.exp() * logps).sum(-1)
         kl[rows] = (logps.exp() * (logps - logps_ref)).sum(-1)  # exact, over all actions
-    return old, ref, values, training.token_stats(tokens, mask, batch["lengths"], policy.gpt.end,
-                                                  kl, entropy)
-TRAINED = ("tokens", "text", "mask", "weight", "logp_old", "returns", "advantages")
+    log = training.token_stats(tokens, mask, batch["lengths"], policy.gpt.end, kl, entropy)
+    return old, ref, values, log
 
 
 def update(args, policy, critic, batch, epochs, optimizer, iteration, loop):
     """Stage 3: clipped loss of the policy, squared loss of the critic -> numbers to log."""
     actor, head = (group["params"] for group in optimizer.param_groups)
     log = training.Sums("pg_loss", "vf_loss", "approx_kl", "clipfrac", "grad_norm", "vf_grad_norm")
+    parts = "tokens", "text", "mask", "weight", "logp_old", "returns", "advantages"
     steps, ratios = [step for epoch in epochs for step in epoch], []
     for _, chunks in steps:
         optimizer.zero_grad()
@@ -445,8 +448,8 @@ def update(args, policy, critic, batch, epochs, optimizer, iteration, loop):
                          for name in ("mask", "weight"))
         for rows in chunks:
             loop.check()                     # Ctrl-C ends here, with all saved
-            tokens, text, mask, share, logp_old, returns, advantages = (
-                batch[name][rows] for name in TRAINED)
+            part = [batch[name][rows] for name in parts]
+            tokens, text, mask, share, logp_old, returns, advantages = part
             # A chunk of motions without weight trains only the critic.
             learns = args.critic == "shared" or bool(share.any())
             logp, _, values = score_actions(policy.gpt, critic, tokens, text, policy.vq.shortest,
@@ -650,11 +653,7 @@ def main(argv, reward=None):
     # Reward encoders and judge see no clip in common, and the judge is never optimised.
     notes, options = {}, start.training()
     scoring = dict(options, iterations=size.scorer_iterations)
-    if reward is None:
-        reward, measure, notes["reward"] = build_reward(args, data, **scoring)
-    else:
-        given = reward
-        reward = measure = lambda motion, lengths, captions, clips: given(motion, lengths, captions)
+    reward, measure, notes["reward"] = build_reward(args, data, reward, **scoring)
     judge, notes["judge"] = retrieval.judge([data], **scoring)
     scorers = evaluate.Scorers(reward, judge, data.skeleton, paired=True)
     watch.lap("reward and judge")

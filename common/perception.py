@@ -266,12 +266,17 @@ def train_perception(critic, clips, clips_val, vq, loss, *, iterations, batch, l
     return {"accuracy": shares, "loss": lowest}
 
 
-def fit_perception(dataset, vq, loss, *, iterations, seed, cache_dir, use_cache, device, batch=32, lr=3e-3):
+def fit_perception(dataset, vq, loss, checkpoint="", *, iterations, seed, cache_dir, use_cache, device,
+                   batch=32, lr=3e-3):
     """A trained critic, or its copy in the cache -> frozen PerceptionCritic, notes.
 
     It learns from the half of the train split that the judge never sees; vq: the tokenizer whose motions it
-    will score; loss: see train_perception.
+    will score; loss: see train_perception. checkpoint: a published MotionCritic is taken in its place.
     """
+    if checkpoint:
+        return motion_critic.fit_published(
+            checkpoint, dataset, iterations=iterations, seed=seed, cache_dir=cache_dir, use_cache=use_cache,
+            device=device)
     clips, clips_val = datasets.half(dataset.splits["train"], 0), dataset.splits["val"]
     with torch.random.fork_rng(devices=[]):  # constructors draw from the global stream
         critic = PerceptionCritic(dataset.skeleton)
