@@ -187,7 +187,7 @@ class Forked:
         os.kill(self.pid, number)
 
     def wait(self):
-        """Until it ends -> self. `code` is negative for a signal, as in subprocess; `out` the rest of stdout."""
+        """Until it ends -> self. `code` is negative for a signal, as in subprocess; `out`: what was left."""
         self.out = "" if self.stdout.closed else self.stdout.read()
         self.stdout.close()
         self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])

@@ -72,9 +72,9 @@ def test_base_of_few_updates(finished, tmp_path, iterations):
     source, _ = load_data(args, finished.cache)
     source.splits["train"] = source.splits["train"][:8]
     with helpers.smaller(iterations=iterations):
-        _, notes = diffusion.fit_base(
-            functools.partial(ddpo.make_model, args), (), source, diffusion.SIZES["joint"]["tiny"],
-            *diffusion.SPACES["joint"], seed=0, device=torch.device("cpu"), cache_dir=tmp_path, use_cache=True)
+        options = dict(seed=0, device=torch.device("cpu"), cache_dir=tmp_path, use_cache=True)
+        _, notes = diffusion.fit_base(functools.partial(ddpo.make_model, args), (), source,
+                                      diffusion.SIZES["joint"]["tiny"], *diffusion.SPACES["joint"], **options)
     assert math.isfinite(notes["loss"])
 
 
@@ -107,15 +107,16 @@ def test_a_small_run_warns_of_nothing(finished):
     (["--load", "ADAPTER"], ["--load", "--prompt", "--eval-only"]),
     (["--load", "absent.pt", "--eval-only"], ["absent.pt", "no such file"]),
     (["--dataset", "absent", "--source", "humanml3d"], ["absent", "no such folder"]),
-    (["--dataset", "absent"], ["--source"]),
+    (["--dataset", "absent"], ["--dataset absent", "a source beside it"]),
     (["--source", "absent"], ["absent", "no such folder"]),
     (["--data-root", "absent"], ["absent", "--data-root"]),
     (["--resume"], ["nothing to resume", "--resume"]),
     (["--size", "paper"], ["--tiny: is --size tiny", "--size paper"]),
     (["--minibatches", 0], ["--minibatches"]), (["--minibatches", 3], ["--minibatches"]),
     (["--kept-samples", 17], ["--kept-samples", "16"]), (["--micro-batch", -1], ["--micro-batch"]),
-    (["--lora-rank", 0], ["--lora-rank"]), (["--leave-out", "punch", "--source", "kit"], ["--leave-out"]),
-    (["--leave-out", "nothing of the kind"], ["--leave-out"]),
+    (["--leave-out", "punch", "--source", "kit"], ["punch", "the source"]),
+    (["--lora-rank", 0], ["--lora-rank"]),
+    (["--leave-out", "nothing of the kind"], ["nothing of the kind"]),
     (["--lr", -1], ["--lr"]), (["--lr", "nan"], ["--lr"]), (["--skip-last", 5], ["--skip-last"]),
     (["--threads", -1], ["--threads"]),
     (["--device", "tpu"], ["--device tpu"])], ids=lambda value: "_".join(map(str, value)))
@@ -464,8 +465,8 @@ def forward_of(motion, lengths, captions):
 
 
 def test_a_reward_of_ones_own(finished, tmp_path, monkeypatch):
-    """Handed to main(), it is what is optimised, the column `reward` of every table and of the log, what picks
-    the best of N and what stands in the pictures; and no reward model is trained."""
+    """Handed to main(), it is what is optimised, the column `reward` of every table and of the log, what
+    picks the best of N and what stands in the pictures; and no reward model is trained."""
     clip_notes, note = [], evaluate.render.clip_note
     monkeypatch.setattr(evaluate.render, "clip_note", lambda reward, *rest: clip_notes.append(float(reward))
                         or note(reward, *rest))
@@ -491,7 +492,8 @@ def test_a_reward_of_ones_own(finished, tmp_path, monkeypatch):
     captions, _, lengths = evaluate.questions(clips, 0)
     base = ddpo.policy_sampler(args, policy, 0.0)
     tries = [forward_of(*base(captions, lengths, f"target_test try {n}", 0), captions) for n in (0, 1)]
-    best, row = torch.stack(tries).amax(0).double().mean().item(), results["target_test"]["best of 2"]["reward"]
+    best, row = torch.stack(tries).amax(0).double().mean().item(), results["target_test"]["best of 2"]
+    row = row["reward"]
     assert abs(best - row[0]) <= row[1] + 1e-5, "the mean of two repeats lies this far from the first"
     shown = datasets.collate(evaluate.spread_out(clips, 1))
     of_data = forward_of(shown.motion, shown.lengths, None).tolist()
@@ -514,7 +516,7 @@ def policy_of_the_first_rollout(args, stored, source, target):
 
 
 def test_advantages_of_ones_own(finished, tmp_path, no_evaluation):
-    """Handed to main(), they are what is trained on: with zeros only the KL is left, which is zero at first."""
+    """Handed to main(), they are what is trained on: with zeros only the KL would be left."""
     asked = []
 
     def nothing(rewards, captions):
@@ -606,7 +608,7 @@ def test_costs_are_what_is_called(finished, tmp_path, monkeypatch, no_evaluation
 
 
 def test_two_processes_equal_one(finished, tmp_path, no_evaluation):
-    """The same samples and rewards, and gradients that add up to those of one process. Started by torchrun."""
+    """Started by torchrun: the same samples and rewards, and gradients that add up to those of one."""
     flags = [*finished.flags, "--iterations", "2", "--kl-coef", "0.1"]
     flags += ["--lr", "2e-4"]  # Adam blows rounding up, to lr at most
     assert call(*flags, "--out-dir", tmp_path / "one")[0] == 0

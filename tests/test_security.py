@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("common/*.py")])
+SOURCES = sorted(path for pattern in ("*.py", "common/**/*.py", "results/**/*.py")
+                 for path in ROOT.glob(pattern))
 
 MODULES = {"pickle", "cPickle", "dill", "joblib", "marshal", "shelve", "urllib", "requests", "socket", "http",
            "ftplib", "tarfile", "ctypes", "imp", "random"}
@@ -119,4 +120,8 @@ def test_the_scan_lets_pass(line):
 
 
 def test_there_is_something_to_scan():
-    assert {"runs.py", "lora.py", "samplers.py"} <= {path.name for path in SOURCES}
+    known = {path.relative_to(ROOT).as_posix() for path in SOURCES}
+    assert {"common/runs.py", "common/lora.py", "common/samplers.py"} <= known
+    assert {"ddpo_motion.py", "results/tables.py"} <= known
+    assert any(path.startswith("common/embedded/") for path in known)
+    assert any(path.startswith("common/published/") for path in known)

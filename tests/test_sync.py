@@ -16,6 +16,11 @@ BLOCKS = {
     "denoiser": ("ddpo", "stepwise"),
     "predict": ("ddpo", "stepwise"),
     "strongest": ("ddpo", "ppo"),
+    "gpt": ("ppo", "pareto"),
+    "margin": ("ppo", "pareto"),
+    "policy": ("ppo", "pareto"),
+    "ppo": ("ppo", "pareto"),
+    "make_policy": ("ppo", "pareto"),
 }
 MARK = re.compile(r"^ *# \[(/?)sync:([a-z0-9_]+)\]\n", re.MULTILINE)
 
