@@ -308,7 +308,8 @@ def weighted_reward(model, representation, weights, motion, lengths, captions, c
         cosine = F.cosine_similarity(z, model.embed_text(captions), dim=-1)
         total = total + weights["semantic"] * cosine
     if "m2m" in weights:       # is it like the recording? That is supervision.
-        real = datasets.collate(representations.convert_clips(clips, representation, features.T2M))
+        clips = representations.convert_clips(clips, representation, model.skeleton)
+        real = datasets.collate(clips)
         real = model.embed_motion(real.motion.to(z), real.lengths.to(z.device), representation)
         total = total + weights["m2m"] * F.cosine_similarity(z, real, dim=-1)
     for head in HEADS:         # does it look undamaged? Is it real?

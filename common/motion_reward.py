@@ -580,8 +580,9 @@ def fit_motion_reward(domains, generated, losses, size, *, representation="featu
             "preference_scale": [model.preference_mean.tolist(), model.preference_std.tolist()]}}
 
     if head_iterations:
-        code = source_of(perception, lora.Adapter, train_head, train_preference, train_authenticity, damage_pairs,
-                         crops, standardise, features_of_joints)
+        code = source_of(perception.make_pairs, perception.damaged, *perception.DAMAGES.values(), lora.Adapter,
+                         train_head, train_preference, train_authenticity, damage_pairs, crops, standardise,
+                         features_of_joints)
         stored = cached(cache_dir, [*key, saw, list(schedule), pairs, code], heads, "motion_reward_heads",
                         use_cache)
         model, notes = MotionReward.load(stored["model"]).to(device), notes | stored["notes"]

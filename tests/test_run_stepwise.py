@@ -9,7 +9,7 @@ import torch
 
 import ddpo_motion
 import stepwise_motion as sw
-from common import InputError, datasets, runs
+from common import InputError, runs
 from tests import run_helpers as helpers
 from tests.run_helpers import all_finite, log_rows
 
@@ -23,7 +23,7 @@ def finished(finished_run):
 
 
 def weights(finished, folder):
-    return finished.stored(folder)["weights"]
+    return finished.stored(folder)["trained"]
 
 
 def moved(state):
@@ -34,18 +34,15 @@ def moved(state):
 # ---- what a run leaves behind ------------------------------------------------------------------------------
 
 
-def test_the_log_counts_samples_updates_and_calls(finished):
+def test_the_log_counts_updates_and_calls(finished):
     log = log_rows(finished.folder)
-    assert log["iteration"].tolist() == [0, 1, 2, 3] and log["samples"].tolist() == [8, 16, 24, 32]
+    assert log["iteration"].tolist() == [0, 1, 2, 3]
     assert log["updates"].tolist() == [2, 4, 6, 8], "one for each of the two steps of the window"
     # 8 motions x (4 forwards, 2 of them with a backward pass, and 2 of the base for the anchor)
     assert log["calls"].tolist() == [64, 128, 192, 256]
     assert np.isfinite(log["val_judge"]).tolist() == [False, True, False, True]
-    for name in ("total", "semantic", "preference", "authenticity", "anchor", "grad_norm", "saved_mb"):
+    for name in ("reward", "anchor", "grad_norm"):
         assert np.isfinite(log[name]).all(), name
-    assert "m2m" not in log or np.isnan(log["m2m"]).all()
-    total = log["semantic"] + 0.02 * log["preference"] + 0.05 * log["authenticity"]
-    np.testing.assert_allclose(log["total"], total, rtol=1e-4)
     assert (log["grad_norm"] > 0).all() and log["anchor"][0] < log["anchor"][3]
 
 
@@ -54,11 +51,11 @@ def test_the_product_holds_the_best_look(finished, tmp_path, no_evaluation):
     best, log = checkpoint["best"], log_rows(finished.folder)
     looks = {int(i): judge for i, judge in zip(log["iteration"], log["val_judge"]) if np.isfinite(judge)}
     assert best["iteration"] == max(looks, key=looks.get)
-    assert helpers.equal(weights(finished, finished.folder), best["weights"])
+    assert helpers.equal(weights(finished, finished.folder), best["trained"])
     assert finished.results["best look"]["iteration"] == best["iteration"]
     assert finished.call("--out-dir", tmp_path / "run", "--keep", "last")[0] == 0
-    assert helpers.equal(weights(finished, tmp_path / "run"), checkpoint["weights"])
-    assert moved(checkpoint["weights"])
+    assert helpers.equal(weights(finished, tmp_path / "run"), checkpoint["trained"])
+    assert moved(checkpoint["trained"])
 
 
 def test_the_reward_is_described(finished):
@@ -72,17 +69,14 @@ def test_the_reward_is_described(finished):
         assert word in finished.out
 
 
-def test_the_default_base_is_that_of_ddpo(finished):
+def test_the_default_base_is_that_of_ddpo(finished, tmp_path, no_evaluation):
     """One file in the cache: DDPO can be compared on the same base."""
-    common = finished.flags[:finished.flags.index("--iterations")]
-    args = helpers.parse(ddpo_motion, *common, "--cache-dir", finished.cache)
-    source, _ = datasets.load_pair(args.source, args.dataset, clips=(args.source_clips, args.target_clips),
-                                   data_root=args.data_root, cache_dir=finished.cache, seed=0)
-    before = sorted(path.name for path in finished.cache.iterdir())
-    model, _ = ddpo_motion.build_base(args, source, torch.device("cpu"))
-    assert sorted(path.name for path in finished.cache.iterdir()) == before
-    stored = finished.stored(finished.folder)["base"]
-    assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
+    before = sorted(path.name for path in finished.cache.glob("base-*"))
+    flags = ["--tiny", "--threads", 1, "--iterations", 1, "--cache-dir", finished.cache]
+    assert helpers.call(ddpo_motion, *flags, "--out-dir", tmp_path / "run")[0] == 0
+    assert sorted(path.name for path in finished.cache.glob("base-*")) == before and len(before) == 1
+    base = runs.load_checkpoint(tmp_path / "run" / "adapter.pt", kind="ddpo-adapter")["base"]
+    assert helpers.equal(base, finished.stored(finished.folder)["base"])
 
 
 # ---- every method and every kind of generator --------------------------------------------------------------
@@ -96,11 +90,11 @@ ONE = ["--iterations", 1, "--eval-every", 1]
     (["--method", "draft", "--window", 4], 1, 8 * (8 + 2 + 1)),
     (["--method", "draft", "--checkpointing"], 1, 8 * (2 + 4 + 2 + 1)),
     (["--method", "alignprop"], 1, None), (["--method", "alignprop-bernoulli"], 1, None),
-    (["--update", "chain"], 2, 64), (["--update", "accum"], 1, 64), (["--reward-input", "xt"], 2, 64),
-    (["--reward-input", "mixed"], 2, 64), (["--beta-anchor", 0], 2, 48), (["--sweep", 0.5], 2, 48),
-    (["--adapter", "full", "--lr", 1e-3], 2, 64), (["--w-m2m", 1], 2, 64),
+    (["--reward-input", "xt"], 2, 64),
+    (["--reward-input", "mixed"], 2, 64), (["--anchor", 0], 2, 48), (["--sweep", 0.5], 2, 48),
+    (["--lora-rank", 0, "--lr", 1e-3], 2, 64), (["--weights", "semantic=1,m2m=1"], 2, 64),
     (["--guidance-scale", 2], 2, 128), (["--reward-data", "source"], 2, 64), (["--spl", "code"], 2, 64),
-    (["--w-preference", 0, "--w-authenticity", 0], 2, 64)],
+    (["--weights", "preference=1"], 2, 64)],
     ids=lambda value: "_".join(map(str, value)) if isinstance(value, list) else "")
 def test_methods_run(finished, tmp_path, no_evaluation, flags, updates, calls):
     code, _, err = finished.call(*ONE, *flags, "--out-dir", tmp_path / "run")
@@ -109,14 +103,15 @@ def test_methods_run(finished, tmp_path, no_evaluation, flags, updates, calls):
     assert log["updates"] == [updates] and (calls is None or log["calls"] == [calls])
     state = weights(finished, tmp_path / "run")
     assert all_finite(state) and not helpers.equal(state, weights(finished, finished.folder))
-    if "full" not in flags:
+    if "--lora-rank" not in flags:
         assert moved(state)
 
 
 @pytest.mark.parametrize("flags", (
-    ["--representation", "joints"], ["--representation", "rotations"], ["--generator", "flow"],
-    ["--generator", "flow", "--method", "drtune"], ["--prediction", "epsilon", "--method", "drtune"],
-    ["--prediction", "v", "--spacing", "leading", "--schedule", "scaled_linear"]), ids="_".join)
+    ["--representation", "joints", "--weights", "semantic=1,m2m=1,preference=0.02"],
+    ["--representation", "rotations"], ["--prediction", "velocity"],
+    ["--prediction", "velocity", "--method", "drtune"], ["--prediction", "epsilon", "--method", "drtune"],
+    ["--prediction", "v", "--spacing", "leading"]), ids="_".join)
 def test_generators_run(finished, tmp_path, no_pictures, flags):
     """Training, tables and a prompt, each with a base of its own."""
     code, out, err = finished.call(*ONE, *flags, "--eval-repeats", 1, "--out-dir", tmp_path / "run")
@@ -143,14 +138,15 @@ def test_a_rate_of_zero_changes_nothing(finished, tmp_path, no_evaluation):
 
 
 def test_the_reward_is_frozen_and_asked_for_the_right_caption(finished, tmp_path, monkeypatch, no_evaluation):
-    seen, terms = [], sw.reward_terms
+    seen, reward = [], sw.weighted_reward
 
-    def watched(model, motion, lengths, captions, *rest):
-        seen.append((model, {name: value.clone() for name, value in model.state_dict().items()}, captions))
-        assert not model.training and motion.requires_grad
-        return terms(model, motion, lengths, captions, *rest)
+    def watched(model, representation, weights, motion, lengths, captions, *more, **named):
+        if motion.requires_grad:
+            seen.append((model, {name: value.clone() for name, value in model.state_dict().items()}, captions))
+            assert not model.training and weights == {"semantic": 1.0, "preference": 0.02, "authenticity": 0.05}
+        return reward(model, representation, weights, motion, lengths, captions, *more, **named)
 
-    monkeypatch.setattr(sw, "reward_terms", watched)
+    monkeypatch.setattr(sw, "weighted_reward", watched)
     assert finished.call(*ONE, "--out-dir", tmp_path / "one")[0] == 0
     model, before, captions = seen[0]
     assert helpers.equal(before, dict(model.state_dict()))
@@ -161,21 +157,45 @@ def test_the_reward_is_frozen_and_asked_for_the_right_caption(finished, tmp_path
 
 
 def test_a_reward_that_is_nan(finished, tmp_path, monkeypatch, no_evaluation):
-    terms, calls = sw.reward_terms, []
+    score, calls = sw.score, []
 
-    def broken(*args):
+    def broken(*args, **more):
         calls.append(1)
-        found = terms(*args)
-        return found | {"total": found["total"] * math.nan} if len(calls) == 5 else found
+        return score(*args, **more) * (math.nan if len(calls) == 5 else 1.0)
 
-    monkeypatch.setattr(sw, "reward_terms", broken)
+    monkeypatch.setattr(sw, "score", broken)
     code, _, err = finished.call("--out-dir", tmp_path / "run")
     assert code == 3 and "Traceback" not in err
     assert "iteration 2, step 2" in err.splitlines()[-1] and "lower --lr" in err.splitlines()[-1]
     assert finished.checkpoint(tmp_path / "run")["iteration"] == 1
-    monkeypatch.setattr(sw, "reward_terms", terms)
+    monkeypatch.setattr(sw, "score", score)
     assert finished.call("--out-dir", tmp_path / "run", "--resume")[0] == 0
     assert finished.is_same(tmp_path / "run")
+
+
+def test_a_reward_that_is_handed_in(finished, tmp_path, monkeypatch, no_pictures):
+    """It is what is climbed, and what every table shows; MotionReward is not asked for."""
+    def lowness(motion, lengths, captions):
+        return -motion[:, :4, 3].mean(1)  # the height of the root in the first frames
+
+    monkeypatch.setattr(sw.motion_reward, "fit_motion_reward", None)
+    code, out, err = helpers.call(sw, *finished.flags, "--eval-repeats", 1, "--out-dir", tmp_path / "run",
+                                  "--iterations", 12, "--anchor", 0, "--keep", "last", reward=lowness)
+    assert code == 0, err
+    log, results = log_rows(tmp_path / "run"), json.loads((tmp_path / "run" / "results.json").read_text())
+    assert log["reward"][-3:].mean() > log["reward"][:3].mean()
+    table = results["target_test"]
+    gain, noise = table["gain"]["reward"]
+    assert gain > noise and "preference" not in table["tuned"] and "val_preference" not in log
+    assert table["best of 2"]["reward"][0] >= table["base"]["reward"][0]
+
+
+def test_the_column_reward_is_what_is_optimised(finished):
+    """Weights as they are by default: the total, and not the cosine alone."""
+    table = finished.results["target_test"]
+    rest = [0.02 * row["preference"][0] + 0.05 * row["authenticity"][0] for row in (table["base"], table["gt"])]
+    assert all(abs(value) > 1e-3 for value in rest)
+    assert all(-1 <= row["reward"][0] - value <= 1 for row, value in zip((table["base"], table["gt"]), rest))
 
 
 # ---- the user's mistakes -----------------------------------------------------------------------------------
@@ -183,10 +203,10 @@ def test_a_reward_that_is_nan(finished, tmp_path, monkeypatch, no_evaluation):
 
 @pytest.mark.parametrize("flags, words", [
     (["--method", "drtune"], ["--method drtune", "--prediction epsilon"]),
-    (["--window", 5], ["--window", "4 denoising steps"]), (["--batch", 0], ["--batch"]),
-    (["--steps", 0], ["--steps"]), (["--lr", "nan"], ["--lr"]), (["--beta-anchor", -1], ["--beta-anchor"]),
-    (["--lora-targets", "nothing"], ["nothing"]), (["--prompt", "a man walks"], ["--load"]),
-    (["--dataset", "absent"], ["--source"]), (["--source-clips", 3], ["3 clips"])],
+    (["--window", 5], ["--window", "4 denoising steps"]), (["--prompts", 0], ["--prompts"]),
+    (["--steps", 0], ["--steps"]), (["--lr", "nan"], ["--lr"]), (["--anchor", -1], ["--anchor"]),
+    (["--weights", "semantic=0"], ["--weights"]), (["--prompt", "a man walks"], ["--load"]),
+    (["--dataset", "absent"], ["--source"])],
     ids=lambda value: "_".join(map(str, value)))
 def test_wrong_flags(finished, tmp_path, flags, words):
     line = finished.refused("--out-dir", tmp_path / "run", *flags)
@@ -208,9 +228,9 @@ def test_two_processes_equal_one(finished, tmp_path, no_evaluation):
     assert call(*flags, "--out-dir", tmp_path / "one")[0] == 0
     helpers.two_processes(sw, [*flags, "--out-dir", tmp_path / "two"], tmp_path)
     one, two = log_rows(tmp_path / "one"), log_rows(tmp_path / "two")
-    for name in ("samples", "updates", "calls"):
+    for name in ("updates", "calls"):
         np.testing.assert_array_equal(two[name], one[name], err_msg=name)
-    for name in ("total", "semantic", "anchor", "grad_norm", "val_reward"):
+    for name in ("reward", "anchor", "grad_norm", "val_reward"):
         np.testing.assert_allclose(two[name], one[name], rtol=1e-3, atol=1e-5, err_msg=name)
     a, b = (weights(finished, tmp_path / name) for name in ("one", "two"))
     for name in a:
