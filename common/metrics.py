@@ -117,11 +117,6 @@ def mean_interval(values):
     return values.mean(0), 1.96 * values.std(0, unbiased=False) / math.sqrt(len(values))
 
 
-def summarise(repeats):
-    """List of metric dicts, one a repeat -> {metric: [mean, half width of the 95 % interval]}."""
-    return {key: [part.item() for part in mean_interval([r[key] for r in repeats])] for key in repeats[0]}
-
-
 def hypervolume(points, reference):
     """Volume of the union of boxes between the reference point (k) and each point (n k), larger is better;
     k = 2 or 3. A point that is not above the reference in every component adds nothing. Exact, float64: slabs
