@@ -237,7 +237,7 @@ def train_tokenizer(vq, clips, skeleton, *, iterations, lr, batch, seed, device,
         g = generator(seed, iteration, "tokenizer")
         part = datasets.collate([clips[k] for k in torch.randint(len(clips), (batch,), generator=g)])
         x, lengths = part.motion.to(device), part.lengths.to(device)
-        x = (x - vq.mean) / vq.std * part.mask.to(device)[..., None]
+        x = (x - vq.mean) / vq.std * length_mask(lengths, x.shape[1])[..., None]
         latents, counts = vq.encode(x, lengths)
         inside = length_mask(counts, latents.shape[1])
         rows = latents.detach()[inside]
