@@ -17,7 +17,7 @@ from unittest import mock
 import pytest
 import torch
 
-from common import datasets, diffusion, evaluate, render, runs, training
+from common import datasets, diffusion, evaluate, render, runs, tokenizer, training
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -34,6 +34,8 @@ def load(name):
 
 LITTLE = {"iterations": 30, "scorer_iterations": 10, "vae_iterations": 20, "clips": (90, 60),
           "latent_dims": 8}
+LITTLE_TOKENS = {"vq_iterations": 20, "gpt_iterations": 20, "scorer_iterations": 15, "clips": 160,
+                 "perception_iterations": 4, "calibration": 32}
 
 
 @contextlib.contextmanager
@@ -47,6 +49,8 @@ def smaller(**changes):
         for space, sizes in diffusion.SIZES.items():
             little = {**LITTLE, "latents": 3 if space == "latent" else 0, **changes}
             stack.enter_context(mock.patch.dict(sizes, tiny=sizes["tiny"]._replace(**little)))
+        tiny = tokenizer.SIZES["tiny"]._replace(**LITTLE_TOKENS)
+        stack.enter_context(mock.patch.dict(tokenizer.SIZES, tiny=tiny))
         yield
 
 
@@ -59,28 +63,30 @@ class Small(NamedTuple):
 
 
 ROWS = {"base", "tuned", "gain"}
+DOMAINS = ["embedded-humanml3d-t2m", "embedded-kit-t2m"]
 DIFFUSION = "--tiny --threads 1 --device cpu --iterations 4 --best-of 2 "
 TOKENS = ("--dataset kit --tiny --threads 1 --device cpu --iterations 4 --minibatches 2 --micro-batch 5 "
-          "--lr 5e-3 --warmup 2 --eval-every 2 --eval-repeats 2 --best-of 2 ")
+          "--lr 5e-3 --warmup 2 --eval-every 2 --eval-repeats 2 ")
 SMALL = {
     "ddpo": Small(
-        DIFFUSION, "adapter.pt", ["base", "embedded-humanml3d-t2m", "embedded-kit-t2m", "judge", "reward"],
+        DIFFUSION, "adapter.pt", ["base", *DOMAINS, "judge", "reward"],
         {"target_val": ROWS | {"gt"}, "target_test": ROWS | {"gt", "best of 2"},
          "source_test": ROWS | {"gt"}}),
     "stepwise": Small(
         DIFFUSION + "--window 2 --lr 1e-2",
-        "adapter.pt", ["base", "judge", "motion_reward", "motion_reward_heads"],
+        "adapter.pt", ["base", *DOMAINS, "judge", "motion_reward", "motion_reward_heads"],
         {"target_val": ROWS | {"gt"}, "target_test": ROWS | {"gt", "best of 2"},
          "source_test": ROWS | {"gt"}}),
     "ppo": Small(
-        TOKENS + "--composed 100 --prompts 8 --samples 4 --kept-samples 16",
-        "policy.pt", ["gpt", "judge", "reward", "tokenizer"],
+        TOKENS + "--composed 100 --prompts 8 --samples 4 --kept-samples 16 --best-of 2",
+        "policy.pt", ["embedded-kit-kit", "gpt", "judge", "reward", "tokenizer"],
         {"paired_val": ROWS | {"gt", "vq"}, "paired_test": ROWS | {"gt", "vq", "best of 2"},
          "composed_train": ROWS, "composed_val": ROWS, "composed_test": ROWS | {"best of 2"}}),
     "pareto": Small(
         TOKENS + "--prompts 2 --samples 4",
-        "policy.pt", ["gpt", "judge", "perception", "reward", "reward", "tokenizer"],
-        {"paired_val": ROWS | {"gt", "vq"}, "paired_test": ROWS | {"gt", "vq", "best of 2"}})}
+        "policy.pt", ["embedded-kit-kit", "gpt", "judge", "perception", "reward", "reward", "tokenizer"],
+        {"paired_val": ROWS | {"gt", "vq"},
+         "paired_test": ROWS | {"gt", "vq", "plain", "token text", "token quality", "token preference"}})}
 
 
 class Finished:
