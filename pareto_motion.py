@@ -1,9 +1,9 @@
 """Several rewards at once: text, quality, preference; Pareto selection; tokens that choose.
 
 The idea. One reward can be raised at the cost of what it does not see: a text score by jittering,
-a preference score by standing still. So three rewards judge each motion. Of the motions that the
-GPT samples for a prompt, it learns only from those that no other one beats in all three. A token
-in front of the GPT says which reward is asked for; a mixture of tokens asks for a compromise.
+a preference score by standing still. So three rewards judge each motion, and of the motions for a
+prompt the GPT learns only from those that no other one beats. A token in the text feature says
+which reward is asked for; a mixture of tokens asks for a compromise.
 
 Papers
   [MRL]  MotionRL, Liu et al. 2024, arXiv 2410.06513: this method; equations without a name
@@ -44,6 +44,7 @@ from common.published import t2m_gpt
 from common.runs import arg
 
 REWARDS = ("text", "quality", "preference")  # [MRL] <mt>, <mm>, <perception>
+BALANCED = [1 / 3, 1 / 3, 1 / 3]
 
 # ---- 2. Arguments ----
 
@@ -84,8 +85,7 @@ class Args(t2m_gpt.WeightArgs):
 
 SIZE_ARGS = {  # what --size sets here; the sizes of networks are in common/tokenizer.py
     "tiny": dict(iterations=3, prompts=2, samples=4, eval_every=2, eval_repeats=2),
-    "paper": dict(iterations=40_000, samples=32, lr=5e-6, temperature=1.5, eval_every=1000,
-                  eval_repeats=20)}
+    "paper": dict(iterations=40_000, samples=32, lr=5e-6, temperature=1.5, eval_repeats=20)}
 MARGIN = 1.4  # of Eq. (1): unit vectors are at most 2 apart ([MRL]: unknown)
 GAMMA, VF_COEF, MAX_GRAD_NORM = 1.0, 0.5, 1.0  # episodes are finite, so there is no discount
 TOKEN_LENGTH = 12.0  # of a token, in text features: long enough to grow in some hundred steps
@@ -208,8 +208,7 @@ class Critic(nn.Module):
         if self.kind == "separate":
             hidden = self.trunk(tokens, text)[1]
         elif self.kind == "shared-detach":
-            # InstructMotion section 4.1: the critic must not bend the policy.
-            hidden = hidden.detach()
+            hidden = hidden.detach()  # InstructMotion 4.1: the critic must not bend the policy
         return self.value(self.norm(self.block(hidden)))[..., 0]
 # [/sync:gpt]
 
@@ -301,8 +300,8 @@ def build_scorers(args, data, size, vq, options):
     return [nce, margin], critic, judge, notes
 
 
-def calibrate(args, policy, count, encoders, critic, weights, clips):
-    """lambda of Eqs. (3) and (4), low and high of Eq. (12), from pi_ref's motions -> Rewards"""
+def calibrate(args, policy, count, encoders, critic, clips):
+    """lambda of Eqs. (3) and (4), low and high of Eq. (12) from pi_ref's motions, as a dict."""
     g = generator(args.base_seed, 0, "calibration")
     chosen = [clips[k] for k in torch.randint(len(clips), (count,), generator=g).tolist()]
     captions = datasets.draw_captions(chosen, g)
@@ -312,13 +311,13 @@ def calibrate(args, policy, count, encoders, critic, weights, clips):
     embedded = (retrieval.embed_pairs(encoder, *made, captions, chosen) for encoder in encoders)
     distances = torch.stack([(text - motion).square().sum(-1) for text, motion, _ in embedded])
     lambdas = 1 / distances.std(1).clamp(min=1e-6)  # so all encoders count alike
-    R = Rewards(encoders, critic, weights, lambdas, 0.0, 1.0)(*made, captions, chosen)
+    R = Rewards(encoders, critic, None, lambdas, 0.0, 1.0)(*made, captions, chosen)
     low, high = (R.quantile(q, dim=0) for q in (0.01, 0.99))
     for name, a, b in zip(REWARDS, low.tolist(), high.tolist()):
         print(f"  reward {name}: {a:.2f} to {b:.2f}, 1 % and 99 % of the supervised GPT's motions")
         if not b > a:  # NaN fails too
             raise NonFiniteError(f"reward {name} is {b:.3g} for all {count} motions")
-    return Rewards(encoders, critic, weights, lambdas, low, high)
+    return {"lambdas": lambdas, "low": low, "high": high}
 
 
 # ---- 5. The policy: one token is one action ----
@@ -350,8 +349,8 @@ def read_text(policy, captions, weights=None, alpha=0.0):
 
 def with_tokens(policy, clips):
     """The policy with a token for each reward: an extra dimension of the text feature each."""
-    # [MRL] appends words to the caption. Here the GPT starts with weights of zero for them, and
-    # so as the supervised one: random directions would cost it some text reward at once.
+    # [MRL] appends words to the caption. Here the weights of the GPT for the new dimensions
+    # start at zero: random directions would cost some text reward at once.
     count, text = len(REWARDS), read_text(policy, [clip.captions[0] for clip in clips[:512]])
     # Both GPTs read the longer text feature.
     for gpt in (policy.gpt, policy.reference):
@@ -366,8 +365,8 @@ def with_tokens(policy, clips):
 # [sync:policy]
 def action_logits(logits, first, shortest, temperature):
     """Logits (b n v) of the positions first, first + 1 ..., as the policy uses them."""
-    # Rollout, update and reference all come here: a temperature or a ban in one of them alone
-    # makes every ratio wrong. The end is banned before `shortest` tokens.
+    # Rollout, update and reference all come here: a temperature, or the ban of the end before
+    # `shortest` tokens, in one of them alone would make every ratio wrong.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     early = torch.arange(first, first + logits.shape[1], device=logits.device) < shortest
     end = torch.arange(logits.shape[2], device=logits.device) == logits.shape[2] - 1
@@ -718,11 +717,9 @@ def load_policy(args, stored, device):
     return Policy(**parts, tokens=tokens)
 
 
-def policy_sampler(args, policy, weights=None):
-    """What common/evaluate.py asks for motions; tokens are mixed by weights (k), by default a
-    third each. Sample k always uses the same draws: policies are compared in pairs."""
-    weights = runs.parse_weights("", REWARDS, "") if weights is None else weights
-
+def policy_sampler(args, policy, weights=BALANCED):
+    """What common/evaluate.py asks for motions, tokens mixed by weights (k). Sample k always uses
+    the same draws: policies are compared in pairs."""
     def motions(captions, lengths, numbers, purpose, repeat):
         text = read_text(policy, captions, weights, args.alpha)
         return sample(policy, text, args.seed, repeat, purpose, numbers, 1.0)[:2]
@@ -765,17 +762,15 @@ def assemble(start, data):
         policy = load_policy(args, stored, device)
     else:
         policy, notes["policy"] = make_policy(args, data, size, options)
+        if args.selection != "weighted-sum":
+            policy = with_tokens(policy, data.splits["train"])
     start.watch.lap("supervised model")
     encoders, critic, judge, more = build_scorers(args, data, size, policy.vq, options)
     weights = torch.tensor(runs.parse_weights(args.weights, REWARDS, "--weights"), device=device)
-    if stored:
-        scales = {name: value.to(device) for name, value in stored["rewards"].items()}
-        rewards = Rewards(encoders, critic, weights, **scales)
-    else:
-        if args.selection != "weighted-sum":
-            policy = with_tokens(policy, data.splits["train"])
-        rewards = calibrate(args, policy, size.calibration, encoders, critic, weights,
-                            data.splits["train"])
+    scales = stored["rewards"] if stored else calibrate(
+        args, policy, size.calibration, encoders, critic, data.splits["train"])
+    scales = {name: value.to(device) for name, value in scales.items()}
+    rewards = Rewards(encoders, critic, weights, **scales)
     # The column `reward` of every table is the weighted sum; each reward has its own column, too.
     scorers = evaluate.Scorers(rewards.weighted, judge, data.skeleton, rewards.columns, paired=True)
     start.watch.lap("rewards and judge")

@@ -84,8 +84,7 @@ class Args(t2m_gpt.WeightArgs):
 
 SIZE_ARGS = {  # what --size sets here; the sizes of networks are in common/tokenizer.py
     "tiny": dict(composed=300, iterations=3, prompts=16, eval_every=2, eval_repeats=2, best_of=2),
-    "paper": dict(iterations=40_000, prompts=128, samples=1, kept_samples=0, lr=5e-6,
-                  eval_every=1000, eval_repeats=20)}
+    "paper": dict(iterations=40_000, prompts=128, samples=1, lr=5e-6, eval_repeats=20)}
 MARGIN = 1.4  # of Eq. (1): unit vectors are at most 2 apart ([IM]: unknown)
 GAMMA, VF_COEF, MAX_GRAD_NORM = 1.0, 0.5, 1.0  # episodes are finite, so there is no discount
 
@@ -207,8 +206,7 @@ class Critic(nn.Module):
         if self.kind == "separate":
             hidden = self.trunk(tokens, text)[1]
         elif self.kind == "shared-detach":
-            # InstructMotion section 4.1: the critic must not bend the policy.
-            hidden = hidden.detach()
+            hidden = hidden.detach()  # InstructMotion 4.1: the critic must not bend the policy
         return self.value(self.norm(self.block(hidden)))[..., 0]
 # [/sync:gpt]
 
@@ -294,8 +292,8 @@ class Policy(NamedTuple):
 # [sync:policy]
 def action_logits(logits, first, shortest, temperature):
     """Logits (b n v) of the positions first, first + 1 ..., as the policy uses them."""
-    # Rollout, update and reference all come here: a temperature or a ban in one of them alone
-    # makes every ratio wrong. The end is banned before `shortest` tokens.
+    # Rollout, update and reference all come here: a temperature, or the ban of the end before
+    # `shortest` tokens, in one of them alone would make every ratio wrong.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     early = torch.arange(first, first + logits.shape[1], device=logits.device) < shortest
     end = torch.arange(logits.shape[2], device=logits.device) == logits.shape[2] - 1
@@ -371,9 +369,9 @@ def standardise(groups):
 
 # [sync:strongest]
 def strongest(advantages, count):
-    """Numbers of the `count` samples with the largest |advantage|, in order; 0: of all."""
-    # Not in the paper: to sample a motion costs a quarter of its update, and samples near their
-    # group's mean teach little (Xu et al. 2025, arXiv 2504.13818).
+    """Indices of the `count` samples with the largest |advantage|, in order; 0: of all."""
+    # Not in [NM]: to sample a motion costs a quarter of its update, and samples near
+    # their group's mean teach little (Xu et al. 2025, arXiv 2504.13818).
     order = advantages.abs().argsort(descending=True, stable=True)
     return order[:count or len(order)].sort().values.tolist()
 # [/sync:strongest]
@@ -666,8 +664,8 @@ def main(argv, reward=None):
     about = start.about(folder, notes, data, data, composed_captions=counted)
     if not stored:
         clips = data.splits["train"] + composed["composed_train"]
-        known = sorted({caption for clip in clips for caption in clip.captions})
-        asked = retrieval.control(args.reward, measure, known, args.seed)
+        known = {caption for clip in clips for caption in clip.captions}
+        asked = retrieval.control(args.reward, measure, sorted(known), args.seed)
         train(start, policy, asked, data, composed, scorers, folder)
         if start.rank:
             return  # the first process evaluates
