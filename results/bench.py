@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 import ddpo_motion as ddpo
+import pareto_motion as pareto
 import ppo_motion as ppo
 from common import (InputError, datasets, diffusion, features, generator, lora, runs, samplers,
                     tokenizer, training)
@@ -37,20 +38,6 @@ WORDS = "a person walks forward slowly then turns left and waves with the right 
 SPREAD_LIMIT = 0.2
 
 # ---- 1. Measuring --------------------------------------------------------------------------------
-
-
-class CountedCalls:
-    """`with CountedCalls(model) as rows:` collects the batch size of every forward of the model."""
-
-    def __init__(self, model):
-        self.model, self.rows = model, []
-
-    def __enter__(self):
-        self.hook = self.model.register_forward_hook(lambda *call: self.rows.append(len(call[-1])))
-        return self.rows
-
-    def __exit__(self, *exc):
-        self.hook.remove()
 
 
 def interleave(functions, rounds):
@@ -214,7 +201,6 @@ def time_cache(batch, tokens, rounds):
 
 def time_selection(tokens, rounds):
     """Print the comparison A / B of the selection."""
-    import pareto_motion as pareto
     gpt, (p, c, n) = make_gpt(tokens), (64, 3, 32)
     motions, R = p * c * n // 16, torch.randn(p, c, n, 3, generator=generator(0, 0, "bench rewards"))
     text, uniform = draws(gpt, motions, tokens)

@@ -1,4 +1,6 @@
-"""What one update of each method of stepwise_motion.py keeps for its backward pass: `python -m results.memory`.
+"""What one update of each method of stepwise_motion.py keeps for its backward pass.
+
+  python -m results.memory --picture memory.png
 
 Bytes are measured by torch's hooks. They count what algorithms differ in, and not what allocators, threads or
 the machine add, so they can be asserted to the byte. The weights are random; the sizes are the default ones.

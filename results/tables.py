@@ -13,8 +13,9 @@ import numpy as np
 
 from common import InputError, evaluate, render, runs
 
-CURVES = ("reward", "text", "quality", "preference", "val_reward", "val_judge", "val_oracle", "val_fid",
-          "total", "semantic", "authenticity", "anchor", "kl_base", "kl_ref", "val_jerk", "val_speed", "distinct")
+CURVES = ("reward", "text", "quality", "preference", "val_reward", "val_judge", "val_oracle",
+          "val_preference", "val_authenticity", "val_fid", "anchor", "kl_base", "kl_ref", "val_jerk",
+          "val_speed", "distinct")
 AXES = ("samples", "updates", "calls")  # what a method may be said to cost
 SAME = ("seed", "base_seed", "out_dir", "cache_dir", "data_root", "cache", "device", "threads", "resume",
         "overwrite", "tiny")            # arguments that make no other setting
@@ -157,7 +158,8 @@ def one_row_each(paths, table):
         if table not in result:
             raise InputError(f"--each {table}: {path} has no such table")
     first = results[0][table]
-    wanted = ("fid", "r_precision_top1", "length_error") + (("distinct", "speed") if "text" in first["base"] else ())
+    wanted = ("fid", "r_precision_top1", "length_error")
+    wanted += ("distinct", "speed") if "text" in first["base"] else ()
     columns = [name for name in wanted if name in first["base"]]
     gained = [name for name in evaluate.columns_of([first["gain"]]) if name not in evaluate.LAST]
     lines, bases = [], {}
@@ -227,7 +229,8 @@ def until(paths, name, level):
 def costs(paths):
     """Markdown of what finished runs took, of any data: minutes, in all and in the parts that only the first
     run of its kind has to do (the cache keeps them), and peak memory in MB."""
-    once, lines, sums = ("data", "reward and judge", "base"), [], np.zeros(2)
+    once = ("data", "base", "supervised model", "reward and judge", "rewards and judge")
+    lines, sums = [], np.zeros(2)
     for result in read_results(paths, same_data=False):
         seconds = result["seconds"]
         minutes = np.array([sum(seconds.values()), sum(seconds.get(stage, 0.0) for stage in once)]) / 60
@@ -245,29 +248,22 @@ def main(argv=None):
     """Print a table of the run folders named on the command line; draw their curves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=runs.Help)
     parser.add_argument("runs", nargs="+", help="run folders with a results.json")
-    parser.add_argument("--each", metavar="TABLE", help="instead one row a setting, by a table as target_test")
-    parser.add_argument("--checks", metavar="TABLE", help="instead the share that does each thing asked for")
-    parser.add_argument("--at", choices=AXES, help="instead looks at val at equal cost")
+    parser.add_argument("--each", metavar="TABLE", help="a row for each setting, by target_test or so")
+    parser.add_argument("--checks", metavar="TABLE", help="the share that does each thing asked for")
+    parser.add_argument("--at", choices=AXES, help="looks at val at equal cost")
     parser.add_argument("--until", metavar="COLUMN=LEVEL",
-                        help="instead the cost up to a look at val, such as val_reward=0.85")
-    parser.add_argument("--costs", action="store_true", help="instead minutes and memory of runs of any kind")
-    parser.add_argument("--curves", metavar="PNG", help="draw their learning curves: mean, lowest and highest")
+                        help="cost up to a look at val, such as val_reward=0.85")
+    parser.add_argument("--costs", action="store_true", help="minutes and memory of runs of any data")
+    parser.add_argument("--curves", metavar="PNG", help="also draw their learning curves")
     args = parser.parse_args(argv)
-    if args.until:
-        name, _, level = args.until.partition("=")
-        if not re.fullmatch(r"-?\d*\.?\d+", level):
-            raise InputError(f"--until {args.until}: COLUMN=LEVEL, such as val_reward=0.85")
-        print(until(args.runs, name, float(level)))
-    elif args.each:
-        print(one_row_each(args.runs, args.each))
-    elif args.checks:
-        print(by_check(args.runs, args.checks))
-    elif args.at:
-        print(at_equal(args.runs, args.at))
-    elif args.costs:
-        print(costs(args.runs))
-    else:
-        print(summary(args.runs))
+    name, _, level = (args.until or "").partition("=")
+    if args.until and not re.fullmatch(r"-?\d*\.?\d+", level):
+        raise InputError(f"--until {args.until}: COLUMN=LEVEL, such as val_reward=0.85")
+    print(until(args.runs, name, float(level)) if args.until
+          else one_row_each(args.runs, args.each) if args.each
+          else by_check(args.runs, args.checks) if args.checks
+          else at_equal(args.runs, args.at) if args.at
+          else costs(args.runs) if args.costs else summary(args.runs))
     if args.curves:
         evaluate.draw_curves(args.curves, [Path(run) / "logs.csv" for run in args.runs], CURVES)
 

@@ -11,6 +11,20 @@ from results import bench, memory
 BATCH, TOKENS = 3, 6
 
 
+class CountedCalls:
+    """`with CountedCalls(model) as rows:` collects the batch size of every forward of the model."""
+
+    def __init__(self, model):
+        self.model, self.rows = model, []
+
+    def __enter__(self):
+        self.hook = self.model.register_forward_hook(lambda *call: self.rows.append(len(call[-1])))
+        return self.rows
+
+    def __exit__(self, *exc):
+        self.hook.remove()
+
+
 def small(**changes):
     args = ddpo.Args(**{"steps": 4, **changes})
     return args, bench.prepare(args, diffusion.Size(width=16, layers=1, heads=2, patch_dims=8), TOKENS)
@@ -27,7 +41,7 @@ def roll_out(args, policy):
 def test_a_rollout_calls_the_denoiser_once_a_step(steps, order, guidance, times):
     """With guidance twice: with the caption and without."""
     args, policy = small(steps=steps, order=order, guidance_scale=guidance)
-    with bench.CountedCalls(policy.model) as calls:
+    with CountedCalls(policy.model) as calls:
         states, _ = roll_out(args, policy)
     assert calls == [BATCH] * steps * times
     assert states.shape == (BATCH, steps + 1, TOKENS, 8)
@@ -39,7 +53,7 @@ def test_a_rollout_calls_the_denoiser_once_a_step(steps, order, guidance, times)
 def test_rescoring_all_steps_is_one_call(trained, order, guidance, times):
     args, policy = small(order=order, guidance_scale=guidance)
     states, mask = roll_out(args, policy)
-    with bench.CountedCalls(policy.model) as calls:
+    with CountedCalls(policy.model) as calls:
         logp, _ = ddpo.step_logps(policy, states, [""] * BATCH, mask, trained)
     assert calls == [BATCH * trained] * times and logp.shape == (BATCH, trained)
 
@@ -72,7 +86,7 @@ def test_the_cache_changes_no_token():
 
 def test_counting_ends_with_the_block():
     args, policy = small()
-    with bench.CountedCalls(policy.model) as calls:
+    with CountedCalls(policy.model) as calls:
         pass
     roll_out(args, policy)
     assert calls == []

@@ -342,7 +342,7 @@ def test_a_reward_that_is_not_finite_names_its_caption(clips, scorers):
 
 
 def test_looks_and_their_names(clips, scorers):
-    """The data are compared with only where a column needs them; a wrong name is known before any training."""
+    """The data are compared with where a column needs them; a wrong name is known before any training."""
     seen = evaluate.look(("reward", "jerk"), clips, scorers, Sampler("policy"))
     row = evaluate.evaluate(clips, scorers, Sampler("policy"), purpose="validation")
     assert seen == {"val_reward": row["reward"][0], "val_jerk": row["jerk"][0]}
