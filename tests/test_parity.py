@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests import parity, parity_ddpo
+from tests import parity
+from tests.parity.rows import Rows, cases
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 KNOWN = [path for path in sorted(GOLDEN.glob("*.npz")) if path.name.startswith(tuple(parity.CHECKS))]
@@ -34,10 +35,10 @@ def altered(value):
 @pytest.mark.parametrize("path", DDPO, ids=name)
 def test_every_field_counts(path, tmp_path):
     """Each field in turn gets other values; the check has to fail, be the field an input or a result."""
-    cases = parity_ddpo.cases(path)
-    for case in {min(cases), max(cases)}:
-        for field in cases[case].keys() - {"all_timesteps"}:  # the rows of that file are single steps
-            fields = cases[case] | {field: altered(cases[case][field])}
+    stored = cases(path)
+    for case in {min(stored), max(stored)}:
+        for field in stored[case].keys() - {"all_timesteps"}:  # the rows of that file are single steps
+            fields = stored[case] | {field: altered(stored[case][field])}
             copy = tmp_path / path.name
             np.savez(copy, **{f"{case}/{key}": value for key, value in fields.items()})
             assert any(not row[1] <= row[2] for row in parity.check_file(copy)), (case, field)
@@ -73,9 +74,9 @@ def test_comparison_does_not_let_nan_shape_or_infinity_pass():
     nan, inf = float("nan"), float("inf")
     for mine, theirs in (([nan], [0.0]), ([0.0], [nan]), ([inf], [1.0]), ([1.0], [inf]), ([inf], [-inf]),
                          ([1.0, 1.0], [1.0]), ([nan], [nan])):
-        rows = parity_ddpo.Rows()
+        rows = Rows()
         rows.compare("x", mine, theirs, 1.0)
         assert rows.rows() == [("x", inf, 1.0)]
-    rows = parity_ddpo.Rows()
+    rows = Rows()
     rows.compare("x", [inf, 2.0], [inf, 2.3], 0.2)
     assert rows.rows()[0][1] == pytest.approx(0.3 / 3.3)

@@ -12,6 +12,8 @@ from common.features import T2M
 
 FAMILIES = ("transformer", "bigru")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -223,7 +225,8 @@ def test_a_comment_trains_nothing_again_and_another_network_does(tmp_path, monke
     monkeypatch.setattr(ev, "fit_retrieval", functools.wraps(fit)(
         lambda *args, **options: (trained.append(options), fit(*args, **options))[1]))
     first, notes = ask()
-    monkeypatch.setattr(inspect, "getsource", lambda part: "# why\n" + source(part).replace('"""', '"""A ', 1))
+    commented = lambda part: "# why\n" + source(part).replace('"""', '"""A ', 1)
+    monkeypatch.setattr(inspect, "getsource", commented)
     again, same = ask()
     assert len(trained) == 1 and notes == same
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in first.state_dict().items())

@@ -1,4 +1,5 @@
 """common/vae.py: the VAE, and the skips of its transformer."""
+import functools
 import inspect
 
 import numpy as np
@@ -9,6 +10,8 @@ from torch import nn
 from common import (
     InputError, NonFiniteError, datasets, features, generator, training, vae as vae_room)
 from common.features import T2M
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = dict(patch_dims=12, width=16, heads=2, layers=3, tokens=3, dims=5)
 
@@ -31,8 +34,9 @@ def fit(folder, count=24, **changes):
     """A small VAE and its notes; the clips it has learnt from."""
     with torch.random.fork_rng(devices=[]):  # constructors draw from the global stream
         vae, part = vae_room.MotionVAE(263, **SMALL), clips(count)
-    options = dict(shaped_by="test", seed=0, cache_dir=folder, cache=False, iterations=150, batch=16)
-    notes = vae_room.fit_vae(vae, part, torch.ones(263), "cpu", **{**options, **changes})
+    options = dict(shaped_by="test", seed=0, device="cpu", cache_dir=folder, use_cache=False,
+                   iterations=150, batch=16)
+    notes = vae_room.fit_vae(vae, part, torch.ones(263), **{**options, **changes})
     return vae, notes["vae"], part
 
 
@@ -129,22 +133,37 @@ def test_what_a_denoiser_needs_of_its_codec(fitted):
 
 def test_training_repeats_itself_and_is_cached(tmp_path, monkeypatch):
     before = torch.get_rng_state()
-    vae, notes, _ = fit(tmp_path, iterations=3, cache=True)
+    vae, notes, _ = fit(tmp_path, iterations=3, use_cache=True)
     assert torch.equal(torch.get_rng_state(), before)
     again, same, _ = fit(tmp_path, iterations=3)
     assert notes == same
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in vae.state_dict().items())
 
+    @functools.wraps(vae_room.train_vae)  # its source is a part of the key
     def never(*args, **options):
         raise RuntimeError("trained again")
     monkeypatch.setattr(vae_room, "train_vae", never)
-    stored, read, _ = fit(tmp_path, iterations=3, cache=True)
+    stored, read, _ = fit(tmp_path, iterations=3, use_cache=True)
     assert read == notes
     assert all(torch.equal(value, stored.state_dict()[key]) for key, value in vae.state_dict().items())
     for changes in (dict(iterations=4), dict(seed=1), dict(shaped_by="other"), dict(kl_weight=1.0),
                     dict(batch=8), dict(lr=1e-3)):
         with pytest.raises(RuntimeError, match="trained again"):
-            fit(tmp_path, **{"iterations": 3, "cache": True, **changes})
+            fit(tmp_path, **{"iterations": 3, "use_cache": True, **changes})
+
+
+def test_a_comment_trains_nothing_again_and_another_network_does(tmp_path, monkeypatch):
+    source, trained, train = inspect.getsource, [], vae_room.train_vae
+    monkeypatch.setattr(vae_room, "train_vae", functools.wraps(train)(
+        lambda *args, **options: (trained.append(options), train(*args, **options))[1]))
+    fit(tmp_path, iterations=2, use_cache=True)
+    commented = lambda part: "# why\n" + source(part).replace('"""', '"""A ', 1)
+    monkeypatch.setattr(inspect, "getsource", commented)
+    fit(tmp_path, iterations=2, use_cache=True)
+    assert len(trained) == 1
+    monkeypatch.setattr(inspect, "getsource", lambda part: source(part).replace("F.gelu", "F.relu"))
+    fit(tmp_path, iterations=2, use_cache=True)
+    assert len(trained) == 2
 
 
 def test_a_loss_that_is_not_finite(tmp_path):
@@ -156,8 +175,8 @@ def test_the_weights_of_the_features_count(tmp_path):
     """The patches are those of the joint space: what matters little is left out first."""
     weights = torch.from_numpy(np.asarray(features.block_weights(T2M, features.PATCH_WEIGHTS)))
     vae = vae_room.MotionVAE(263, **SMALL)
-    vae_room.fit_vae(vae, clips(), weights, "cpu", shaped_by="test", seed=0, cache_dir=tmp_path, cache=False,
-                   iterations=1)
+    vae_room.fit_vae(vae, clips(), weights, shaped_by="test", seed=0, device="cpu", cache_dir=tmp_path,
+                     use_cache=False, iterations=1)
     plain, *_ = fit(tmp_path, iterations=1)
     assert not torch.equal(vae.patches.std, plain.patches.std)
 
