@@ -99,10 +99,11 @@ def one_update(flags, steps, prompts, tokens):
                  lengths=lengths, g=generator(0, 0, "route"))
     optimizer = torch.optim.AdamW(list(policy.trained().values()), lr=args.lr)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    ask = partial(stepwise.score, policy, reward, batch)
     move = partial(stepwise.learn, optimizer=optimizer, scheduler=scheduler)
     loop, start = SimpleNamespace(check=lambda: None, rewards=None), time.perf_counter()
     with SavedBytes(policy.model, scorer) as saved:
-        stepwise.update(args, policy, reward, batch, move, 0, loop)
+        stepwise.update(args, policy, ask, batch, move, 0, loop)
     return saved.peak / 2**20, time.perf_counter() - start
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from common import InputError, NonFiniteError, evaluate, features, generator, metrics, retrieval
+from common import (InputError, NonFiniteError, evaluate, features, generator, length_mask, metrics,
+                    retrieval)
 from common.datasets import Clip, Statistics, Vocabulary, collate
 
 PAIRED = ("reward", "judge", "oracle", "oracle_all", "foot_skate", "jerk", "speed")
@@ -95,7 +96,7 @@ def test_rows_average_motions_then_repeats_and_keep_the_prompts(clips, scorers, 
 
 def test_measure_is_the_cosine_of_each_motion_with_its_caption(clips, scorers):
     batch = collate(clips)
-    dirty = batch.motion + 100.0 * ~batch.mask[..., None]
+    dirty = batch.motion + 100.0 * ~length_mask(batch.lengths, batch.motion.shape[1])[..., None]
     each, _ = evaluate.measure(dirty, batch.lengths, batch.captions, [{}] * 6, scorers, clips)
     for name, score in (("reward", scorers.reward), ("judge", scorers.judge.similarity)):
         expected = score(batch.motion, batch.lengths, batch.captions)
