@@ -105,7 +105,8 @@ def main(argv=None):
             first = run
             start = run.policy._replace(gpt=run.policy.reference, tokens=None)
             policies["start"] = samplers(start)
-        policies[Path(path).name] = samplers(run.policy)
+        name = Path(path).name
+        policies[path if name in policies else name] = samplers(run.policy)
     names, clips = first.script.REWARDS, first.clips[:args.prompts]
     compare_fronts(policies, clips, first.scorers, names, args.picture)
     controllability([result["paired_test"] for result in results], names)
