@@ -258,8 +258,8 @@ def load_folder(path):
             skipped.setdefault(reason, []).extend(names)
     if skipped:
         print(f"{root.name}: not used: {_describe(skipped)}")
-    layout = {"t2m": "HumanML3D", "kit": "KIT-ML"}[skeleton.name]
-    return _dataset(f"folder {root.resolve().name} ({layout} layout)", skeleton, splits, skipped, False)
+    label = f"folder {root.resolve().name} ({'KIT-ML' if skeleton is KIT else 'HumanML3D'} layout)"
+    return _dataset(label, skeleton, splits, skipped, False)
 
 
 def converted(dataset, space):
@@ -376,8 +376,7 @@ def _embedded(domain, skeleton, seed, clips, cache_dir, use_cache):
         entry["tags"] = tuple(entry["tags"])
         splits[split].append(Clip(features=stored["features"][start:start + frames].numpy(), **entry))
         start += frames
-    empty = [split for split in SPLITS if not splits[split]]
-    if empty:
+    if empty := [split for split in SPLITS if not splits[split]]:
         raise InputError(f"embedded {domain} data: {clips} clips leave no {empty[0]} clip; use more")
     return _dataset(f"embedded {domain}", skeleton, splits, {}, embedded=True)
 
@@ -506,10 +505,8 @@ class Batch(NamedTuple):
 
 
 def collate(clips):
-    """Clips -> Batch with the first caption of each; lengths are multiples of UNIT.
-
-    Padding is zero in RAW features: normalise first, then mask, where zeros are wanted after normalising.
-    """
+    """Clips -> Batch with the first caption of each; lengths are multiples of UNIT, padding is zero in RAW
+    features."""
     lengths = torch.tensor([len(clip.features) // UNIT * UNIT for clip in clips])
     motion = torch.zeros(len(clips), int(lengths.max()), clips[0].features.shape[1])  # b t d
     for row, clip, n in zip(motion, clips, lengths.tolist()):
@@ -583,8 +580,7 @@ def main(argv=None):
     parser.add_argument("command", choices=["check"])
     parser.add_argument("folder", help="a folder in the KIT-ML / HumanML3D layout")
     args = parser.parse_args(argv)
-    damage = check_folder(args.folder)
-    if damage:
+    if damage := check_folder(args.folder):
         more = f"; and {len(damage) - 5} more" if len(damage) > 5 else ""
         raise InputError(f"{args.folder} is damaged: {'; '.join(damage[:5])}{more}")
     print("  sound")
