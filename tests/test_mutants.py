@@ -103,6 +103,54 @@ MUTANTS = [
         "captions, lengths = [chosen[p] for p in reversed(groups)], lengths[groups]",
         "test_samples_are_those_of_their_prompts")),
 ]
+GRADIENT = {"test_an_update_is_the_gradient_of_both_losses": {"micro": 3}}
+MUTANTS += [
+    *of(BLOCKS["ppo"], (
+        "sign of the penalty", "-kl_coef * (logp_old - logp_ref)", "kl_coef * (logp_old - logp_ref)",
+        "test_token_rewards_by_hand"), (
+        "reward at the wrong token", "mask.sum(1, keepdim=True) - 1", "mask.sum(1, keepdim=True) - 2",
+        "test_token_rewards_by_hand"), (
+        "value of the wrong state", "gamma * following[:, t] - values[:, t]",
+        "gamma * values[:, t] - values[:, t]", "test_gae_is_the_weighted_sum_of_one_step_errors"), (
+        "values behind the end", "F.pad(values * mask, (0, 1))", "F.pad(values, (0, 1))",
+        "test_gae_is_the_weighted_sum_of_one_step_errors"), (
+        "whitened over padding", "valid = advantages[mask] if valid", "valid = advantages if valid",
+        "test_whitening_is_over_the_valid_tokens_of_all_processes"), (
+        "sign of the loss", "unclipped = -advantages", "unclipped = advantages",
+        "test_token_loss_is_pessimistic"), (
+        "minimum for maximum", "torch.maximum(unclipped", "torch.minimum(unclipped",
+        "test_token_loss_is_pessimistic"), (
+        "sign of the value loss", "0.5 * (values - returns).square()", "-0.5 * (values - returns).square()",
+        "test_value_loss_pulls_to_the_returns"), (
+        "KL of the wrong direction", "kl[rows] = (logps.exp() * (logps - logps_ref))",
+        "kl[rows] = (logps_ref.exp() * (logps_ref - logps))", "test_rollouts_are_scored_by_hand"), (
+        "reference is the policy", "score_actions(policy.reference, None", "score_actions(policy.gpt, None",
+        "test_rollouts_are_scored_by_hand"), (
+        "padding is trained", "(pg * share).sum()", "pg.sum()", GRADIENT), (
+        "padding is valued", "(value_loss(values, returns) * mask).sum()",
+        "value_loss(values, returns).sum()", GRADIENT), (
+        "sum for mean", "pg = (pg * share).sum() / (weight or 1.0)", "pg = (pg * share).sum()", GRADIENT), (
+        "no old policy", "torch.where(mask, logp - logp_old, 0.0)",
+        "torch.where(mask, logp - logp.detach(), 0.0)", GRADIENT), (
+        "critic by its own factor", "pg + VF_COEF * vf", "pg + vf", GRADIENT)),
+    *of(BLOCKS["policy"], (
+        "no temperature", "torch.float32)) / temperature", "torch.float32))",
+        "test_actions_are_scored_as_they_were_drawn"), (
+        "early ends", "masked_fill(early[:, None] & end, -math.inf)",
+        "masked_fill(early[:, None] & end & False, -math.inf)",
+        "test_actions_are_scored_as_they_were_drawn"), (
+        "a token sees itself", "gpt(tokens[:, :-1], text)", "gpt(tokens[:, 1:], text)",
+        "test_actions_are_scored_as_they_were_drawn"), (
+        "draws of another token", "pick(logits[:, 0], uniform[:, t])", "pick(logits[:, 0], uniform[:, 0])",
+        "test_actions_are_scored_as_they_were_drawn")),
+    *of(BLOCKS["gpt"], (
+        "critic bends the policy", "hidden = hidden.detach()", "hidden = hidden", GRADIENT), (
+        "later tokens are seen", "scores.masked_fill(later, -math.inf)", "scores.masked_fill(later, 0.0)",
+        "test_actions_are_scored_as_they_were_drawn")),
+    *of(BLOCKS["margin"], (
+        "matched and mismatched swapped", "torch.where(negative, (margin", "torch.where(~negative, (margin",
+        "test_margin_loss_by_hand")),
+]
 CASES = [pytest.param(mutant, script, id=f"{script}-{mutant.name.replace(' ', '_')}")
          for mutant in MUTANTS for script in mutant.scripts]
 

@@ -145,3 +145,179 @@ def test_strongest_advantages_are_kept_whatever_their_sign(script):
     assert script.strongest(advantages, 3) == [1, 3, 5]
     assert script.strongest(advantages, 4) == [0, 1, 3, 5], "of equals the first"
     assert script.strongest(advantages, 0) == list(range(6))
+
+
+# ---- PPO on tokens: equations by hand ----------------------------------------------------------------------
+
+
+@holders("ppo")
+def test_token_rewards_by_hand(script):
+    """The penalty is signed: no abs, no clamp; the motion's reward is at the last action, that of a truncated
+    row at its last token, whether the number of valid tokens is 1 or all."""
+    old = torch.tensor([[-1.0, -2.0, -3.0]]).expand(3, 3)
+    ref = torch.tensor([[-2.0, -2.0, -1.0]]).expand(3, 3)
+    mask = torch.tensor([[True, True, True], [True, True, False], [True, False, False]])
+    rewards = script.token_rewards(torch.tensor([5.0, 6.0, 7.0]), old, ref, mask, 0.1)
+    torch.testing.assert_close(rewards, torch.tensor([[-0.1, 0, 5.2], [-0.1, 6, 0], [6.9, 0, 0]]))
+
+
+@holders("ppo")
+def test_gae_is_the_weighted_sum_of_one_step_errors(script):
+    mask = torch.arange(6) < torch.tensor([6, 4, 1])[:, None]
+    rewards, values = normal(3, 6, k=1).double() * mask, normal(3, 6, k=2).double()
+    advantages, returns = script.gae(rewards, values, mask, 0.9, 0.8)
+    for row, n in enumerate(mask.sum(1).tolist()):
+        following = [*values[row, 1:n], 0.0]  # no bootstrap: not behind an end, not at the limit
+        delta = [rewards[row, t] + 0.9 * following[t] - values[row, t] for t in range(n)]
+        for t in range(n):
+            expected = sum(0.72**k * delta[t + k] for k in range(n - t))
+            torch.testing.assert_close(advantages[row, t], expected)
+    torch.testing.assert_close(returns, (advantages + values) * mask)
+    dirty = script.gae(rewards, values + 100.0 * ~mask, mask, 0.9, 0.8)
+    assert all(torch.equal(a, b) for a, b in zip(dirty, (advantages, returns))), "values behind the end"
+    _, returns = script.gae(rewards, values, mask, 1.0, 1.0)
+    torch.testing.assert_close(returns, rewards.flip(1).cumsum(1).flip(1) * mask)  # Monte Carlo
+
+
+@holders("ppo")
+def test_whitening_is_over_the_valid_tokens_of_all_processes(script):
+    advantages, mask = 3 * normal(6, 5) + 2, torch.arange(5) < torch.tensor([5, 1, 3, 2, 4, 5])[:, None]
+    white = script.whiten(advantages, mask)
+    assert white[mask].mean().item() == pytest.approx(0.0, abs=1e-6)
+    assert white[mask].square().mean().item() == pytest.approx(1.0, abs=1e-5), "population variance"
+    assert (white[~mask] == 0).all()
+    assert torch.equal(script.whiten(advantages + 50.0 * ~mask, mask), white)
+    parts = [script.whiten(advantages[rows], mask[rows], advantages[mask])
+             for rows in (slice(0, 2), slice(2, 6))]
+    assert torch.equal(torch.cat(parts), white)
+    assert script.whiten(torch.full((1, 1), 7.0), torch.ones(1, 1, dtype=torch.bool)).tolist() == [[0.0]]
+
+
+@holders("ppo")
+def test_token_loss_is_pessimistic(script):
+    ratio = torch.tensor([0.5, 1.0, 1.5, 0.5, 1.0, 1.5], requires_grad=True)
+    advantages = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, -1.0])
+    loss = script.clipped_loss(ratio, advantages, 0.2)
+    torch.testing.assert_close(loss, torch.tensor([-0.5, -1.0, -1.2, 0.8, 1.0, 1.5]))
+    loss.sum().backward()  # where the clip is active in the harmful direction no gradient is left
+    torch.testing.assert_close(ratio.grad, torch.tensor([-1.0, -1.0, 0.0, 0.0, 1.0, 1.0]))
+
+
+@holders("ppo")
+def test_value_loss_pulls_to_the_returns(script):
+    values = torch.tensor([3.0, 3.0, 0.1], requires_grad=True)
+    loss = script.value_loss(values, torch.tensor([1.0, 4.0, 0.0]))
+    torch.testing.assert_close(loss, torch.tensor([2.0, 0.5, 0.005]))
+    loss.sum().backward()
+    torch.testing.assert_close(values.grad, torch.tensor([2.0, -1.0, 0.1]))
+
+
+@holders("margin")
+def test_margin_loss_by_hand(script):
+    """d^2 where they belong together, max(0, margin - d)^2 where they do not."""
+    text, motion = torch.zeros(4, 2), torch.tensor([[3.0, 4.0], [0.0, 2.0], [3.0, 4.0], [0.0, 1.0]])
+    negative = torch.tensor([False, False, True, True])
+    loss = script.margin_loss(text, motion, negative, margin=4.0)
+    assert loss.item() == pytest.approx((25 + 4 + 0 + 9) / 4)
+
+
+# ---- PPO on tokens: rollout and update ---------------------------------------------------------------------
+
+
+def token_policy(script, temperature=1.5, kind="shared-detach"):
+    """A random GPT, its reference, a critic that values states, and sequences of the GPT (8 n)."""
+    with torch.random.fork_rng(devices=[]):
+        gpt, reference = (script.MotionGPT(12, 16, 16, 2, 1, 1, 7) for _ in range(2))
+        for k, part in enumerate((gpt, reference)):
+            training.initialise(part, generator(0, k, "gpt"))
+            part.trans_head["head"].weight.data.mul_(3.0)
+        critic = script.Critic(gpt, kind, generator(0, 0, "critic"))
+    critic.value.weight.data.copy_(0.3 * normal(*critic.value.weight.shape, k=3))
+    text, uniform = normal(8, 16, k=4), torch.rand(8, 6, generator=generator(0, 0, "uniform"))
+    tokens, counts = script.rollout(gpt, text, uniform, 2, temperature)
+    mask = torch.arange(tokens.shape[1]) <= counts[:, None]  # the end token is an action, too
+    args = script.Args(temperature=temperature, critic=kind)
+    policy = SimpleNamespace(gpt=gpt, reference=reference.requires_grad_(False),
+                             vq=SimpleNamespace(shortest=2), device=torch.device("cpu"))
+    return args, policy, critic, dict(tokens=tokens, text=text, mask=mask, lengths=4 * counts, counts=counts)
+
+
+def logps_of(gpt, batch, temperature):
+    """log softmax(logits / T) without an early end, written out -> of all actions (b n v), of the tokens."""
+    logits = gpt(batch["tokens"][:, :-1], batch["text"])[0] / temperature
+    logits[:, :2, -1] = -1e9
+    logps = logits.log_softmax(-1)
+    return logps, logps.gather(-1, batch["tokens"].clamp(max=12)[..., None])[..., 0]
+
+
+@holders("policy")
+def test_actions_are_scored_as_they_were_drawn(script):
+    """One distribution: temperature, ban of an early end, the token's own place, cache or none."""
+    args, policy, critic, batch = token_policy(script)
+    assert (batch["counts"] >= 2).all() and (batch["counts"] < 6).any() and (batch["counts"] > 2).any()
+    uniform = torch.rand(8, 6, generator=generator(0, 0, "uniform"))
+    logps, of_tokens = logps_of(policy.gpt, batch, 1.5)
+    logp, every, values = script.score_actions(policy.gpt, critic, batch["tokens"], batch["text"], 2, 1.5)
+    torch.testing.assert_close(logp[batch["mask"]], of_tokens[batch["mask"]], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(every.exp(), logps.exp(), rtol=1e-4, atol=1e-5)
+    assert torch.isfinite(every).all() and values.shape == logp.shape
+    cumulative = logps.double().exp().cumsum(-1)  # the inverse transform, of the whole pass
+    drawn = (cumulative < uniform[..., None] * cumulative[..., -1:]).sum(-1)
+    assert torch.equal(drawn[batch["mask"]], batch["tokens"][batch["mask"]])
+
+
+@holders("ppo")
+def test_rollouts_are_scored_by_hand(script):
+    """Old and reference log-probabilities, and KL(pi || pi_ref), not the reverse, over all actions."""
+    args, policy, critic, batch = token_policy(script)
+    epochs = [training.minibatches(list(range(8)), 2, list(range(8)), 3, generator(0, 0, "shuffle"))]
+    old, ref, values, log = script.score_rollout(args, policy, critic, batch, epochs)
+    mask = batch["mask"]
+    (pi, of_old), (pi_ref, of_ref) = (logps_of(part, batch, 1.5) for part in (policy.gpt, policy.reference))
+    torch.testing.assert_close(old[mask], of_old[mask], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ref[mask], of_ref[mask], rtol=1e-4, atol=1e-5)
+    kl, reverse = (((a.exp() * (a - b)).sum(-1) * mask).sum(1).mean().item()  # of a whole motion
+                   for a, b in ((pi, pi_ref), (pi_ref, pi)))
+    assert log["kl_ref"] == pytest.approx(kl, rel=1e-4) and abs(kl - reverse) > 5e-3 * kl
+    assert not old.requires_grad and not values.requires_grad
+
+
+@holders("ppo")
+@pytest.mark.parametrize("micro", (0, 3))
+def test_an_update_is_the_gradient_of_both_losses(script, micro):
+    """Both losses written out: a step of plain gradient descent moves the weights by their gradient."""
+    args, policy, critic, batch = token_policy(script)
+    args.micro_batch, mask = micro, batch["mask"]
+    shift, advantages, returns = (normal(*mask.shape, k=k) for k in (5, 6, 7))
+    with torch.no_grad():
+        old = logps_of(policy.gpt, batch, 1.5)[1] + 0.3 * shift  # ratios on both sides of the clip
+    batch |= {"weight": mask.float(), "logp_old": old, "returns": returns, "advantages": advantages}
+    parts = [*policy.gpt.named_parameters(), *critic.named_parameters()]
+    before = {f"{k} {name}": value.detach().clone() for k, (name, value) in enumerate(parts)}
+    ratio = (logps_of(policy.gpt, batch, 1.5)[1] - old).exp()
+    clipped = ratio.clamp(1 - args.clip_range, 1 + args.clip_range)
+    gain = torch.minimum(ratio * advantages, clipped * advantages)
+    asked = batch["tokens"][:, :-1], batch["text"]
+    values = critic(policy.gpt(*asked)[1].detach(), *asked)
+    value_loss = 0.5 * (values - returns).square()
+    loss = -gain[mask].mean() + script.VF_COEF * value_loss[mask].mean()
+    gradients = torch.autograd.grad(loss, [value for _, value in parts], allow_unused=True)
+    groups = [list(part.parameters()) for part in (policy.gpt, critic)]
+    sizes, norms = [len(group) for group in groups], []
+    for part in (gradients[:sizes[0]], gradients[sizes[0]:]):
+        norms.append(torch.stack([g.norm() for g in part if g is not None]).norm().item())
+    optimizer = torch.optim.SGD([{"params": group} for group in groups], lr=1.0)
+    epochs = [training.minibatches(list(range(8)), 1, list(range(8)), micro, generator(0, 0, "shuffle"))]
+    loop = SimpleNamespace(check=lambda: None)
+    log = script.update(args, policy, critic, batch, epochs, optimizer, 0, loop)
+    for k, ((name, value), gradient) in enumerate(zip(parts, gradients)):
+        expected = torch.zeros_like(value) if gradient is None else gradient
+        norm = norms[k >= sizes[0]]
+        expected = expected * min(1.0, script.MAX_GRAD_NORM / norm)
+        torch.testing.assert_close(before[f"{k} {name}"] - value.detach(), expected, rtol=2e-3, atol=2e-5,
+                                   msg=name)
+    assert log["grad_norm"] == pytest.approx(norms[0], rel=1e-3)
+    assert log["vf_grad_norm"] == pytest.approx(norms[1], rel=1e-3)
+    assert log["pg_loss"] == pytest.approx(-gain[mask].mean().item(), abs=1e-4)
+    far = ((ratio - 1).abs() > args.clip_range)[mask].float().mean().item()
+    assert log["clipfrac"] == pytest.approx(far, abs=1e-6) and 0.1 < far < 0.9
