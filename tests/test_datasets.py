@@ -234,7 +234,8 @@ def test_a_comment_builds_nothing_anew_and_another_movement_does(tmp_path, monke
     source, built = inspect.getsource, []
     monkeypatch.setattr(movements, "build", lambda *args, build=movements.build, **options: (
         built.append(options), build(*args, **options))[1])
-    monkeypatch.setattr(inspect, "getsource", lambda part: "# why\n" + source(part).replace('"""', '"""A ', 1))
+    commented = lambda part: "# why\n" + source(part).replace('"""', '"""A ', 1)
+    monkeypatch.setattr(inspect, "getsource", commented)
     load()
     assert not built
     monkeypatch.setattr(inspect, "getsource", lambda part: source(part) + "FASTER = 2\n")

@@ -1,4 +1,4 @@
-"""TMR (Petrovich et al., ICCV 2023): the published weights of its encoders, for those of common/retrieval.py."""
+"""TMR (Petrovich et al., ICCV 2023): published weights for the encoders of common/retrieval.py."""
 
 
 def from_official_tmr(state):

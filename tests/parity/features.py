@@ -1,4 +1,4 @@
-"""Compare common/features.py with the reference arrays of features_*.npz, stage by stage (see tests/parity)."""
+"""Compare common/features.py with reference arrays, stage by stage (see tests/parity)."""
 
 import numpy as np
 import torch

@@ -45,7 +45,8 @@ def check_metrics(z):
         # 1e-6 for eigh64 too: its means were taken in float32
         rows += [(f"fid_{name}_{way}", error(metrics.fid(x, y), z[f"fid_{name}_{way}"], relative=True), 1e-6)
                  for way in ("official", "eigh64")]
-        rows += [(f"fid_{name}_self_official", error(metrics.fid(x, x), z[f"fid_{name}_self_official"]), 1e-4)]
+        field = f"fid_{name}_self_official"
+        rows += [(field, error(metrics.fid(x, x), z[field]), 1e-4)]
     between = metrics.fid(text, motion)
     rows += [("fid_text_motion_official", error(between, z["fid_text_motion_official"], relative=True), 1e-6),
              ("fid_text_motion_eigh64", error(between, z["fid_text_motion_eigh64"], relative=True), 1e-6),

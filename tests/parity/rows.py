@@ -8,7 +8,7 @@ import torch
 class Rows:
     """The largest error of each field over the cases of a file.
 
-    Errors are |mine - theirs| / (1 + |theirs|) at their largest, so a tolerance acts as rtol and atol at once.
+    Errors are |mine - theirs| / (1 + |theirs|) at their largest: a tolerance acts as rtol and atol at once.
     """
 
     def __init__(self):

@@ -25,7 +25,8 @@ def check_dpmpp(result, path, case, ref):
     theirs = samplers.Grid.from_ratio(timesteps, ratio)
     for name in ("alpha", "sigma", "lam"):
         result.compare(name, getattr(theirs, name), ref[name], 1e-5)
-    result.compare("order_used", [reference.order_at(theirs, i, order) for i in range(steps)], ref["order_used"], 0.0)
+    used = [reference.order_at(theirs, i, order) for i in range(steps)]
+    result.compare("order_used", used, ref["order_used"], 0.0)
     result.compare("std", reference.step_std(theirs), ref["std"], 1e-5)
 
     policy = ddpo_motion.solver_steps(theirs, order, "sample")
