@@ -133,13 +133,10 @@ def parse_args(cls, sizes, argv, description):
 
 
 def parse_weights(spec, names, flag, share=True):
-    """"a=0.7,b=0.3" -> weights in the order of names, 0 for those left out; empty: equal shares.
-
-    share: the weights must sum to 1. InputError for an unknown name, no number, a negative one, a wrong
-    sum, or zeros alone.
-    """
-    weights = dict.fromkeys(names, 0.0) if spec else dict.fromkeys(names, 1 / len(names))
-    for part in spec.split(",") if spec else ():
+    """"a=0.7,b=0.3" -> weights in the order of names, 0 for those left out; empty: equal shares. InputError for
+    an unknown name, no number, a negative one, zeros alone, or, of shares, a sum other than 1."""
+    weights = dict.fromkeys(names, 0.0 if spec else 1 / len(names))
+    for part in filter(None, spec.split(",")):
         name, _, number = (word.strip() for word in part.partition("="))
         if name not in names:
             raise InputError(f"{flag} {spec}: {name!r} is none of {', '.join(names)}; write {names[0]}=0.7,"
@@ -148,12 +145,11 @@ def parse_weights(spec, names, flag, share=True):
             weights[name] += float(number)
         except ValueError:
             raise InputError(f"{flag} {spec}: {number!r} is no number; write {name}=0.7") from None
-    values = list(weights.values())
-    if not (min(values) >= 0 and 0 < sum(values) < math.inf):  # NaN fails too
+    values, total = list(weights.values()), sum(weights.values())
+    if not (min(values) >= 0 and 0 < total < math.inf):  # NaN fails too
         raise InputError(f"{flag} {spec}: give numbers of at least 0, one of them above")
-    if share and abs(sum(values) - 1) >= 1e-6:
-        raise InputError(f"{flag} {spec}: give numbers of at least 0 that sum to 1; these sum to "
-                         f"{sum(values):g}")
+    if share and abs(total - 1) >= 1e-6:
+        raise InputError(f"{flag} {spec}: give numbers of at least 0 that sum to 1; these sum to {total:g}")
     return values
 
 
@@ -313,29 +309,27 @@ def finish(folder, watch, content):
 def run_main(main, argv=None):
     """Call `main(argv)`, by default with the command line, and end the process with the exit code of its
     outcome (see the module docstring)."""
-    code = 0
+    code, said = 0, ""
     try:
         main(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
+        code, said = 2, f"error: {error}"
     except NonFiniteError as error:
-        print(f"non-finite numbers: {error}", file=sys.stderr)
-        code = 3
+        code, said = 3, f"non-finite numbers: {error}"
     except BrokenPipeError:  # who read the output has gone, as `| head` does; nothing is left to be said
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        print(f"disk: {error}; the last checkpoint is intact, free some space and --resume", file=sys.stderr)
-        code = 4
+        code, said = 4, f"disk: {error}; the last checkpoint is intact, free some space and --resume"
     except Interrupted as error:
-        print(error, file=sys.stderr)
-        code = error.exit_code
+        code, said = error.exit_code, error
     except KeyboardInterrupt:
         code = 130
+    if said:
+        print(said, file=sys.stderr)
     sys.exit(code)
 
 
@@ -475,19 +469,12 @@ def make_folder(path, flag):
     if not os.access(path, os.W_OK | os.X_OK, effective_ids=True):
         raise InputError(f"{path}: the folder is read-only; choose another {flag}")
     for stale in Path(path).glob("*.tmp-*"):
-        pid = stale.name.rpartition("-")[2]
-        if pid.isdigit() and not _alive(int(pid)):
+        try:
+            os.kill(int(stale.name.rpartition("-")[2]), 0)  # asks whether the process lives
+        except ProcessLookupError:
             stale.unlink(missing_ok=True)
-
-
-def _alive(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        except (ValueError, PermissionError):  # no number, or somebody else's process
+            pass
 
 
 class RunFolder:
@@ -540,7 +527,7 @@ class CsvLog:
         self.truncate_after(math.inf)
 
     def _lines(self):
-        return self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
+        return self.path.read_text(encoding="utf-8").splitlines(True) if self.path.exists() else []
 
     def truncate_after(self, iteration):
         """Drop the rows of later iterations, and what a kill left half-written."""
