@@ -53,12 +53,12 @@ BALANCED = [1 / 3, 1 / 3, 1 / 3]
 class Args(t2m_gpt.WeightArgs):
     """Every field is a flag. The classes before it have --dataset, --seed, --vq-checkpoint ..."""
     perception_checkpoint: str = arg("", "published MotionCritic (.pth) for preference")
-    prefer: str = arg("", "of a --prompt: text=0.7,quality=0.2,preference=0.1", shaping=False)
     selection: str = arg("per-token", "sets in which motions compete; weighted-sum: no tokens",
                          choices=("per-token", "union", "literal", "none", "weighted-sum"),
-                         group="selection")
+                         group="selection and tokens")
     weights: str = arg("", "of the weighted sum, as in --prefer; empty: equal")
     alpha: float = arg(0.5, "share of the token in the text feature, Eq. (11) ([MRL]: unknown)")
+    prefer: str = arg("", "of a --prompt: text=0.7,quality=0.2,preference=0.1", shaping=False)
     token_reward: str = arg("own", "what Eq. (7) sums: the token's own reward, or the mean",
                             choices=("own", "mean"))
     baseline: str = arg("all", "motions that spread, values and whitening are taken from",
