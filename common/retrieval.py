@@ -18,7 +18,8 @@ from einops import rearrange, repeat
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 
-from common import InputError, NonFiniteError, TransformerLayer, generator, length_mask, sinusoid
+from common import (
+    Attention, InputError, NonFiniteError, TransformerLayer, generator, length_mask, sinusoid)
 from common.datasets import Statistics, Vocabulary, collate, half
 from common.metrics import hit_chance, pairwise_distance
 from common.patches import PatchCodec
@@ -358,7 +359,7 @@ def scorer(name, domains, *, family, number, iterations, seed, cache_dir, use_ca
         model, _ = fit_retrieval(family, clips, seed=seed + number, iterations=iterations, loss=loss)
         return {"model": model.export(), "retrieval": retrieval_score(model, target.splits["val"])}
 
-    code = source_of(RetrievalModel, TMREncoder, MotionEncoderBiGRU, TransformerLayer, PatchCodec, info_nce,
+    code = source_of(RetrievalModel, TMREncoder, MotionEncoderBiGRU, TransformerLayer, Attention, PatchCodec, info_nce,
                      duplicate_pairs, train_retrieval, fit_retrieval, *([loss] if loss else []), *loss_parts)
     key = [[domain.fingerprint for domain in domains], target.fingerprint, family, loss_name, number,
            seed, iterations, code]

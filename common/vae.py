@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from einops import repeat
 from torch import nn
 
-from common import InputError, TransformerLayer, datasets, generator, length_mask, padded, sinusoid
+from common import (
+    Attention, InputError, TransformerLayer, datasets, generator, length_mask, padded, sinusoid)
 from common.patches import PatchCodec
 from common.training import cached, initialise, source_of, supervised
 
@@ -150,7 +151,7 @@ def fit_vae(vae, clips, weights, *, shaped_by, seed, device, cache_dir, use_cach
                           kl_weight=kl_weight, seed=seed)
         return {"vae": vae.state_dict(), "variance_kept": kept, **notes}
 
-    code = source_of(Skips, MotionVAE, PatchCodec, TransformerLayer, train_vae, supervised)
+    code = source_of(Skips, MotionVAE, PatchCodec, TransformerLayer, Attention, train_vae, supervised)
     shape = {name: list(value.shape) for name, value in vae.state_dict().items()}
     key = [shaped_by, shape, vae.patch, weights.tolist(), iterations, batch, lr, kl_weight, seed, code]
     stored = cached(cache_dir, key, build, "vae", use_cache)
