@@ -359,8 +359,9 @@ def scorer(name, domains, *, family, number, iterations, seed, cache_dir, use_ca
         model, _ = fit_retrieval(family, clips, seed=seed + number, iterations=iterations, loss=loss)
         return {"model": model.export(), "retrieval": retrieval_score(model, target.splits["val"])}
 
-    code = source_of(RetrievalModel, TMREncoder, MotionEncoderBiGRU, TransformerLayer, Attention, PatchCodec, info_nce,
-                     duplicate_pairs, train_retrieval, fit_retrieval, *([loss] if loss else []), *loss_parts)
+    code = source_of(RetrievalModel, TMREncoder, MotionEncoderBiGRU, TransformerLayer, Attention, PatchCodec,
+                     info_nce, duplicate_pairs, train_retrieval, fit_retrieval, *([loss] if loss else []),
+                     *loss_parts)
     key = [[domain.fingerprint for domain in domains], target.fingerprint, family, loss_name, number,
            seed, iterations, code]
     stored = cached(cache_dir, key, build, name.split()[0], use_cache)
