@@ -1,28 +1,27 @@
 """Step-wise reward back-propagation: a diffusion model follows the gradient of its reward.
 
-The idea. A reward that is a network can be differentiated: its gradient says how a motion should
-change. Sent back through all denoising steps, it costs the memory of all of them. So the chain is
-cut: at every step the model guesses the finished motion, the reward scores that guess, and the
-weights move at once. Older methods, which keep the chain, are a flag away (--method).
+The idea. A reward that is a network has a gradient, which says how a motion should change. Sent
+back through all denoising steps, it costs the memory of all of them. So the chain is cut: at
+every step the model guesses the finished motion, the reward scores that guess, and the weights
+move at once. Older methods keep the chain: --method.
 
-Papers (of [ET] and [MR] no text could be read here: their equations are from public notes)
-  [ET]    EasyTune 2026, arXiv 2602.07967: this method, and SPL; its code: wengwanjiang/EasyTune
-  [MR]    MotionRFT, Tan et al. 2026, arXiv 2603.27185: the reward; code: Xiaofeng-Tan/MotionRFT
-  [ReFL]  Xu et al. 2023 (ImageReward), [DRaFT] Clark et al. 2024, [AlignProp] Prabhudesai et al.
-          2023, [DRTune] Wu et al. 2024: the other methods; [DDIM] Song et al. 2021: the sampler
+Papers (the texts of [ET] and [MR] could not be read here: equations are from public notes)
+  [ET]    EasyTune 2026, arXiv 2602.07967: this method, SPL; code: wengwanjiang/EasyTune
+  [MR]    MotionRFT 2026, arXiv 2603.27185: the reward; code: Xiaofeng-Tan/MotionRFT
+  [ReFL]  Xu et al. 2023 (ImageReward), [DRaFT] Clark et al. 2024, [AlignProp] Prabhudesai et
+          al. 2023, [DRTune] Wu et al. 2024: other methods; [DDIM] Song et al. 2021: sampler
 
-`diff ddpo_motion.py stepwise_motion.py` is the lesson: the sampler draws nothing, so there is no
-density and no policy gradient; the reward is differentiated instead. For steps i = 0 .. N-1
+`diff ddpo_motion.py stepwise_motion.py` is the lesson: the sampler draws nothing, so there is
+no density and no policy gradient; the reward is differentiated. For steps i = 0 .. N-1
   in the code   symbol               meaning
   x, x_next     x_i, x_{i+1}         state: x_0 is noise, x_N the finished motion
   e             f_theta(x_i, t_i, c) the network's answer: motion, noise, v, or velocity
   m             p x_i + q e_i        the guess of the finished motion, whose reward is R(m)
-  route                              where gradients pass, and what is rewarded
 With EasyTune the update follows sum_i grad E[R(m_i)], each state x_i held fixed; not E[R(x_N)].
 
 Read sections 5 and 6 first, then 7: policy, update, loop.
   python stepwise_motion.py --dataset kit           # from nothing to a tuned model
-  python stepwise_motion.py --dataset kit --tiny    # the same at toy size, half a minute
+  python stepwise_motion.py --dataset kit --tiny    # the same at toy size
   python stepwise_motion.py --prompt "a person waves" --load runs/stepwise_kit_seed0/adapter.pt
 """
 
@@ -60,20 +59,20 @@ class Args(RunArgs):
     spacing: str = arg("linspace", "of the steps (MLD: leading)",
                        choices=("linspace", "trailing", "leading"))
     guidance_scale: float = arg(1.0, "classifier-free (MDM: 2.5, MLD: 7.5), costs twice")
-    weights: str = arg("semantic=1,preference=0.02,authenticity=0.05", "of the reward; m2m=1 adds "
-                       "the recording ([MR] code: 1, 2e-4, 2e-4, 1)", group="reward")
+    weights: str = arg("semantic=1,preference=0.02,authenticity=0.05", "of the reward; m2m=1 "
+                       "adds recordings ([MR] code: 1, 2e-4, 2e-4, 1)", group="reward")
     reward: str = arg("motion-reward", "shuffled, a control, is asked with a wrong caption",
                       choices=("motion-reward", "shuffled"))
     reward_input: str = arg("x0hat", "what is rewarded: m_i, x_{i+1}, or one after the other",
                             choices=("x0hat", "xt", "mixed"))
     reward_data: str = arg("both", "whose motions the reward model saw; source: no MoCap",
                            choices=("source", "both"))
-    spl: str = arg("paper", "self-refinement of the reward model", choices=("paper", "code", "off"))
+    spl: str = arg("paper", "its self-refinement", choices=("paper", "code", "off"))
     method: str = arg("easytune", "how the reward's gradient reaches the weights", group="update",
                       choices=("easytune", "refl", "draft", "alignprop", "alignprop-bernoulli",
                                "drtune"))
     window: int = arg(0, "the last K steps are trained; 0: half of all ([ET]: all)", lowest=0)
-    sweep: float = arg(0.0, "share of the training in which the window slides there ([MR]: .03)")
+    sweep: float = arg(0.0, "share of training in which the window slides ([MR]: .03)")
     checkpointing: bool = arg(False, "chain methods: compute activations twice, keep none")
     iterations: int = arg(80, "of RL, a batch each")
     prompts: int = arg(32, "prompts of a batch, a motion each ([ET]: 256)")
@@ -90,12 +89,11 @@ class Args(RunArgs):
 
 SIZE_ARGS = {  # what --size sets here; the network's sizes are in common/diffusion.py
     "tiny": dict(steps=4, iterations=3, prompts=8, eval_every=2, eval_repeats=2, best_of=2),
-    "paper": dict(steps=50, guidance_scale=2.5, window=50, prompts=256, lr=1e-5, lora_rank=0,
-                  anchor=0.0, eval_repeats=20)}
+    "paper": dict(steps=50, window=50, prompts=256, lr=1e-5, lora_rank=0, eval_repeats=20)}
 LORA_LAYERS = r"^(text_)?layers.*\.(q|k|v|out|up|down)$"  # attention and feed-forward, text too
-MAX_GRAD_NORM = 1.0                                       # of every optimizer step
-HEADS = ("preference", "authenticity")                    # of MotionReward
-TERMS = ("semantic", "m2m", *HEADS)                       # of the reward, see section 4
+MAX_GRAD_NORM = 1.0  # of every optimizer step
+HEADS = ("preference", "authenticity")  # of MotionReward
+TERMS = ("semantic", "m2m", *HEADS)  # of the reward, see section 4
 
 
 def weights_of(args):
@@ -113,10 +111,9 @@ def check_args(args):
         (args.window > args.steps, f"--window: at most the {args.steps} denoising steps"),
         (args.sweep > 1, "--sweep: a share of the training, 0 to 1"),
         (args.method == "drtune" and args.prediction == "sample",
-         "--method drtune: its gradient passes from step to step by x alone, which an answer "
-         "with the motion leaves out; take --prediction epsilon, v or velocity"),
+         "--method drtune: the way of its gradient, x, is in --prediction epsilon, v, velocity"),
         (not stepwise and (args.reward_input, args.sweep) != ("x0hat", 0),
-         "--reward-input and --sweep: for --method easytune; the others ask for one reward"),
+         "--reward-input and --sweep: for --method easytune"),
         (stepwise and args.checkpointing, "--checkpointing: for methods with a chain"))
 
 
@@ -231,14 +228,14 @@ def make_model(args, vocabulary):
 
 
 def semantic_loss(z_t, z_m, gauss_t, gauss_m, decoded_t, decoded_m, tokens, duplicates=None, nce=1):
-    """Stage 1 [MR code]: captions and motions meet in one space. duplicates (b b): see info_nce;
-    decoded_t, decoded_m, tokens (r n k), equal in padded rows."""
+    """Stage 1 [MR code]: captions and motions meet. duplicates (b b): see info_nce; decoded_t,
+    decoded_m, tokens (r n k): equal in padded rows."""
     rec = (F.smooth_l1_loss(decoded_t, tokens) + F.smooth_l1_loss(decoded_m, tokens)
            + F.smooth_l1_loss(decoded_m, decoded_t))
     t, m, normal = gauss_t, gauss_m, [torch.zeros_like(z_t)] * 2
     kl = sum(vae.gaussian_kl(*a, *b) for a, b in ((t, m), (m, t), (m, normal), (t, normal)))
-    # Not in the paper: nce weighs 1 here and below. In [MR code] it is 0.1, for 50 epochs on a GPU.
-    # R@1 on embedded KIT, one seed: .74 with 0.1, .74 with 1 here alone, .82 with 1 in both.
+    # Not in the paper: nce weighs 1, here and below, and not 0.1.
+    # R@1 on embedded KIT, one seed: .74 with 0.1, .82 with 1.
     return (rec + 1e-5 * kl + 1e-5 * F.smooth_l1_loss(z_m, z_t)
             + nce * retrieval.info_nce(z_t, z_m, duplicates=duplicates))
 
@@ -250,8 +247,8 @@ def cross_loss(z_a, z_b, gauss_a, gauss_b, nce=1):
 
 
 def mine(text, motion, k, duplicates=None):
-    """Where retrieval fails now ([ET] eq. 13). text, motion (b c) -> cosines (b b), fail (b): the
-    own motion is not among the first k, top (b k): the motions that are."""
+    """Where retrieval fails now ([ET] eq. 13). text, motion (b c) -> cosines (b b), fail (b):
+    the own motion is not among the first k, top (b k): the motions that are."""
     if not 1 <= k < len(text):
         raise ValueError(f"top {k} of {len(text)} motions: nothing would ever fail")
     similarity = F.normalize(text, dim=-1) @ F.normalize(motion, dim=-1).T
@@ -263,21 +260,23 @@ def mine(text, motion, k, duplicates=None):
 
 
 def spl_paper(text, motion, k, duplicates=None, temperature=0.1):
-    """Self-refinement preference learning ([ET] eq. 14 to 17, by public notes) -> loss, fail (b):
-    KL(Q || P) with P = softmax of the cosines of (own, first), and Q = (1, 0) where retrieval
-    fails; elsewhere Q is a tie that has no gradient."""
+    """Self-refinement, [ET] eq. 14 to 17 by public notes: KL(Q || P) -> loss, fail (b).
+    P is the softmax of the cosines of (own, first). Q is (1, 0) where retrieval fails, and
+    elsewhere a tie that has no gradient."""
     similarity, fail, top = mine(text, motion, k, duplicates)
     margin = similarity.gather(1, top[:, :1])[:, 0] - similarity.diagonal()
-    return (fail * F.softplus(margin / temperature)).mean(), fail  # softplus = -log P(own)
+    return (fail * F.softplus(margin / temperature)).mean(), fail  # -log P(own)
 
 
 def spl_code(text, motion, k, duplicates=None, temperature=0.1, high=0.8):
-    """SPL as the [ET] code has it, oddities kept -> loss, fail (b)."""
+    """SPL as the [ET] code has it, oddities kept -> loss, unsolved rows (b)."""
     similarity, fail, top = mine(text, motion, k, duplicates)
-    pair = torch.stack([similarity.gather(1, top[:, :1])[:, 0], similarity.diagonal()], 1)  # b 2
+    first = similarity.gather(1, top[:, :1])[:, 0]
+    pair = torch.stack([first, similarity.diagonal()], 1)  # b 2
     # Any high cosine in a row makes it solved, and a solved row is pulled to a tie.
     solved = ~fail | (similarity > high).any(1)
-    target = torch.where(solved[:, None], pair.new_tensor([0.5, 0.5]), pair.new_tensor([0.0, 1.0]))
+    tie, own = pair.new_tensor([0.5, 0.5]), pair.new_tensor([0.0, 1.0])
+    target = torch.where(solved[:, None], tie, own)
     logp = (pair / temperature / temperature).log_softmax(1)  # the temperature acts twice
     return F.kl_div(logp, target, reduction="batchmean"), ~solved
 
@@ -298,8 +297,8 @@ LOSSES = motion_reward.Losses(semantic_loss, cross_loss, spl_paper, ranking_loss
 
 
 def weighted_reward(model, representation, weights, motion, lengths, captions, clips=None, level=0):
-    """R = sum of weight * term [MR] -> (b), differentiable in motion (b t w), which is raw and
-    meaningless after its lengths (b). level: share of noise in it; clips: of the captions."""
+    """R = sum of weight * term [MR] -> (b), with a gradient. motion (b t w) is raw, meaningless
+    after its lengths (b); level: share of noise in it; clips: of the captions."""
     tokens, mask = model.tokenise(motion, lengths, representation)
     level, total = motion.new_full((len(motion),), level), 0
     if "semantic" in weights or "m2m" in weights:
@@ -314,21 +313,22 @@ def weighted_reward(model, representation, weights, motion, lengths, captions, c
         total = total + weights["m2m"] * F.cosine_similarity(z, real, dim=-1)
     for head in HEADS:         # does it look undamaged? Is it real?
         if head in weights:
-            total = total + weights[head] * model.score(head, tokens, mask, representation, level)
+            score = model.score(head, tokens, mask, representation, level)
+            total = total + weights[head] * score
     return total
 
 
 def build_reward(args, source, target, policy, base, **options):
-    """The function that is optimised -> reward(motion, lengths, captions, clips, level) -> (b),
-    the columns of its heads for tables, and notes. base: plain weights."""
+    """reward(motion, lengths, captions, clips, level) -> (b), which is optimised; columns of
+    its heads for tables; notes. base: plain weights."""
     seen = [source] if args.reward_data == "source" else [source, target]
-    # The heads learn what is generated from motions of the base, whatever --seed is.
+    # The heads learn what is generated from the base, whatever --seed is.
     sampler = policy_sampler(replace(args, seed=args.base_seed), policy.base())
-    noised = partial(diffusion.noised, policy.model.codec, args.prediction)
+    noise = partial(diffusion.noised, policy.model.codec, args.prediction)
     model, notes = motion_reward.fit_motion_reward(
         seen, partial(motion_reward.draw_motions, sampler, seen, seed=args.base_seed),
         LOSSES._replace(spl=SPL[args.spl]), args.size, representation=args.representation,
-        noise=None if args.reward_input == "x0hat" else noised,
+        noise=noise if args.reward_input != "x0hat" else None,
         saw=[base, args.steps, args.spacing, args.guidance_scale], **options)
     reward = partial(weighted_reward, model, args.representation, weights_of(args))
     return reward, model.columns, notes
@@ -351,7 +351,7 @@ class Policy(NamedTuple):
         return self._replace(model=self.frozen)
 
     def trained(self):
-        """{name: weight} of what is trained: the adapters or, with --lora-rank 0, everything."""
+        """{name: weight} of what is trained: the adapters, or everything."""
         return {name: w for name, w in self.model.named_parameters() if w.requires_grad}
 
 
@@ -371,8 +371,8 @@ def predict(policy, x, timesteps, mask, text, text_mask):
 
 def make_network(args, policy, captions, mask):
     """network(x, i) -> the answer e (b n c) at step i."""
-    # Without gradients the captions are read once. With them each step reads them again,
-    # because an update of the step before has changed the layers that read.
+    # Without gradients captions are read once. With them each step reads again, because
+    # the update of the step before has changed the layers that read.
     known = None if torch.is_grad_enabled() else policy.model.encode_text(captions)
 
     def network(x, i):
@@ -384,8 +384,8 @@ def make_network(args, policy, captions, mask):
 
 class Route(NamedTuple):
     """Where gradients pass in a walk over the steps, and what is rewarded."""
-    graph: tuple              # (N,) bool: does e_i depend on the weights, or is it a constant?
-    rewarded: dict            # step -> "x0hat" (m_i) or "xt" (x_{i+1}); the walk ends at the last
+    graph: tuple              # (N,) bool: does e_i depend on the weights?
+    rewarded: dict            # step -> "x0hat" (m_i) or "xt" (x_{i+1}); the last ends the walk
     stop_input: bool = False  # does the network read stop(x_i)?
     stop_state: bool = False  # is x_{i+1} stopped?
 
@@ -393,9 +393,9 @@ class Route(NamedTuple):
 def denoise(network, steps, x, route, visit=None):
     """Walk from noise x (b n c) along a route -> the last state; network(x, i) -> e.
 
-    visit(i, z, e, trail) is called where a reward is due: z is what is rewarded, e the answer,
-    trail the states x_0 .. x_i without gradients. It must not keep tensors with a graph: peak
-    memory depends on it.
+    visit(i, z, e, trail) is called where a reward is due: z is rewarded, e is the answer, trail
+    the states x_0 .. x_i without gradients. It must not keep tensors with a graph: peak memory
+    depends on it.
     """
     trail = []
     for i in range(max(route.rewarded, default=len(route.graph) - 1) + 1):
@@ -404,12 +404,12 @@ def denoise(network, steps, x, route, visit=None):
         with torch.set_grad_enabled(route.graph[i]):
             e = network(read, i)
         p, q, x_coef, e_coef = (coef[i].item() for coef in steps[:4])
-        x_next = x_coef * x + e_coef * e        # [DDIM] eq. (12) with eta = 0, or an Euler step
+        x_next = x_coef * x + e_coef * e  # [DDIM] eq. (12), or an Euler step
         trail.append(x.detach())
         if i in route.rewarded:
             visit(i, p * x + q * e if route.rewarded[i] == "x0hat" else x_next, e, trail)
         x = x_next.detach() if route.stop_state else x_next
-        x_next = e = None                       # the graph of a step goes before the next comes
+        x_next = e = None  # the graph of a step goes before the next comes
     return x
 
 
@@ -418,7 +418,7 @@ def denoise(network, steps, x, route, visit=None):
 
 def easytune(steps, window, kinds):
     """[ET] eq. (6): each step i of the window is rewarded by itself, for kinds[i]."""
-    # Not in the paper, which trains all steps: by default the window is the second half of them.
+    # Not in the paper: by default the window is the second half of the steps.
     graph = tuple(i in window for i in range(steps))
     return Route(graph, {i: kinds[i] for i in window}, stop_input=True, stop_state=True)
 
@@ -432,74 +432,73 @@ def draw_route(args, progress, g):
         return int(torch.randint(n, (), generator=g))
     if args.method == "easytune":
         # The window slides from the first steps to the last ones within `sweep` [MR code].
-        share = progress / args.sweep if progress <= args.sweep and args.sweep else 1.0
-        start = round(share * (steps - window))
+        sliding = args.sweep and progress <= args.sweep
+        start = round((progress / args.sweep if sliding else 1.0) * (steps - window))
         late = {"x0hat": steps, "xt": 0, "mixed": steps - window // 2}[args.reward_input]
         kinds = ["xt" if i >= late else "x0hat" for i in every]
         return easytune(steps, range(start, start + window), kinds)
     if args.method == "refl":
         # [ReFL]: walk to step k without gradients, and guess the motion from there.
-        k = steps - 1 - below(window)           # in their code one of the last 10 of 40 steps
+        k = steps - 1 - below(window)  # in their code one of the last 10 of 40 steps
         return Route(tuple(i == k for i in every), {k: "x0hat"})
     if args.method == "drtune":
-        # [DRTune]: the network reads stopped states, but x itself is not stopped: the reward at
-        # step k reaches K steps, equally far apart, through the products of x_coef.
+        # [DRTune]: the network reads stopped states, but x is not stopped: the reward at step k
+        # reaches K steps, equally far apart, through the products of x_coef.
         apart = steps // window
         first, k = below(steps - window * apart + 1), steps - 1 - below(window)
         chosen = {first + j * apart for j in range(window)}
-        k = max(k, first)                       # a trained step has to come before the guess
-        return Route(tuple(i in chosen for i in every), {k: "x0hat"}, stop_input=True)
+        guess = {max(k, first): "x0hat"}  # it comes after a trained step
+        return Route(tuple(i in chosen for i in every), guess, stop_input=True)
     # The others reward the finished motion, and differ in the steps that have a graph.
-    if args.method == "draft":                  # [DRaFT]-K: the last K steps
+    if args.method == "draft":  # [DRaFT]-K: the last K steps
         graph = [i >= steps - (args.window or steps) for i in every]
-    elif args.method == "alignprop":            # from a random step on; their code: N(42, 5) of 50
+    elif args.method == "alignprop":  # from a random step on; their code: N(42, 5) of 50
         cut = round(0.84 * steps + 0.1 * steps * float(torch.randn((), generator=g)))
         graph = [i >= min(max(cut, 1), steps - 1) for i in every]
-    else:                                       # "AlignProp" of [ET code]: a tenth, at least one
+    else:  # "AlignProp" of [ET code]: a tenth, at least one
         graph = torch.rand(steps, generator=g) < 0.1
         graph[below(steps)] |= not graph.any()
-        graph = graph.tolist()
-    return Route(tuple(graph), {steps - 1: "xt"})
+    return Route(tuple(map(bool, graph)), {steps - 1: "xt"})
 
 
 def anchor_loss(e, e_base, mask):
-    """|e - e_base|^2 (b) of answers (b n c) at one stopped x, a mean over tokens, mask (b n).
-    For DDIM it is, up to a factor, the KL to the base of [ET], appendix, with noise in a step."""
+    """|e - e_base|^2 (b) of answers (b n c) at one stopped x, a mean over tokens, mask (b n)."""
+    # If a step had noise, it would be its KL to the base, up to a factor ([ET], appendix).
     return ((e - e_base).square() * mask[..., None]).sum((1, 2)) / (mask.sum(1) * e.shape[-1])
 
 
 def learn(loss, last, optimizer, scheduler, where):
-    """Move the weights by the gradient of one loss -> its norm before the clip. last: no other
-    loss comes in this walk. A study may wait for it, and return None until then."""
+    """Move the weights by the gradient of one loss -> its norm before the clip.
+    last: no other loss comes in this walk; a study may wait for it, and return None."""
     parameters = optimizer.param_groups[0]["params"]
     loss.backward()
     training.all_reduce_grads(parameters)
     norm = training.clip_gradients(parameters, MAX_GRAD_NORM, where)
-    optimizer.step()                            # at once: the next step has new weights
+    optimizer.step()  # at once: the next step has new weights
     scheduler.step()
     optimizer.zero_grad()
     return norm
 
 
-def update(args, policy, reward, batch, move, iteration, loop):
+def update(args, policy, ask, batch, move, iteration, loop):
     """Stage 3: walk along a route, learn where a reward is due -> numbers to log.
-    move(loss, last, where) is `learn`."""
-    captions, mask, g = batch["captions"], batch["mask"], batch["g"]
+    ask(z) is `score`, move(loss, last, where) is `learn`."""
+    captions, mask, g, norms = batch["captions"], batch["mask"], batch["g"], []
     route, log = draw_route(args, iteration / args.iterations, g), training.Sums("anchor")
-    share = len(captions) / args.prompts        # of the batch, that this process has
-    network, norms = make_network(args, policy, captions, mask), []
+    share = len(captions) / args.prompts  # of the batch, that this process has
+    network = make_network(args, policy, captions, mask)
     with torch.no_grad():
         base_network = make_network(args, policy.base(), captions, mask)
 
     def visit(i, z, e, trail):
-        loop.check()                            # Ctrl-C ends here, with all saved
+        loop.check()  # Ctrl-C ends here, with all saved
         where, last = f"iteration {iteration}, step {i}", i == max(route.rewarded)
         more = {"level": policy.steps.level[i + 1].item()} if route.rewarded[i] == "xt" else {}
-        rewards = score(policy, reward, batch, z, **more)
+        rewards = ask(z, **more)
         loop.rewards = rewards.detach()
-        loss = -rewards.mean()                  # no baseline, no ratio: the reward has a gradient
+        loss = -rewards.mean()  # no baseline, no ratio
         if args.anchor:
-            if args.method != "easytune":       # one random step stands for a whole chain
+            if args.method != "easytune":  # one random step stands for a whole chain
                 i = int(torch.randint(len(trail), (), generator=g))
                 e = network(trail[i], i)
             with torch.no_grad():
@@ -511,11 +510,11 @@ def update(args, policy, reward, batch, move, iteration, loop):
         norms.append(move(share * loss, last, where=f"{where}: gradient norm"))
 
     denoise(network, policy.steps, batch["noise"], route, visit)
-    # Calls of the network: a backward pass counts as one, and the anchor asks the base too.
+    # Calls of the network: a backward pass counts as one, and an anchor asks the base.
     steps, anchors = max(route.rewarded) + 1, len(route.rewarded) if args.anchor else 0
     calls = steps + sum(route.graph[:steps]) + anchors * (1 if args.method == "easytune" else 3)
     log.add(calls=calls * len(captions) * (1 if args.guidance_scale == 1.0 else 2))
-    # The reward in the log is that of the last step that got one, the nearest to the motion.
+    # The reward in the log is that of the last step, the nearest to the motion.
     norms = [norm for norm in norms if norm is not None]
     log.add(reward=share * loop.rewards.mean(), grad_norm=sum(norms) / len(norms))
     return training.reduce_log(log.mean(1))
@@ -533,17 +532,16 @@ def start_noise(policy, lengths, seed, iteration, purpose, numbers):
 
 
 def collect(args, policy, clips, wrong, length_table, iteration):
-    """Stage 1: prompts, lengths, noise. The walk is stage 3, because it learns on its way.
+    """Stage 1: prompts, lengths, noise; the walk itself is stage 3, because it learns.
     clips: {caption: clip}; wrong: {caption: what the reward is asked instead}."""
     g, prompts = generator(args.seed, iteration, "prompts"), sorted(clips)
     chosen = torch.randint(len(prompts), (args.prompts,), generator=g).tolist()
     # Lengths are those of the source: of the target nothing is known but its words.
     lengths = datasets.draw_lengths(length_table, [prompts[k] for k in chosen], g)
-    # Each of several processes has its own share.
-    numbers = runs.share(args.prompts, 1, policy.device)
+    numbers = runs.share(args.prompts, 1, policy.device)  # of several processes each has some
     captions, lengths = [prompts[chosen[k]] for k in numbers], lengths[numbers]
     more = {}
-    if "m2m" in weights_of(args):  # but a motion is as long as the recording it is compared with
+    if "m2m" in weights_of(args):  # as long as the recording that it is compared with
         more["clips"] = [clips[caption] for caption in captions]
         lengths = torch.tensor([len(clip.features) for clip in more["clips"]])
     noise, mask = start_noise(policy, lengths, args.seed, iteration, "rollout", numbers)
@@ -553,7 +551,7 @@ def collect(args, policy, clips, wrong, length_table, iteration):
 
 
 def score(policy, reward, batch, z, **more):
-    """Stage 2: decode z (b n c), ask the reward -> (b), with its gradient."""
+    """Stage 2: decode z (b n c), ask the reward -> (b), with a gradient."""
     motion = policy.model.codec.decode(z)
     return reward(motion, batch["lengths"], batch["asked"], **batch["more"], **more)
 
@@ -561,8 +559,7 @@ def score(policy, reward, batch, z, **more):
 LOOKS = ("reward", "judge", "oracle", *HEADS, "fid", "diversity", "foot_skate", "jerk", "speed")
 FIELDS = ("iteration", "updates", "calls", "reward", "anchor", "grad_norm",
           *(f"val_{name}" for name in LOOKS))
-CURVES = ("reward", "val_reward", "val_judge", "val_oracle", "anchor", "val_preference",
-          "val_authenticity", "val_jerk")
+CURVES = ("reward", "val_reward", "val_judge", "val_oracle", "anchor", "val_jerk")
 
 
 def train(start, policy, reward, learn, scorers, source, target, folder):
@@ -590,9 +587,10 @@ def train(start, policy, reward, learn, scorers, source, target, folder):
         for iteration in loop:
             # 1. Roll out, as far as the noise.
             batch = collect(args, policy, clips, wrong, length_table, iteration)
-            watch.lap("rollout")
-            # 2. and 3. in turn: walk from noise to motion, score each guess, update at once.
-            log = update(args, policy, reward, batch, move, iteration, loop)
+            # 2. Score: so the update asks for a reward, guess by guess.
+            ask = partial(score, policy, reward, batch)
+            # 3. Update: walk from noise to motion, learn from each guess at once.
+            log = update(args, policy, ask, batch, move, iteration, loop)
             watch.lap("update")
             # 4. Log, now and then look at validation prompts, save.
             calls += log["calls"]
@@ -622,11 +620,11 @@ def make_policy(args, model, longest, device):
         lora.inject(model, LORA_LAYERS, args.lora_rank, args.lora_alpha, g)
     else:
         model.requires_grad_(True)
+    # With leading spacing MLD ends at the first timestep of training.
+    final = "sigma_min" if args.spacing == "leading" else "zero"
+    grid = samplers.make_grid("linear", args.steps, args.spacing, final)
     if args.prediction == "velocity":
         grid = samplers.straight_grid(args.steps)
-    else:  # with leading spacing MLD ends at the first timestep of training
-        final = "sigma_min" if args.spacing == "leading" else "zero"
-        grid = samplers.make_grid("linear", args.steps, args.spacing, final)
     for network in (model, frozen):
         if diffusion.SIZES["joint"][args.size].bf16:
             network.forward = training.in_bfloat16(network.forward)
@@ -667,8 +665,8 @@ def write_motions(args, stored, folder, device):
 
 def main(argv, reward=None, learn=learn):
     """Prepare, train, report; or use what a finished run has left (--load).
-    A study replaces one function: reward(motion, lengths, captions) -> (b), differentiable in raw
-    motion (b t w) of the --representation; or learn."""
+    A study replaces one function: learn, or reward(motion, lengths, captions) -> (b), with a
+    gradient in raw motion (b t w) of the --representation."""
     start = runs.prepare(Args, SIZE_ARGS, argv, __doc__, "stepwise", "stepwise-adapter", check_args)
     args, stored, device, watch = start.args, start.stored, start.device, start.watch
     if args.prompt:
@@ -678,13 +676,13 @@ def main(argv, reward=None, learn=learn):
     folder = start.open_folder()
     start.announce(source=source, target=target)
 
-    notes, options = {}, start.training()
+    notes, columns, options = {}, None, start.training()
     scoring = dict(options, iterations=size.scorer_iterations)
     if stored:
         base, policy = stored, load_policy(args, stored, device)
     else:
         parts = sinusoid, Attention, Layer, MotionDiffusion  # change one: a new base is trained
-        known = args.representation == "features"            # then the base is that of DDPO
+        known = args.representation == "features"  # then the base is that of DDPO
         parts += () if known else (representations.from_features,)
         clips = representations.convert_clips(
             source.splits["train"], args.representation, source.skeleton)
@@ -697,7 +695,6 @@ def main(argv, reward=None, learn=learn):
     watch.lap("base")
 
     # Reward model and judge see no clip in common, and the judge is never optimised.
-    columns = None
     if reward is None:
         reward, columns, notes["reward"] = build_reward(
             args, source, target, policy, base["base"], **scoring)
@@ -706,8 +703,7 @@ def main(argv, reward=None, learn=learn):
     def measured(motion, *asked):  # tables hold features, whatever is generated
         motion = representations.from_features(motion, args.representation, source.skeleton)
         return reward(motion, *asked)
-    paired = "m2m" in weights_of(args)
-    scorers = evaluate.Scorers(measured, judge, source.skeleton, columns, paired)
+    scorers = evaluate.Scorers(measured, judge, source.skeleton, columns, "m2m" in weights_of(args))
     watch.lap("reward and judge")
     about = start.about(folder, notes, source, target)
     if not stored:
