@@ -93,7 +93,7 @@ SIZE_ARGS = {  # what --size sets here; the network's sizes are in common/diffus
 LORA_LAYERS = r"^(text_)?layers.*\.(q|k|v|out|up|down)$"  # attention and feed-forward, text too
 MAX_GRAD_NORM = 1.0  # of every optimizer step
 HEADS = ("preference", "authenticity")  # of MotionReward
-TERMS = ("semantic", "m2m", *HEADS)  # of the reward, see section 4
+TERMS = ("semantic", "m2m", *HEADS)  # of the reward
 
 
 def weights_of(args):
