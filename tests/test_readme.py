@@ -1,5 +1,5 @@
-"""What README.md and results/*.md say holds: commands and flags exist, equations are where they say, links lead
-somewhere, and every flag of a script is spoken of."""
+"""What README.md and results/*.md say holds: commands and flags exist, equations are where they say, links
+lead somewhere, and every flag of a script is spoken of."""
 
 import ast
 import functools

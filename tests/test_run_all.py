@@ -116,7 +116,7 @@ def test_using_a_product_never_deletes_its_run(finished, tmp_path, no_evaluation
     ("ppo", "clipped_loss", 20, signal.SIGINT, 130, 1),
     ("ppo", "after a checkpoint", 1, signal.SIGTERM, 143, 1),
     ("ppo", "between log and checkpoint", 1, signal.SIGKILL, -9, 0),
-    ("pareto", "collect", 6, signal.SIGTERM, 143, 1), ("pareto", "clipped_loss", 45, signal.SIGINT, 130, 0),
+    ("pareto", "collect", 3, signal.SIGTERM, 143, 1), ("pareto", "clipped_loss", 17, signal.SIGINT, 130, 0),
     ("pareto", "between log and checkpoint", 1, signal.SIGKILL, -9, 0),
     ("stepwise", "collect", 2, signal.SIGTERM, 143, 0), ("stepwise", "anchor_loss", 5, signal.SIGINT, 130, 1),
     ("stepwise", "between log and checkpoint", 2, signal.SIGKILL, -9, 1)])
