@@ -42,7 +42,8 @@ class Size(NamedTuple):
 
 SIZES = {
     "joint": {
-        "tiny": Size(width=32, patch_dims=48, iterations=60, batch=32, scorer_iterations=40, clips=(160, 120)),
+        "tiny": Size(width=32, patch_dims=48, iterations=60, batch=32, scorer_iterations=40,
+                     clips=(160, 120)),
         "small": Size(),
         "paper": Size(width=512, layers=8, patch=1, patch_dims=0, iterations=200_000, lr=1e-4, bf16=True)}}
 SIZES["latent"] = {  # MLD: one latent of 256 numbers, nine layers; an odd number, for the skips

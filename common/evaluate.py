@@ -177,7 +177,7 @@ def check_names(names, clips, scorers):
 
 
 def paired_gain(after, before):
-    """Mean of after - before over prompts, and the half width of its 95 % interval. The prompts are the sample
+    """Mean of after - before over prompts, and the half width of its 95 % interval. Prompts are the sample
     here, so unlike that of the repeats this interval says how far other prompts may differ."""
     gain = {}
     for name, values in after["_prompts"].items():
@@ -244,19 +244,19 @@ def variety(clips, scorers, sampler, *, prompts=32, samples=10, seed=0):
 # ---- 3. Tables ---------------------------------------------------------------------------------
 
 
-def compare(title, clips, scorers, samplers, *, repeats, gain=("tuned", "base")):
+def compare(title, clips, scorers, samplers, *, repeats, purpose="", gain=("tuned", "base")):
     """Print and return the rows gt, one per sampler (name -> sampler), and the paired gain of the two named
-    in `gain`. title: "target_test"; it also names the noise of the samples."""
+    in `gain`. title: "target_test"; purpose names the noise of the samples, by default as the title does."""
     rows = {"gt": evaluate(clips, scorers, repeats=repeats)} if have_motion(clips) else {}
     for name, sampler in samplers.items():
-        rows[name] = evaluate(clips, scorers, sampler, purpose=title, repeats=repeats)
+        rows[name] = evaluate(clips, scorers, sampler, purpose=purpose or title, repeats=repeats)
         if name in gain:
             rows[name] |= variety(clips, scorers, sampler)
     rows["gain"] = paired_gain(*(rows[name] for name in gain))
     for row in rows.values():
         row.pop("_prompts", None)
-    print_table(f"{title.replace('_', ' ')}: {len(clips)} clips, {repeats} repeats (gain: paired, its interval "
-                "is over prompts)", rows)
+    heading = f"{title.replace('_', ' ')}: {len(clips)} clips, {repeats} repeats"
+    print_table(f"{heading} (gain: paired, its interval is over prompts)", rows)
     if "gt" in rows and len(clips) < 2 * scorers.judge.config["width"]:
         print(f"  FID of {len(clips)} motions is biased upward: compare it with tables of the same size only")
     return rows

@@ -214,7 +214,8 @@ class MotionReward(nn.Module):
         """What the heads say of raw features (b t d), as columns of a table: {head: (b)}."""
         device = self.words.weight.device
         tokens, mask = self.tokenise(motion.to(device), lengths.to(device), "features")
-        return {head: self.score(head, tokens, mask, "features").double().cpu().numpy() for head in self.heads}
+        return {head: self.score(head, tokens, mask, "features").double().cpu().numpy()
+                for head in self.heads}
 
     # -- files --
 
@@ -264,24 +265,11 @@ class Library:
             self.tokens[name] = [one_by_one(model, motion, name) for motion in motions]
             if name == keep:
                 self.raw = motions  # to be noised
-        self.ids, self.mask = model.vocabulary.encode([c for clip in clips for c in clip.captions],
-                                                      model.config["max_words"])
-        self.offsets = torch.tensor([0] + [len(clip.captions) for clip in clips]).cumsum(0)
-        self.signatures = [retrieval.signature(a) for clip in clips for a in clip.attributes]
-        self.idf = retrieval.inverse_document_frequency(self.ids, len(model.vocabulary))
-
-    def draw(self, batch, g):
-        """Rows of clips, and a random caption of each: (rows (b), lines (b), duplicates (b b))."""
-        rows = torch.randperm(len(self.raw), generator=g)[:batch]
-        draw = torch.rand(len(rows), generator=g)
-        lines = self.offsets[rows] + (draw * (self.offsets[rows + 1] - self.offsets[rows])).long()
-        duplicates = retrieval.duplicate_pairs(
-            self.ids[lines], [self.signatures[line] for line in lines.tolist()], self.idf)
-        return rows, lines, duplicates.to(self.device)
+        self.captions = retrieval.Captions(clips, model.vocabulary, model.config["max_words"])
 
     def text(self, lines, g):
         """Word ids and mask (b n) of captions, a share of the words unknown."""
-        ids, mask = self.ids[lines], self.mask[lines]
+        ids, mask = self.captions.ids[lines], self.captions.mask[lines]
         n = int(mask.sum(1).max())
         ids, mask = ids[:, :n], mask[:, :n]
         dropped = (torch.rand(ids.shape, generator=g) < WORD_DROP) & mask
@@ -315,7 +303,8 @@ def train_semantics(model, library, losses, *, stage, iterations, batch, seed, r
     """
     def loss(iteration):
         g = generator(seed, iteration, f"motion_reward {stage}")
-        rows, lines, duplicates = library.draw(batch, g)
+        rows, lines, duplicates = library.captions.draw(batch, g)
+        duplicates = duplicates.to(library.device)
         name, level = REPRESENTATIONS[iteration % 3], None
         if noise and name == representation and torch.rand((), generator=g) < 0.5:
             tokens, mask, level = library.noised(rows, name, noise, g)
@@ -391,7 +380,8 @@ def train_head(model, head, draw, loss, *, iterations, seed):
         tokens, mask = draw(representation, generator(seed, iteration, f"motion_reward {head}"))
         return loss(model.answer(head, tokens, mask, representation))
 
-    notes = supervised(f"motion reward, {head}", parameters, batch_loss, iterations=iterations, lr=LR["heads"])
+    label = f"motion reward, {head}"
+    notes = supervised(label, parameters, batch_loss, iterations=iterations, lr=LR["heads"])
     model.requires_grad_(False)
     return notes["loss"]
 
@@ -515,8 +505,8 @@ def fit_motion_reward(domains, generated, losses, size, *, representation="featu
     domains: data sets of one skeleton; the half of their train splits that the judge never sees is learned
     from. target: on whose val split retrieval and preference are measured, by default the last one's.
     generated(count=...) -> raw features (t d), a list, made by the base generator for train prompts of all
-    domains (if of one of them, the domain would tell what is real); it is called where the cache has no heads,
-    and every fifth motion is held out. size: of TRAINING, or a Training. saw: plain data that names what else
+    domains (if of one of them, the domain would tell what is real); it is called where the cache has no
+    heads, and every fifth motion is held out. size: of TRAINING, or a Training. saw: plain data that names what else
     shaped the inputs: the noise, and what `generated` would make. noise(motion (b t w) raw in
     `representation`, lengths (b), level (b), g) -> noised motion: half of the batches of that representation
     are noised, and the time token is told the level.
@@ -546,8 +536,8 @@ def fit_motion_reward(domains, generated, losses, size, *, representation="featu
 
     functions = [part for part in (*losses[:5], *losses.parts) if part is not None]
     code = source_of(PatchCodec, Skips, TransformerLayer, LatentEncoder, Backbone, Decoder, MotionReward,
-                     Library, train_semantics, supervised, retrieval.duplicate_pairs, retrieval.info_nce,
-                     gaussian_kl, from_features, *functions)
+                     Library, train_semantics, supervised, retrieval.Captions, retrieval.duplicate_pairs,
+                     retrieval.info_nce, gaussian_kl, from_features, *functions)
     key = [[domain.fingerprint for domain in (*domains, target)], iterations, spl_iterations, seed, batch,
            sizes, [saw, representation] if noise else [], code, PATCH, TARGETS, ROOT_BIAS,
            WHITENING, PARTNER, DECODED, SPL_WEIGHT, LR, TOKEN_NOISE, WORD_DROP]
@@ -580,9 +570,9 @@ def fit_motion_reward(domains, generated, losses, size, *, representation="featu
             "preference_scale": [model.preference_mean.tolist(), model.preference_std.tolist()]}}
 
     if head_iterations:
-        code = source_of(perception.make_pairs, perception.damaged, *perception.DAMAGES.values(), lora.Adapter,
-                         train_head, train_preference, train_authenticity, damage_pairs, crops, standardise,
-                         features_of_joints)
+        code = source_of(perception.make_pairs, perception.damaged, *perception.DAMAGES.values(),
+                         lora.Adapter, train_head, train_preference, train_authenticity, damage_pairs,
+                         crops, standardise, features_of_joints)
         stored = cached(cache_dir, [*key, saw, list(schedule), pairs, code], heads, "motion_reward_heads",
                         use_cache)
         model, notes = MotionReward.load(stored["model"]).to(device), notes | stored["notes"]

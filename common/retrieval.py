@@ -224,6 +224,24 @@ def inverse_document_frequency(ids, size):
     return torch.tensor([math.log((1 + len(ids)) / (1 + counts[word])) + 1 for word in range(size)])
 
 
+class Captions:
+    """All captions of some clips as word ids, ready to be drawn, and which of them mean the same."""
+
+    def __init__(self, clips, vocabulary, max_words):
+        self.ids, self.mask = vocabulary.encode([c for clip in clips for c in clip.captions], max_words)
+        self.offsets = torch.tensor([0] + [len(clip.captions) for clip in clips]).cumsum(0)
+        self.signatures = [signature(a) for clip in clips for a in clip.attributes]
+        self.idf = inverse_document_frequency(self.ids, len(vocabulary))
+
+    def draw(self, batch, g):
+        """Rows of clips (b), the line of a random caption of each (b), duplicate_pairs of these (b b)."""
+        rows = torch.randperm(len(self.offsets) - 1, generator=g)[:batch]
+        draw = torch.rand(len(rows), generator=g)
+        lines = self.offsets[rows] + (draw * (self.offsets[rows + 1] - self.offsets[rows])).long()
+        return rows, lines, duplicate_pairs(self.ids[lines], [self.signatures[k] for k in lines.tolist()],
+                                            self.idf)
+
+
 def train_retrieval(model, clips, *, whitening=0.5, iterations=900, batch=96, lr=2e-3, seed=0, noise=0.3,
                     word_drop=0.1, label="retrieval model", loss=None):
     """Train on (motion, random caption) pairs -> {"loss", "top1"}, see training.supervised. top1 is the share
@@ -243,23 +261,16 @@ def train_retrieval(model, clips, *, whitening=0.5, iterations=900, batch=96, lr
         features = torch.from_numpy(clip.features)[None].to(device)
         row, counts = model.tokenise(features, torch.tensor([features.shape[1]], device=device))
         tokens.append(row[0, :counts[0]])
-    ids, mask = model.vocabulary.encode([c for clip in clips for c in clip.captions], model.max_words)
-    offsets = torch.tensor([0] + [len(clip.captions) for clip in clips]).cumsum(0)
-    signatures = [signature(a) for clip in clips for a in clip.attributes]
-    idf = inverse_document_frequency(ids, len(model.words))
+    captions = Captions(clips, model.vocabulary, model.max_words)
 
     def batch_loss(iteration):
-        rows = torch.randperm(len(clips), generator=g)[:batch]
-        draw = torch.rand(len(rows), generator=g)
-        lines = offsets[rows] + (draw * (offsets[rows + 1] - offsets[rows])).long()    # a random caption
-        duplicates = duplicate_pairs(ids[lines], [signatures[line] for line in lines.tolist()], idf)
-        duplicates = duplicates.to(device)
+        rows, lines, duplicates = captions.draw(batch, g)
+        ids, mask, duplicates = captions.ids[lines], captions.mask[lines], duplicates.to(device)
         counts = torch.tensor([len(tokens[row]) for row in rows.tolist()], device=device)
         motion = pad_sequence([tokens[row] for row in rows.tolist()], batch_first=True)       # b n k
         motion = motion + noise * torch.randn(motion.shape, generator=g).to(device)
-        dropped = (torch.rand(ids[lines].shape, generator=g) < word_drop) & mask[lines]
-        words = ids[lines].masked_fill(dropped, 1).to(device)
-        text = model.encode_text(words, mask[lines].to(device))
+        dropped = (torch.rand(ids.shape, generator=g) < word_drop) & mask
+        text = model.encode_text(ids.masked_fill(dropped, 1).to(device), mask.to(device))
         motion = model.encode_motion(motion, counts)
         with torch.no_grad():
             best = (F.normalize(motion, dim=-1) @ F.normalize(text, dim=-1).T).argmax(1)
@@ -360,13 +371,14 @@ def scorer(name, domains, *, family, number, iterations, seed, cache_dir, use_ca
         return {"model": model.export(), "retrieval": retrieval_score(model, target.splits["val"])}
 
     code = source_of(RetrievalModel, TMREncoder, MotionEncoderBiGRU, TransformerLayer, Attention, PatchCodec,
-                     info_nce, duplicate_pairs, train_retrieval, fit_retrieval, *([loss] if loss else []),
-                     *loss_parts)
+                     info_nce, duplicate_pairs, Captions, train_retrieval, fit_retrieval,
+                     *([loss] if loss else []), *loss_parts)
     key = [[domain.fingerprint for domain in domains], target.fingerprint, family, loss_name, number,
            seed, iterations, code]
     stored = cached(cache_dir, key, build, name.split()[0], use_cache)
     notes = {"family": family, "loss": loss_name, "target_val_retrieval": stored["retrieval"],
-             "saw": f"{len(clips)} train clips of {' and '.join(d.label for d in domains)} (half {number % 2})"}
+             "saw": f"{len(clips)} train clips of {' and '.join(domain.label for domain in domains)} "
+                    f"(half {number % 2})"}
     print(f"  {name}: {family}, {loss_name}, saw {notes['saw']}; "
           f"R@1 on target val {stored['retrieval']['R1']:.2f}")
     return freeze(RetrievalModel.load(stored["model"]).to(device)), notes

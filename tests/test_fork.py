@@ -20,7 +20,8 @@ def fork(tmp_path_factory):
     shutil.copy(ROOT / "ddpo_motion.py", here)
     shutil.copytree(ROOT / "common", here / "common", ignore=shutil.ignore_patterns("__pycache__"))
     subprocess.run(["git", "apply", str(PATCH)], cwd=here, check=True)
-    flags = "--dataset kit --tiny --threads 1 --device cpu --iterations 2 --best-of 2 --out-dir run --cache-dir cache"
+    flags = ("--dataset kit --tiny --threads 1 --device cpu --iterations 2 --best-of 2 --out-dir run "
+             "--cache-dir cache")
     subprocess.run([sys.executable, "ddpo_motion.py", *flags.split()], cwd=here, check=True,
                    env={**ENV, "PYTHONPATH": str(here)}, capture_output=True)
     return here
