@@ -226,7 +226,7 @@ def test_a_product_of_another_method_cannot_be_contradicted(finished, tmp_path):
 def test_two_processes_equal_one(finished, tmp_path, no_evaluation):
     flags = [*finished.flags, "--iterations", "2", "--lr", "2e-4"]
     assert call(*flags, "--out-dir", tmp_path / "one")[0] == 0
-    helpers.two_processes(sw, [*flags, "--out-dir", tmp_path / "two"], tmp_path)
+    helpers.two_processes(sw, [*flags, "--out-dir", tmp_path / "two"])
     one, two = log_rows(tmp_path / "one"), log_rows(tmp_path / "two")
     for name in ("updates", "calls"):
         np.testing.assert_array_equal(two[name], one[name], err_msg=name)
