@@ -5,7 +5,6 @@
 """
 import argparse
 import contextlib
-import importlib
 import io
 import sys
 import tempfile
@@ -18,6 +17,8 @@ import torch
 from tqdm import tqdm
 
 import ddpo_motion
+import pareto_motion
+import ppo_motion
 import stepwise_motion
 from common import InputError, diffusion, evaluate, motion_reward, render, retrieval, runs
 from results import tables
@@ -184,16 +185,17 @@ def update_chain(argv):
 
 # ---- 3. Of finished runs -------------------------------------------------------------------------
 
-METHODS = {"ddpo": "adapter.pt", "stepwise": "adapter.pt", "ppo": "policy.pt", "pareto": "policy.pt"}
+SCRIPTS = {"ddpo-adapter": ddpo_motion, "stepwise-adapter": stepwise_motion, "ppo-policy": ppo_motion,
+           "pareto-policy": pareto_motion}
 
 
 def product_of(run):
     """The script of a finished run, and the file that its --load reads; InputError without one."""
-    for method, name in METHODS.items():
-        path = Path(run) / name
+    for kind, script in SCRIPTS.items():
+        path = Path(run) / f"{kind.partition('-')[2]}.pt"
         with contextlib.suppress(InputError):  # a product says in it which script has made it
-            runs.load_checkpoint(path, kind=f"{method}-{path.stem}")
-            return importlib.import_module(f"{method}_motion"), path
+            runs.load_checkpoint(path, kind=kind)
+            return script, path
     raise InputError(f"{run}: no adapter.pt or policy.pt that can be read; name a finished run")
 
 

@@ -112,11 +112,11 @@ def test_sections_and_names_are_those_of_all_scripts(path):
     heads = re.findall(r"^# ---- (\d\. .*?)(?: -+)?$", source, re.M)
     assert len(heads) == 8 and all(head.startswith(known) for head, known in zip(heads, SECTIONS)), heads
     functions = {node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
-    assert functions >= {"collect", "score", "update", "train", "policy_sampler", "make_policy", "load_policy",
-                         "write_motions", "main", "check_args"}
+    assert functions >= {"collect", "score", "update", "train", "policy_sampler", "make_policy",
+                         "load_policy", "write_motions", "main", "check_args"}
     fields = {entry.name for entry in dataclasses.fields(load(path.stem.removesuffix("_motion")).Args)}
     assert fields >= {"prompts", "iterations", "lr", "size", "eval_every"}
-    assert not fields & {"batch", "keep", "generator", "generated"}
+    assert not fields & {"batch", "generator", "generated"}  # each had two meanings
     stages = re.findall(r"^ +# ([1-4])\. \w.*\.$", source[source.index("def train("):], re.M)
     assert stages[:4] == list("1234"), "the four stages stand in train() with a spoken comment each"
 
