@@ -638,7 +638,7 @@ def load_policy(args, stored, device):
     model = make_model(args, datasets.Vocabulary(stored["words"]))
     model.load_state_dict(stored["base"])
     policy = make_policy(args, model, stored["longest"], device)
-    policy.model.load_state_dict(stored["trained"], strict=False)
+    policy.model.load_state_dict(policy.model.state_dict() | stored["trained"])
     return policy
 
 
