@@ -116,14 +116,14 @@ class CausalAttention(nn.Module):
         self.heads = heads
         self.key, self.query, self.value, self.proj = (nn.Linear(width, width) for _ in range(4))
 
-    def forward(self, x, cache=None, start=0):
+    def forward(self, x, cache=None):
         q, k, v = (rearrange(f(x), "b n (h c) -> b h n c", h=self.heads)
                    for f in (self.query, self.key, self.value))
         if cache is not None:
             # Earlier keys and values come from the cache: a new token costs one position.
-            for kept, new in zip(cache, (k, v)):
-                kept[:, :, start:start + x.shape[1]] = new
-            k, v = (kept[:, :, :start + x.shape[1]] for kept in cache)
+            if self in cache:
+                k, v = (torch.cat(parts, 2) for parts in zip(cache[self], (k, v)))
+            cache[self] = k, v
         n, m = q.shape[2], k.shape[2]
         scores = q @ k.mT / math.sqrt(q.shape[-1])  # b h n m
         if n > 1:
@@ -142,8 +142,8 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(),
                                  nn.Linear(4 * width, width))
 
-    def forward(self, x, cache=None, start=0):
-        x = x + self.attn(self.ln1(x), cache, start)
+    def forward(self, x, cache=None):
+        x = x + self.attn(self.ln1(x), cache)
         return x + self.mlp(self.ln2(x))
 
 
@@ -163,29 +163,20 @@ class MotionGPT(nn.Module):
             "head": nn.Linear(width, codes + 1, bias=False)})  # padding is no action
         self.register_buffer("positions", sinusoid(block_size, width), persistent=False)
 
-    def forward(self, tokens, text):
-        """tokens (b n), text (b d) -> logits (b n+1 v), features of the base layers (b n+1 c)"""
+    def forward(self, tokens, text, cache=None):
+        """tokens (b n), text (b d) -> logits (b n+1 v), features of the base layers (b n+1 c); with a
+        cache, a dict that starts empty, of the last position alone."""
         x = self.trans_base["cond_emb"](text)[:, None]  # the text is the first position
         x = torch.cat([x, self.trans_base["tok_emb"](tokens)], 1)
-        return self.run(x + self.positions[: x.shape[1]])
-
-    def run(self, x, caches=None, start=0):
-        """Embedded positions (b n c) from `start` on -> logits (b n v), features (b n c)"""
-        base, head = self.trans_base["blocks"], self.trans_head["blocks"]
-        caches = caches or [None] * (len(base) + len(head))
-        for block, cache in zip(base, caches):
-            x = block(x, cache, start)
+        x = x + self.positions[: x.shape[1]]
+        x = x[:, -1:] if cache else x
+        for block in self.trans_base["blocks"]:
+            x = block(x, cache)
         hidden = x
         # The critic reads what the base layers give, the head layers are the policy's alone.
-        for block, cache in zip(head, caches[len(base):]):
-            x = block(x, cache, start)
+        for block in self.trans_head["blocks"]:
+            x = block(x, cache)
         return self.trans_head["head"](self.trans_head["ln_f"](x)), hidden
-
-    def empty_cache(self, b):
-        """Keys and values of every block for b sequences, to be filled."""
-        shape = (b, self.heads, self.block_size, self.positions.shape[1] // self.heads)
-        blocks = len(self.trans_base["blocks"]) + len(self.trans_head["blocks"])
-        return [tuple(self.positions.new_zeros(shape) for _ in "kv") for _ in range(blocks)]
 
 
 class Critic(nn.Module):
@@ -310,28 +301,16 @@ def pick(logits, uniform):
 def rollout(gpt, text, uniform, shortest, temperature):
     """A sequence for each text feature (b d) -> tokens (b n) with end and padding, counts (b)."""
     # uniform (b n) are the draws, one a token: a row does not depend on the other rows.
-    caches = gpt.empty_cache(len(text))
-    tokens = torch.full(uniform.shape, gpt.pad, device=text.device)
+    cache, tokens = {}, torch.full(uniform.shape, gpt.pad, device=text.device)
     running = torch.ones(len(text), dtype=torch.bool, device=text.device)
-    x = gpt.trans_base["cond_emb"](text)[:, None] + gpt.positions[0]  # b 1 c
     for t in range(uniform.shape[1]):  # the token limit
-        logits = action_logits(gpt.run(x, caches, t)[0], t, shortest, temperature)
+        logits = action_logits(gpt(tokens[:, :t], text, cache)[0], t, shortest, temperature)
         token = pick(logits[:, 0], uniform[:, t])
         tokens[:, t] = torch.where(running, token, gpt.pad)
         running = running & (token != gpt.end)
-        if t + 1 == uniform.shape[1] or not running.any():
-            break  # no further token is read
-        x = (gpt.trans_base["tok_emb"](tokens[:, t]) + gpt.positions[t + 1])[:, None]
+        if not running.any():
+            break
     return tokens, (tokens < gpt.end).sum(1)
-
-
-def action_logps(logits, tokens, shortest, temperature):
-    """logits (b n v), tokens (b n) -> logp of each token (b n), and of each action (b n v)."""
-    # After the end token, where tokens are padding, the values are meaningless.
-    logps = action_logits(logits, 0, shortest, temperature).log_softmax(-1)
-    logps = logps.clamp(min=-1e9)  # probability 0 times -inf would be NaN
-    actions = tokens.clamp(max=logits.shape[-1] - 1)[..., None]
-    return logps.gather(-1, actions)[..., 0], logps
 
 
 def score_actions(gpt, critic, tokens, text, shortest, temperature, grad=True):
@@ -341,7 +320,11 @@ def score_actions(gpt, critic, tokens, text, shortest, temperature, grad=True):
     with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
         logits, hidden = gpt(tokens[:, :-1], text)
     values = None if critic is None else critic(hidden, tokens[:, :-1], text)
-    return *action_logps(logits, tokens, shortest, temperature), values
+    logps = action_logits(logits, 0, shortest, temperature).log_softmax(-1)
+    logps = logps.clamp(min=-1e9)  # probability 0 times -inf would be NaN
+    # After the end token, where tokens are padding, the values are meaningless.
+    actions = tokens.clamp(max=logits.shape[-1] - 1)[..., None]
+    return logps.gather(-1, actions)[..., 0], logps, values
 
 
 def sample(policy, text, seed, iteration, purpose, numbers, temperature):
