@@ -634,7 +634,7 @@ def make_policy(args, model, longest, device):
 
 
 def load_policy(args, stored, device):
-    """The policy of a finished run; its adapter.pt holds what was trained, and the base."""
+    """The policy of a finished run, from its adapter.pt."""
     model = make_model(args, datasets.Vocabulary(stored["words"]))
     model.load_state_dict(stored["base"])
     policy = make_policy(args, model, stored["longest"], device)
@@ -644,7 +644,7 @@ def load_policy(args, stored, device):
 
 def policy_sampler(args, policy):
     """What common/evaluate.py asks for motions."""
-    # Sample k always starts from the same noise: base and tuned are compared in pairs.
+    # A number always starts from the same noise: base and tuned make pairs.
     @torch.no_grad()
     def motions(captions, lengths, numbers, purpose, repeat):
         x, mask = start_noise(policy, lengths, args.seed, repeat, purpose, numbers)
