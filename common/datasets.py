@@ -14,7 +14,6 @@ text-to-motion repositories (Guo et al., CVPR 2022).
     python -m common.datasets check data/KIT-ML      # sizes, what is skipped and why; exit code 2 on damage
 """
 import argparse
-import json
 import math
 import re
 import unicodedata
@@ -28,10 +27,9 @@ import numpy as np
 import torch
 
 from common import InputError, features as motion_features
-from common.embedded import movements, oracle, wording
+from common.embedded import clips as embedded, english, oracle
 from common.features import KIT, SKELETONS, T2M, features_to_joints, joints_to_features
 from common.runs import fingerprint, run_main
-from common.training import cached, source_of
 
 MAX_LENGTH = 196        # frames; the longest clip of the benchmark
 UNIT = 4                # lengths are multiples of it
@@ -53,8 +51,6 @@ class Clip:
     captions: list
     tokens: list                    # of lists of 'lemma/POS'
     attributes: list                # of dicts for the oracle; {} = nothing that can be checked
-    subject: str = ""
-    tags: tuple = ()                # for instance "unseen_wording"
 
 
 @dataclass
@@ -63,8 +59,6 @@ class Dataset:
     label: str                      # "embedded kit", "folder mini_kit (KIT-ML layout)"
     skeleton: motion_features.Skeleton
     splits: dict                    # "train", "val", "test" -> [Clip]
-    skipped: dict                   # reason -> [ids]
-    embedded: bool
     fingerprint: str                # of everything in the clips
 
     @property
@@ -78,15 +72,10 @@ class Dataset:
         return int(np.median([len(clip.features) for clip in self.splits["train"]])) // UNIT * UNIT
 
 
-def _dataset(label, skeleton, splits, skipped, embedded):
+def _dataset(label, skeleton, splits):
     content = [[split, clip.name, len(clip.features), zlib.crc32(np.ascontiguousarray(clip.features)),
                 clip.captions, clip.attributes] for split in SPLITS for clip in splits[split]]
-    return Dataset(label, skeleton, splits, skipped, embedded, fingerprint([skeleton.name, content])[:16])
-
-
-def trimmed(features):
-    """The first frames of features (t d): at most MAX_LENGTH, a multiple of UNIT."""
-    return np.ascontiguousarray(features[:min(len(features), MAX_LENGTH) // UNIT * UNIT])
+    return Dataset(label, skeleton, splits, fingerprint([skeleton.name, content])[:16])
 
 
 def _family(clip):
@@ -96,9 +85,8 @@ def _family(clip):
 
 def half(clips, which):
     """Half 0 or 1 of a list of clips; mirror images and sub-segments are on the same side as their clip."""
-    family = [_family(clip) for clip in clips]
-    rank = {name: i for i, name in enumerate(dict.fromkeys(family))}
-    return [clip for clip, name in zip(clips, family) if rank[name] % 2 == which]
+    rank = {name: i for i, name in enumerate(dict.fromkeys(map(_family, clips)))}
+    return [clip for clip in clips if rank[_family(clip)] % 2 == which]
 
 
 # ---- 2. Reading a folder -------------------------------------------------------------------------
@@ -117,20 +105,12 @@ def parse_text_line(line):
     if len(fields) < 4 or not fields[0].strip():
         return None
     try:
-        start, stop = (float(field) for field in fields[2:4])
+        start, stop = (0.0 if math.isnan(time) else time for time in map(float, fields[2:4]))
     except ValueError:
         return None
-    start, stop = (0.0 if math.isnan(tag) else tag for tag in (start, stop))
     if not (start == stop == 0.0 or 0.0 <= start < stop < math.inf):
         return None
     return TextLine(fields[0].strip(), fields[1].split(), start, stop)
-
-
-def read_texts(path):
-    """(usable lines, number of unusable ones) of a text file; blank lines are neither."""
-    text = path.read_bytes().decode("utf-8-sig", errors="replace")
-    lines = [parse_text_line(line) for line in text.splitlines() if line.strip()]
-    return [line for line in lines if line is not None], lines.count(None)
 
 
 def _load_array(path):
@@ -140,16 +120,6 @@ def _load_array(path):
     except (ValueError, EOFError, OSError, zipfile.BadZipFile):
         return np.empty(0)
     return array if isinstance(array, np.ndarray) else np.empty(0)
-
-
-def _read_motion(path, width):
-    """(features (t d) float32, None) or (None, reason)."""
-    motion = _load_array(path)
-    if motion.ndim != 2 or motion.shape[1] != width or motion.dtype.kind != "f":
-        return None, "bad_shape"
-    if not np.isfinite(motion).all():
-        return None, "non_finite"
-    return motion.astype(np.float32), None
 
 
 def _length_reason(frames, skeleton):
@@ -167,35 +137,35 @@ def _read_clip(root, name, skeleton, skipped):
         return skip("missing_motion")
     if not text_path.is_file():
         return skip("missing_text")
-    motion, reason = _read_motion(motion_path, skeleton.feature_dim)
-    reason = reason or _length_reason(len(motion), skeleton)
-    if reason:
+    motion = _load_array(motion_path)
+    if motion.ndim != 2 or motion.shape[1] != skeleton.feature_dim or motion.dtype.kind != "f":
+        return skip("bad_shape")
+    if not np.isfinite(motion).all():
+        return skip("non_finite")
+    if reason := _length_reason(len(motion), skeleton):
         return skip(reason)
-    lines, bad = read_texts(text_path)
-    if bad:
+    text = text_path.read_bytes().decode("utf-8-sig", errors="replace")
+    found = [parse_text_line(line) for line in text.splitlines() if line.strip()]
+    lines = [line for line in found if line is not None]
+    if len(lines) < len(found):
         skip("bad_text_line")
     if not lines:
         return skip("no_caption")
-
-    def clip(label, part, chosen):
-        captions = [line.caption for line in chosen]
-        return Clip(label, part, captions, [line.tokens for line in chosen],
-                    [oracle.caption_attributes(caption) for caption in captions])
-
     whole = [line for line in lines if line.stop == 0.0]
-    clips = [clip(name, motion, whole)] if whole else []
-    for line in lines:
-        if line.stop > 0.0:
-            # 20 frames a second for both data sets, as in the official loader; KIT-ML has no sub-segments
-            first, last = int(line.start * 20), min(int(line.stop * 20), len(motion))
-            reason = _length_reason(last - first, skeleton)
-            if reason:
-                skip(reason, f"{name}@{first}-{last}")
-                continue
-            same = sum(c.name.startswith(f"{name}@{first}-{last}") for c in clips)
-            label = f"{name}@{first}-{last}" + (f".{same + 1}" if same else "")
-            clips.append(clip(label, motion[first:last], [line]))
-    return clips
+    parts = [(name, slice(None), whole)] if whole else []
+    for line in (line for line in lines if line.stop > 0.0):
+        # 20 frames a second for both data sets, as in the official loader; KIT-ML has no sub-segments
+        first, last = int(line.start * 20), min(int(line.stop * 20), len(motion))
+        segment = f"{name}@{first}-{last}"
+        if reason := _length_reason(last - first, skeleton):
+            skip(reason, segment)
+        else:
+            same = sum(label.startswith(segment) for label, _, _ in parts)
+            parts.append((segment + (f".{same + 1}" if same else ""), slice(first, last), [line]))
+    return [Clip(label, motion[frames].astype(np.float32), [line.caption for line in chosen],
+                 [line.tokens for line in chosen],
+                 [oracle.caption_attributes(line.caption) for line in chosen])
+            for label, frames, chosen in parts]
 
 
 def _read_statistics(root):
@@ -203,8 +173,7 @@ def _read_statistics(root):
     wanted = [f"{split}.txt" for split in SPLITS] + ["Mean.npy", "Std.npy", "new_joint_vecs", "texts"]
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; give a data set folder in the KIT-ML / HumanML3D layout")
-    missing = [name for name in wanted if not (root / name).exists()]
-    if missing:
+    if missing := [name for name in wanted if not (root / name).exists()]:
         raise InputError(f"{root}: not a complete data set, missing: {', '.join(missing)}")
     mean, std = _load_array(root / "Mean.npy"), _load_array(root / "Std.npy")
     if mean.ndim != 1 or len(mean) not in SKELETONS or std.shape != mean.shape:
@@ -215,17 +184,12 @@ def _read_statistics(root):
     return SKELETONS[len(mean)], mean, std
 
 
-def _read_ids(root, split):
-    ids = (root / f"{split}.txt").read_bytes().decode("utf-8-sig", errors="replace").split()
-    strange = [name for name in ids if not re.fullmatch(r"[\w-]+", name)]
-    if strange:
-        raise InputError(f"{root / split}.txt: {strange[0][:40]!r} is not an id; expected one id a line")
-    return list(dict.fromkeys(ids))
-
-
 def _read_split(root, split, skeleton):
     """(clips, skipped, ids) of one split."""
-    skipped, ids = {}, _read_ids(root, split)
+    ids = (root / f"{split}.txt").read_bytes().decode("utf-8-sig", errors="replace").split()
+    if strange := [name for name in ids if not re.fullmatch(r"[\w-]+", name)]:
+        raise InputError(f"{root / split}.txt: {strange[0][:40]!r} is not an id; expected one id a line")
+    ids, skipped = list(dict.fromkeys(ids)), {}
     return [clip for name in ids for clip in _read_clip(root, name, skeleton, skipped)], skipped, ids
 
 
@@ -238,9 +202,9 @@ def load_folder(path):
     """The data set in a folder of the KIT-ML / HumanML3D layout, told apart by the width of Mean.npy.
 
     Official rules: clips of min_frames to 199 frames are used, and a sub-segment with its own times is a clip
-    of its own. Clips keep all their frames. Whatever is not used is counted in `skipped` and in one printed
-    line. Raises InputError if something is missing, if more than 1 % of a split's ids are damaged (a length
-    outside the limits is no damage), or if a split is empty.
+    of its own. Clips keep all their frames. One printed line counts what is not used. Raises InputError if
+    something is missing, if more than 1 % of a split's ids are damaged (a length outside the limits is no
+    damage), or if a split is empty.
     """
     root = Path(path)
     skeleton, _, _ = _read_statistics(root)
@@ -259,22 +223,21 @@ def load_folder(path):
     if skipped:
         print(f"{root.name}: not used: {_describe(skipped)}")
     label = f"folder {root.resolve().name} ({'KIT-ML' if skeleton is KIT else 'HumanML3D'} layout)"
-    return _dataset(label, skeleton, splits, skipped, False)
+    return _dataset(label, skeleton, splits)
 
 
 def converted(dataset, space):
-    """The same data in another space, lengths multiples of UNIT, at most MAX_LENGTH: "t2m", HumanML3D's (22
-    joints, 20 fps, 263-d), or "native", its own. KIT clips are converted from joint positions."""
+    """The same data in another space, see load_dataset; to "t2m", KIT clips go through joint positions."""
     def convert(clip):
-        if space == "native" or dataset.skeleton is T2M:
-            return trimmed(clip.features)
-        joints = motion_features.kit_to_t2m(features_to_joints(clip.features, KIT))
-        return trimmed(joints_to_features(joints, T2M, retarget=False, fix_heading_flip=True))
+        features = clip.features
+        if space == "t2m" and dataset.skeleton is KIT:
+            joints = motion_features.kit_to_t2m(features_to_joints(features, KIT))
+            features = joints_to_features(joints, T2M, retarget=False, fix_heading_flip=True)
+        frames = min(len(features), MAX_LENGTH) // UNIT * UNIT
+        return replace(clip, features=np.ascontiguousarray(features[:frames]))
 
-    splits = {split: [replace(clip, features=convert(clip)) for clip in clips]
-              for split, clips in dataset.splits.items()}
-    return _dataset(dataset.label, T2M if space == "t2m" else dataset.skeleton, splits, dataset.skipped,
-                    dataset.embedded)
+    splits = {split: [convert(clip) for clip in clips] for split, clips in dataset.splits.items()}
+    return _dataset(dataset.label, T2M if space == "t2m" else dataset.skeleton, splits)
 
 
 # ---- 3. The embedded data set, and which data a name means ---------------------------------------
@@ -286,10 +249,8 @@ def load_dataset(name_or_path, *, data_root=DEFAULT_ROOT, cache_dir=".cache", sp
     A path is read or refused. A name means the folder KIT-ML / HumanML3D under data_root; where that does not
     exist, and data_root is the default, the embedded data of that name is built (or taken from cache_dir),
     said in one line. space: "t2m" (22 joints, 20 fps, 263-d) or "native" (kit: 21 joints, 12.5 fps, 251-d).
-    seed and clips (how many) shape the embedded data only. Raises InputError.
+    seed and clips (how many) shape the embedded data only. Raises InputError for data that cannot be used.
     """
-    if space not in ("t2m", "native"):
-        raise InputError(f"space must be t2m or native, not {space!r}")
     folder = Path(data_root) / FOLDERS[name_or_path] if name_or_path in FOLDERS else Path(name_or_path)
     if folder.exists() or name_or_path not in FOLDERS:
         return converted(load_folder(folder), space)
@@ -297,20 +258,9 @@ def load_dataset(name_or_path, *, data_root=DEFAULT_ROOT, cache_dir=".cache", sp
         raise InputError(f"{folder}: no such folder; correct --data-root or leave it out (embedded data)")
     print(f"*** {folder} not found: using the EMBEDDED procedural {name_or_path} data, not the real data ***")
     skeleton = KIT if (name_or_path, space) == ("kit", "native") else T2M
-    return _embedded(name_or_path, skeleton, seed, clips, cache_dir, use_cache)
-
-
-# What captions call an action, as stems; an action that is not listed is its own stem.
-SYNONYMS = {"clap": "clap|applaud", "jump": "jump|leap|hop", "march": "march|high knee",
-            "punch": "punch|box|jab", "raise": r"rais|lift|(?:hold|put)\w* (?:\w+ )*up",
-            "run": "run|ran|jog|sprint|dash", "squat": "squat|crouch", "turn": "turn|spin|rotat",
-            "throw": "throw|threw|thrown|toss|hurl", "walk": "walk|stroll|step", "wave": "wav|greet"}
-
-
-def mentions(caption, action):
-    """Whether a caption speaks of an action ("kick"), in any form of it or of its synonyms."""
-    stems = SYNONYMS.get(action, re.escape(action.removesuffix("e")))
-    return bool(re.search(rf"\b(?:{stems})(?:[bgmnpt]?(?:e|ed|ing|er)?s?)?\b", caption.lower()))
+    made = embedded.load(name_or_path, skeleton, seed, clips, cache_dir, use_cache)
+    splits = {split: [Clip(**clip) for clip in part] for split, part in made.items()}
+    return _dataset(f"embedded {name_or_path}", skeleton, splits)
 
 
 def leave_out(dataset, action):
@@ -320,7 +270,7 @@ def leave_out(dataset, action):
     segments of its recording; of it only the captions that mention the action remain.
     """
     def matching(clip):
-        which = [k for k, caption in enumerate(clip.captions) if mentions(caption, action)]
+        which = [k for k, caption in enumerate(clip.captions) if english.mentions(caption, action)]
         return replace(clip, **{name: [getattr(clip, name)[k] for k in which]
                                 for name in ("captions", "tokens", "attributes")})
     left = {split: [clip for clip in map(matching, clips) if clip.captions]
@@ -333,8 +283,8 @@ def leave_out(dataset, action):
         if min(with_it, without) < 2:
             raise InputError(f"leaving out {action!r}: {with_it} {part} clips of {dataset.label} mention it, "
                              f"{without} do not; both must be 2 or more")
-    return tuple(_dataset(f"{dataset.label} {title} {action}", dataset.skeleton, splits, dataset.skipped,
-                          dataset.embedded) for title, splits in (("without", rest), ("with", left)))
+    return (_dataset(f"{dataset.label} without {action}", dataset.skeleton, rest),
+            _dataset(f"{dataset.label} with {action}", dataset.skeleton, left))
 
 
 def load_pair(source, target, *, clips, left_out="", **options):
@@ -356,31 +306,6 @@ def load_pair(source, target, *, clips, left_out="", **options):
                  for name, count in zip((source or other[target], target), clips))
 
 
-def _embedded(domain, skeleton, seed, clips, cache_dir, use_cache):
-    """The embedded data of a domain, built or from the cache."""
-    kept = ("name", "split", "captions", "tokens", "attributes", "subject", "tags")
-
-    def build():
-        built = movements.build(domain, skeleton, seed=seed, clips=clips)
-        rows = [trimmed(joints_to_features(clip.joints, skeleton, fix_heading_flip=True)) for clip in built]
-        notes = [{"frames": len(features), **{name: getattr(clip, name) for name in kept}}
-                 for clip, features in zip(built, rows)]
-        return {"features": np.concatenate(rows), "notes": json.dumps(notes)}  # all clips end to end
-
-    code = source_of(movements, wording, oracle, motion_features)  # a comment makes nothing anew
-    key = [code, domain, skeleton.name, seed, clips, UNIT, MAX_LENGTH]
-    stored = cached(cache_dir, key, build, f"embedded-{domain}-{skeleton.name}", use_cache)
-    splits, start = {split: [] for split in SPLITS}, 0
-    for entry in json.loads(stored["notes"]):
-        frames, split = entry.pop("frames"), entry.pop("split")
-        entry["tags"] = tuple(entry["tags"])
-        splits[split].append(Clip(features=stored["features"][start:start + frames].numpy(), **entry))
-        start += frames
-    if empty := [split for split in SPLITS if not splits[split]]:
-        raise InputError(f"embedded {domain} data: {clips} clips leave no {empty[0]} clip; use more")
-    return _dataset(f"embedded {domain}", skeleton, splits, {}, embedded=True)
-
-
 # ---- 4. Statistics -------------------------------------------------------------------------------
 
 class Statistics:
@@ -392,8 +317,6 @@ class Statistics:
     """
 
     def __init__(self, mean, std, role):
-        if role not in ("generator", "scorer"):
-            raise ValueError(f"role must be 'generator' or 'scorer', not {role!r}")
         self.mean, self.std = (torch.as_tensor(part, dtype=torch.float32) for part in (mean, std))
         self.role = role
 
@@ -404,12 +327,12 @@ class Statistics:
         return self
 
     @classmethod
-    def from_clips(cls, clips, role, feat_bias=1.0, block_average=True, blocks=None):
-        """Statistics of all frames of the clips (give the train split only).
+    def from_clips(cls, clips, role, feat_bias=1.0, blocks=None):
+        """Statistics of all frames of the clips (give the train split only), one std a block as in Std.npy.
 
-        block_average: one std a block, as in Std.npy of HumanML3D. feat_bias divides the std of the root and
-        contact blocks, which makes these few numbers weigh more: 5 in old baselines, 25 in the released
-        evaluators. blocks: {name: slice (d)}, by default those of features, and none at other widths.
+        feat_bias divides the std of the root and contact blocks, which makes these few numbers weigh more: 5
+        in old baselines, 25 in the released evaluators. blocks: {name: slice (d)}, by default those of
+        features, and none at other widths.
         """
         frames = sum(len(clip.features) for clip in clips)
         mean = sum(clip.features.sum(0, dtype=np.float64) for clip in clips) / frames
@@ -417,8 +340,7 @@ class Statistics:
         if blocks is None:
             blocks = motion_features.blocks(SKELETONS[len(mean)]) if len(mean) in SKELETONS else {}
         for name, columns in blocks.items():
-            if block_average:
-                std[columns] = std[columns].mean()
+            std[columns] = std[columns].mean()
             if name.startswith("root") or name == "contacts":
                 std[columns] /= feat_bias
         return cls(mean, np.maximum(std, 1e-6), role)  # a constant feature must not divide by zero
@@ -505,8 +427,7 @@ class Batch(NamedTuple):
 
 
 def collate(clips):
-    """Clips -> Batch with the first caption of each; lengths are multiples of UNIT, padding is zero in RAW
-    features."""
+    """Clips -> Batch with the first caption of each; lengths are cut to multiples of UNIT."""
     lengths = torch.tensor([len(clip.features) // UNIT * UNIT for clip in clips])
     motion = torch.zeros(len(clips), int(lengths.max()), clips[0].features.shape[1])  # b t d
     for row, clip, n in zip(motion, clips, lengths.tolist()):
@@ -541,36 +462,30 @@ def check_folder(path):
                 damage.append(f"{name}: itself or its mirror image is in {first} and in {split}")
         everything += [clip for clip in clips if "@" not in clip.name]
     if everything:
-        damage += _check_statistics(everything, mean, std) + _check_joints(root, everything, skeleton)
-    return damage
-
-
-def _check_statistics(clips, mean, std):
-    own = Statistics.from_clips(clips, "generator")
-    shift = np.abs(own.mean.numpy() - mean) / np.maximum(std, 1e-6)
-    ratio = own.std.numpy() / np.maximum(std, 1e-6)
-    print(f"  Mean.npy is within {shift.max():.3f} std of the clips' mean; clips' std / Std.npy: "
-          f"{ratio.min():.3f} to {ratio.max():.3f}")
-    damage = []
-    if shift.max() > 0.25:
-        damage.append(f"Mean.npy: feature {shift.argmax()} is {shift.max():.2f} std off the clips' mean")
-    if ratio.min() < 0.5 or ratio.max() > 2:
-        damage.append("Std.npy: off by a factor of 2 or more; is it an evaluator's (parts divided by 25)?")
+        own = Statistics.from_clips(everything, "generator")
+        shift = np.abs(own.mean.numpy() - mean) / np.maximum(std, 1e-6)
+        ratio = own.std.numpy() / np.maximum(std, 1e-6)
+        print(f"  Mean.npy is within {shift.max():.3f} std of the clips' mean; clips' std / Std.npy: "
+              f"{ratio.min():.3f} to {ratio.max():.3f}")
+        if shift.max() > 0.25:
+            damage.append(f"Mean.npy: feature {shift.argmax()} is {shift.max():.2f} std off the clips' mean")
+        if ratio.min() < 0.5 or ratio.max() > 2:
+            damage.append("Std.npy: off by a factor of 2 or more; is it an evaluator's (parts divided by "
+                          "25)?")
+        damage += _check_joints(root, everything, skeleton)
     return damage
 
 
 def _check_joints(root, clips, skeleton):
     """new_joints is optional; where a file exists it must be the joints that the features describe."""
-    compared, wrong = 0, []
-    for clip in clips:
-        path = root / "new_joints" / f"{clip.name}.npy"
-        if path.is_file():
-            compared += 1
-            stored, joints = _load_array(path), features_to_joints(clip.features, skeleton)
-            limit = 1e-3 * skeleton.units_per_metre
-            if stored.shape != joints.shape or not np.abs(stored - joints).max() < limit:
-                wrong.append(clip.name)
-    print(f"  new_joints: {compared} compared with the features, {len(wrong)} differ")
+    stored, wrong = {path.stem: path for path in (root / "new_joints").glob("*.npy")}, []
+    compared = [clip for clip in clips if clip.name in stored]
+    for clip in compared:
+        known, joints = _load_array(stored[clip.name]), features_to_joints(clip.features, skeleton)
+        limit = 1e-3 * skeleton.units_per_metre
+        if known.shape != joints.shape or not np.abs(known - joints).max() < limit:
+            wrong.append(clip.name)
+    print(f"  new_joints: {len(compared)} compared with the features, {len(wrong)} differ")
     return [f"new_joints: {_describe({'differ': wrong})}"] if wrong else []
 
 

@@ -494,7 +494,7 @@ def test_a_key_has_a_lemma_for_each_word(pool):
 def test_sets_are_written_for_a_reader(tmp_path, capsys):
     captions = [caption.partition("#")[0] for caption in CAPTIONS]
     clips = [datasets.Clip(c, None, [c], [[]], [{}]) for c in captions]
-    data = datasets.Dataset("toy", T2M, {"train": clips, "val": clips[:1], "test": []}, {}, False, "x")
+    data = datasets.Dataset("toy", T2M, {"train": clips, "val": clips[:1], "test": []}, "x")
     sets, report = composing.composed_sets(data, 80, seed=1)
     assert [report[name] for name in ("train", "val", "test")] == [len(clips) for clips in sets.values()]
     train, val, test = sets.values()

@@ -218,7 +218,7 @@ def test_learns_to_retrieve_held_out_clips(family, embedded):
 
 def test_a_comment_trains_nothing_again_and_another_network_does(tmp_path, monkeypatch):
     clips = toy_clips()
-    data = Dataset("toy", T2M, {"train": clips, "val": clips, "test": clips}, {}, False, "x")
+    data = Dataset("toy", T2M, {"train": clips, "val": clips, "test": clips}, "x")
     ask = lambda **options: ev.reward_model([data], iterations=2, seed=0, cache_dir=tmp_path, use_cache=True,
                                             device=torch.device("cpu"), **options)
     source, trained, fit = inspect.getsource, [], ev.fit_retrieval

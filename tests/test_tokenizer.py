@@ -51,7 +51,7 @@ def clips(count=40, width=WIDTH, seed=0):
 def dataset(skeleton=features.KIT, fingerprint="f"):
     part = clips(width=skeleton.feature_dim)
     splits = {"train": part, "val": part, "test": part}
-    return datasets.Dataset("toy", skeleton, splits, {}, True, fingerprint)
+    return datasets.Dataset("toy", skeleton, splits, fingerprint)
 
 
 # ---- lengths -----------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """English as captions of motion speak it: verbs and their forms, misspellings, words by their role.
 
-common/compose.py reads captions by these tables. They were collected on KIT-ML and HumanML3D.
+common/compose.py reads captions by these tables, and datasets.leave_out asks what they mention. All were
+collected on KIT-ML and HumanML3D.
 """
 import re
 
@@ -74,6 +75,19 @@ def forms_of(verbs):
 
 VERBS = forms_of(_PAST)
 NO_VERB = ("", "")  # VERBS.get(word, NO_VERB)
+
+# What captions call an action, as stems; an action that is not listed is its own stem.
+SYNONYMS = {"clap": "clap|applaud", "jump": "jump|leap|hop", "march": "march|high knee",
+            "punch": "punch|box|jab", "raise": r"rais|lift|(?:hold|put)\w* (?:\w+ )*up",
+            "run": "run|ran|jog|sprint|dash", "squat": "squat|crouch", "turn": "turn|spin|rotat",
+            "throw": "throw|threw|thrown|toss|hurl", "walk": "walk|stroll|step", "wave": "wav|greet"}
+
+
+def mentions(caption, action):
+    """Whether a caption speaks of an action ("kick"), in any form of it or of its synonyms."""
+    stems = SYNONYMS.get(action, re.escape(action.removesuffix("e")))
+    return bool(re.search(rf"\b(?:{stems})(?:[bgmnpt]?(?:e|ed|ing|er)?s?)?\b", caption.lower()))
+
 
 # ---- 2. Words by their role --------------------------------------------------------------------
 
