@@ -12,6 +12,7 @@ import dataclasses
 import datetime
 import errno
 import fcntl
+import functools
 import hashlib
 import inspect
 import io
@@ -35,12 +36,10 @@ from tqdm import tqdm
 
 from common import InputError, NonFiniteError
 
-DISK_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 RUN_SUFFIXES = (".json", ".csv", ".png", ".gif", ".pt", ".npy", ".bvh", ".html")  # --overwrite may delete
 
 
 # ---- 1. The command line ---------------------------------------------------------------------------
-
 
 def arg(default, text, **extra):
     """A dataclass field that is a flag, with its help text; default None is an empty list.
@@ -76,38 +75,31 @@ class RunArgs:
     load: str = arg("", "what a finished run saved (adapter.pt, policy.pt), for the next two",
                     group="use a finished run", shaping=False)
     eval_only: bool = arg(False, "evaluate --load, train nothing", shaping=False)
-    prompt: list = arg(None, "write a motion for this caption; repeatable", action="append",
-                       shaping=False)
+    prompt: list = arg(None, "write a motion for this caption; repeatable", action="append", shaping=False)
     compare: bool = arg(False, "with --prompt: base and tuned side by side", shaping=False)
 
 
-class Help(argparse.RawDescriptionHelpFormatter):
-    """Help with the docstring as it is written, and wide enough for a flag beside its text."""
-
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=26, width=100)
+# Help shows the docstring as it is written, and is wide enough for a flag beside its text.
+Help = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=26, width=100)
 
 
 def make_parser(cls, description):
     """The parser of a dataclass of arguments: every field is a flag, in the groups that they name."""
     parser = argparse.ArgumentParser(usage="%(prog)s [--flag value ...]", description=description,
                                      allow_abbrev=False, formatter_class=Help)
-    group = parser
     for entry in dataclasses.fields(cls):
         extra = {name: value for name, value in entry.metadata.items() if name not in ("lowest", "shaping")}
-        title = extra.pop("group", None)
-        group = parser.add_argument_group(title) if title else group
+        if "group" in extra:
+            group = parser.add_argument_group(extra.pop("group"))
         if entry.type is bool:
             extra["action"] = argparse.BooleanOptionalAction
-        else:
-            if "choices" not in extra:
-                extra["metavar"] = {int: "N", float: "X"}.get(entry.type, "TEXT")
-            if "action" not in extra:
-                extra["type"] = entry.type
+        elif "choices" not in extra:
+            extra["metavar"] = {int: "N", float: "X"}.get(entry.type, "TEXT")
+        if entry.type in (int, float):
+            extra["type"] = entry.type
         default = "" if entry.default in ("", dataclasses.MISSING) else f" (default {entry.default})"
         extra["help"] = extra["help"].replace("%", "%%") + default
-        flag = "--" + entry.name.replace("_", "-")
-        group.add_argument(flag, dest=entry.name, default=argparse.SUPPRESS, **extra)
+        group.add_argument("--" + entry.name.replace("_", "-"), default=argparse.SUPPRESS, **extra)
     return parser
 
 
@@ -133,8 +125,8 @@ def parse_args(cls, sizes, argv, description):
 
 
 def parse_weights(spec, names, flag, share=True):
-    """"a=0.7,b=0.3" -> weights in the order of names, 0 for those left out; empty: equal shares. InputError for
-    an unknown name, no number, a negative one, zeros alone, or, of shares, a sum other than 1."""
+    """"a=0.7,b=0.3" -> weights in the order of names, 0 for those left out; empty: equal shares. It is an
+    InputError if a name is unknown, a number none or negative, all are 0, or shares do not sum to 1."""
     weights = dict.fromkeys(names, 0.0 if spec else 1 / len(names))
     for part in filter(None, spec.split(",")):
         name, _, number = (word.strip() for word in part.partition("="))
@@ -146,10 +138,10 @@ def parse_weights(spec, names, flag, share=True):
         except ValueError:
             raise InputError(f"{flag} {spec}: {number!r} is no number; write {name}=0.7") from None
     values, total = list(weights.values()), sum(weights.values())
-    if not (min(values) >= 0 and 0 < total < math.inf):  # NaN fails too
-        raise InputError(f"{flag} {spec}: give numbers of at least 0, one of them above")
-    if share and abs(total - 1) >= 1e-6:
-        raise InputError(f"{flag} {spec}: give numbers of at least 0 that sum to 1; these sum to {total:g}")
+    refuse((not (min(values) >= 0 and 0 < total < math.inf),  # NaN fails too
+            f"{flag} {spec}: give numbers of at least 0, one of them above"),
+           (share and abs(total - 1) >= 1e-6,
+            f"{flag} {spec}: give numbers of at least 0 that sum to 1; these sum to {total:g}"))
     return values
 
 
@@ -168,9 +160,7 @@ def shaping_args(args):
 
 def adopt_args(args, usual, stored, path):
     """Arguments with the shaping ones of a stored policy; InputError if the command line asked for others.
-
-    usual: the arguments of a command line without flags, to see which were asked for.
-    """
+    usual: the arguments of a command line without flags, to see which were asked for."""
     defaults = shaping_args(usual)
     asked = {name: value for name, value in shaping_args(args).items() if value != defaults[name]}
     require_same(path, {name: stored.get(name) for name in asked}, asked)
@@ -178,7 +168,6 @@ def adopt_args(args, usual, stored, path):
 
 
 # ---- 2. How a run starts and ends ------------------------------------------------------------------
-
 
 class Start(NamedTuple):
     """What every mode of a script begins with; see `prepare`."""
@@ -195,15 +184,13 @@ class Start(NamedTuple):
 
     def data(self):
         """What datasets.load_dataset and load_pair are told by the flags."""
-        return dict(data_root=self.args.data_root, seed=self.args.base_seed, **self.cache())
-
-    def cache(self):
-        """Where trained parts are kept, and whether those that are there count."""
-        return dict(cache_dir=self.args.cache_dir, use_cache=self.args.cache)
+        return dict(data_root=self.args.data_root, seed=self.args.base_seed,
+                    cache_dir=self.args.cache_dir, use_cache=self.args.cache)
 
     def training(self):
         """What every supervised training is told by the flags: seed, device, cache."""
-        return dict(seed=self.args.base_seed, device=self.device, **self.cache())
+        return dict(seed=self.args.base_seed, device=self.device,
+                    cache_dir=self.args.cache_dir, use_cache=self.args.cache)
 
     def announce(self, **domains):
         """Print the device and which data are used, and end the stage "data"."""
@@ -243,36 +230,24 @@ def prepare(cls, sizes, argv, description, method, product, check):
     """
     watch, args = Stopwatch(), parse_args(cls, sizes, argv, description)
     modes = bool(args.prompt) or args.eval_only
-    if modes != bool(args.load):
-        fix = f"name the {product.partition('-')[2]}.pt of a finished run" if modes else "add one of them"
-        raise InputError(f"--load: goes with --prompt or --eval-only; {fix}")
-    if any(not caption.strip() for caption in args.prompt):
-        raise InputError("--prompt: the caption is empty")
+    fix = f"name the {product.partition('-')[2]}.pt of a finished run" if modes else "add one of them"
+    refuse((modes != bool(args.load), f"--load: goes with --prompt or --eval-only; {fix}"),
+           (any(not caption.strip() for caption in args.prompt), "--prompt: the caption is empty"))
     check(args)
     stored = load_checkpoint(args.load, kind=product) if args.load else None
     if stored:
         args = adopt_args(args, cls(**sizes.get(args.size, {}), size=args.size), stored["args"], args.load)
-    mode = "_prompt" if args.prompt else "_eval" if args.eval_only else ""
-    path, reopen = choose_folder(args, method, mode)
+    ending = "_prompt" if args.prompt else "_eval" if args.eval_only else ""
+    name = re.sub(r"[^A-Za-z0-9_-]", "_", Path(args.dataset).name)
+    path = Path(args.out_dir or f"runs/{method}_{name}_seed{args.seed}{ending}")
+    refuse((modes and (path / "args.json").exists(),
+            f"--out-dir {path}: holds a training run; choose another folder"))
+    reopen = args.resume or (modes and path.is_dir())
+    refuse_used(path, reopen, args.overwrite)  # before anything is computed
     device = pick_device(args.device)
     threads = pick_threads(wanted_threads(args, path))
     command = f"python {Path(inspect.getfile(cls)).name} {' '.join(argv)}"
     return Start(args, stored, path, reopen, device, threads, world(device)[0], watch, command, product)
-
-
-def choose_folder(args, prefix, mode=""):
-    """(path of the run folder, whether it may exist already). Nothing is made yet.
-
-    mode: empty for a training run, else the ending of a folder that is only written into: such a folder must
-    not be that of a training run (InputError).
-    """
-    name = re.sub(r"[^A-Za-z0-9_-]", "_", Path(args.dataset).name)
-    folder = Path(args.out_dir or f"runs/{prefix}_{name}_seed{args.seed}{mode}")
-    if mode and (folder / "args.json").exists():
-        raise InputError(f"--out-dir {folder}: holds a training run; choose another folder")
-    reopen = args.resume or (bool(mode) and folder.is_dir())
-    refuse_used(folder, reopen, args.overwrite)  # before anything is computed
-    return folder, reopen
 
 
 def wanted_threads(args, folder):
@@ -300,10 +275,10 @@ class Stopwatch:
 
 def finish(folder, watch, content):
     """Write results.json, with the seconds of the stages and the peak memory, and print where it is."""
-    save_json(folder / "results.json", {**content, "seconds": watch.seconds,
-                                        "peak_memory_mb": peak_memory_mb()})
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+    save_json(folder / "results.json", {**content, "seconds": watch.seconds, "peak_memory_mb": peak})
     stages = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in watch.seconds.items())
-    print(f"\nseconds: {stages}; peak memory {peak_memory_mb():.0f} MB; everything is in {folder / ''}")
+    print(f"\nseconds: {stages}; peak memory {peak:.0f} MB; everything is in {folder / ''}")
 
 
 def run_main(main, argv=None):
@@ -321,11 +296,12 @@ def run_main(main, argv=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             raise
         code, said = 4, f"disk: {error}; the last checkpoint is intact, free some space and --resume"
     except Interrupted as error:
-        code, said = error.exit_code, error
+        number = signal.Signals(error.args[0])
+        code, said = 128 + number, f"stopped by {number.name}; the state is saved, go on with --resume"
     except KeyboardInterrupt:
         code = 130
     if said:
@@ -335,10 +311,9 @@ def run_main(main, argv=None):
 
 # ---- 3. The training loop --------------------------------------------------------------------------
 
-
 class Loop:
-    """The frame of a training loop: progress bar, logs.csv, checkpoint.pt after every iteration, --resume, and
-    Ctrl-C, which ends the run at the next `check`, where all is saved.
+    """The frame of a training loop: progress bar, logs.csv, checkpoint.pt after every iteration, --resume,
+    and SIGINT (Ctrl-C) and SIGTERM, which end the run at the next `check`. A second SIGINT acts at once.
 
         with runs.Loop(method, start, folder, FIELDS, same, model) as loop:
             if loop.state: ...                  # what the interrupted run had saved
@@ -346,13 +321,12 @@ class Loop:
                 loop.rewards = ...              # for nan_report.json
                 loop.end(row, shown, state)     # a row of the log, columns on the bar, the checkpoint
 
-    same: a dict of what else must be the same for --resume, besides the arguments. When a NonFiniteError
-    passes, nan_report.json is left in the folder: which weights and gradients of `model` are not finite, and
-    what the rewards were.
+    same: a dict of what else must be the same for --resume, besides the arguments. A NonFiniteError leaves
+    nan_report.json: which weights and gradients of `model` are not finite, and the range of the rewards.
     """
 
     def __init__(self, method, start, folder, fields, same, model):
-        args, self.rank, self.stop, self.watch = start.args, start.rank, StopSignal(), start.watch
+        args, self.rank, self.watch, self.stopped_by = start.args, start.rank, start.watch, None
         self.method, self.iterations, self.first, self.state = method, args.iterations, 0, None
         self.folder, self.model, self.iteration, self.rewards, self.shown = folder, model, None, None, {}
         self.path, self.kind = folder / "checkpoint.pt", f"{method}-run"
@@ -362,12 +336,17 @@ class Loop:
             require_same(self.path, self.state["args"], self.shaping)
             self.first = self.state["iteration"] + 1
         if self.rank == 0:
-            self.log = CsvLog(folder / "logs.csv", fields, fingerprint(self.shaping)[:16])
-            self.log.truncate_after(self.first - 1)
+            self.log = CsvLog(folder / "logs.csv", fields, fingerprint(self.shaping)[:16], self.first - 1)
 
     def __enter__(self):
-        self.stop.__enter__()
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self._handlers = {number: signal.signal(number, self._receive) for number in numbers}
         return self
+
+    def _receive(self, number, frame):
+        self.stopped_by = number
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
 
     def __iter__(self):
         self.bar = tqdm(range(self.first, self.iterations), self.method, self.iterations, initial=self.first,
@@ -378,23 +357,27 @@ class Loop:
 
     def check(self):
         """Raise Interrupted if a signal has come; what was saved last is then where --resume goes on."""
-        self.stop.check()
+        if self.stopped_by:
+            raise Interrupted(self.stopped_by)
 
     def end(self, row, shown, state):
-        """Close an iteration: a row of the log, the columns `shown` on the bar, the state in a checkpoint."""
-        self.shown |= {name: f"{row[name]:.3f}" for name in shown if row[name] is not None}
+        """Close an iteration: a row of the log, empty where `row` names no number, the columns `shown` on the
+        bar, the state in a checkpoint."""
+        row = {name: x.item() if torch.is_tensor(x) else x for name, x in row.items()}
+        self.shown |= {name: f"{row[name]:.3f}" for name in shown if row.get(name) is not None}
         self.bar.set_postfix(self.shown, refresh=False)
         if self.rank == 0:
-            self.log.write(row)
+            self.log.write(dict.fromkeys(self.log.fields) | row | {"iteration": self.iteration})
             save_checkpoint(self.path, kind=self.kind,
-                            data={"args": self.shaping, "iteration": row["iteration"], **state})
+                            data={"args": self.shaping, "iteration": self.iteration, **state})
         self.watch.lap("log and checkpoint")
         self.check()
 
     def __exit__(self, kind, error, trace):
-        self.stop.__exit__(kind, error, trace)
-        if kind is None:
-            barrier()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if kind is None and dist.is_initialized():
+            dist.barrier()
         elif kind is NonFiniteError:
             bad = [f"{what} {name}" for name, p in self.model.named_parameters()
                    for what, x in (("weight", p), ("gradient", p.grad))
@@ -405,96 +388,60 @@ class Loop:
                 "error": str(error), "iteration": self.iteration, "not_finite": bad, "rewards": numbers})
 
 
-class StopSignal:
-    """`with StopSignal() as stop:` -- signals set `stop.requested`; the loop saves, then calls `check`.
-
-    SIGINT and SIGTERM are caught. A second SIGINT acts at once, as is Python's default; files stay whole.
-    """
-
-    requested = 0
-
-    def __enter__(self):
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        self._before = {number: signal.signal(number, self._receive) for number in numbers}
-        return self
-
-    def _receive(self, number, frame):
-        self.requested = number
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def check(self):
-        """Raise Interrupted if a signal has come; call it where the state is saved."""
-        if self.requested:
-            raise Interrupted(self.requested)
-
-    def __exit__(self, *exc):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
 class Interrupted(Exception):
-    """SIGINT or SIGTERM was obeyed and the state is saved; scripts exit with 128 + the signal's number."""
-
-    def __init__(self, signum):
-        super().__init__(f"stopped by {signal.Signals(signum).name}; the state is saved, go on with --resume")
-        self.exit_code = 128 + signum
+    """The signal of this number was obeyed and the state is saved; scripts exit with 128 + the number."""
 
 
 # ---- 4. The run folder and its log -----------------------------------------------------------------
 
-
 def refuse_used(path, resume, overwrite):
     """InputError if the folder `path` cannot take a new run, or has none to resume; -> what is in it."""
-    if resume and not os.path.isdir(path):
-        raise InputError(f"{path}: nothing to resume; leave --resume out")
+    refuse((resume and not os.path.isdir(path), f"{path}: nothing to resume; leave --resume out"))
     try:
         content = [item for item in path.iterdir() if item.name != ".lock"] if os.path.isdir(path) else []
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); choose another --out-dir") from error
     if content and not resume and not (overwrite and (path / "args.json").exists()):
-        fix = "add --resume or --overwrite"
-        if overwrite:
-            fix = "and holds no earlier run, choose another --out-dir"
+        other = "and holds no earlier run, choose another --out-dir"
+        fix = other if overwrite else "add --resume or --overwrite"
         raise InputError(f"{path}: the folder is not empty; {fix}")
     return content
 
 
 def make_folder(path, flag):
-    """Create a folder, clear leftovers of dead processes; InputError naming `flag` if it is not writable."""
+    """Create a folder, clear leftovers of dead processes -> Path; InputError at `flag` if not writable."""
+    path = Path(path)
     try:
-        Path(path).mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{path}: cannot create it ({error.strerror}); choose another {flag}") from error
     if not os.access(path, os.W_OK | os.X_OK, effective_ids=True):
         raise InputError(f"{path}: the folder is read-only; choose another {flag}")
-    for stale in Path(path).glob("*.tmp-*"):
-        try:
-            os.kill(int(stale.name.rpartition("-")[2]), 0)  # asks whether the process lives
-        except ProcessLookupError:
-            stale.unlink(missing_ok=True)
-        except (ValueError, PermissionError):  # no number, or somebody else's process
-            pass
+    for stale in path.glob("*.tmp-*"):
+        with contextlib.suppress(ValueError, PermissionError):  # no number, or somebody else's process
+            try:
+                os.kill(int(stale.name.rpartition("-")[2]), 0)  # asks whether the process lives
+            except ProcessLookupError:
+                stale.unlink(missing_ok=True)
+    return path
 
 
 class RunFolder:
-    """The folder of one run, locked against a second run until `close()` or the end of the process.
+    """The folder of one run, locked against a second run until this object or the process ends.
 
     A folder with content is refused unless `resume` (keeps all) or `overwrite` (deletes the products of an
     earlier run, and only where args.json shows that there was one). `folder / name` is a path inside.
     """
 
     def __init__(self, path, resume=False, overwrite=False):
-        self.path = Path(path)
-        refuse_used(self.path, resume, overwrite)
-        make_folder(path, "--out-dir")
+        refuse_used(Path(path), resume, overwrite)
+        self.path = make_folder(path, "--out-dir")
         self._lock = open(self.path / ".lock", "a+", encoding="ascii")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it when its owner dies
         except BlockingIOError:
             self._lock.seek(0)
             owner = self._lock.read().strip()
-            self._lock.close()
             raise InputError(f"{path}: in use by process {owner}; wait or choose another --out-dir") from None
         self._lock.truncate(0)
         self._lock.write(f"{os.getpid()}\n")
@@ -506,36 +453,24 @@ class RunFolder:
     def __truediv__(self, name):
         return self.path / name
 
-    def close(self):
-        """Let another run use the folder."""
-        self._lock.close()
-
 
 class CsvLog:
-    """A CSV file with a `# stamp` line, fixed columns (the first is "iteration") and one flushed row a write.
+    """A CSV file with a `# stamp` line and fixed columns, of which the first is "iteration".
 
-    An existing file is continued, without a partial last line; InputError if its stamp or columns differ.
-    Write the row of an iteration before its checkpoint: a resume drops surplus rows but cannot restore any.
+    An existing file is continued after iteration `last`, without a partial last line; InputError if its stamp
+    or columns differ. Write the row of an iteration before its checkpoint: a resume drops surplus rows but
+    cannot restore any.
     """
 
-    def __init__(self, path, fields, stamp=""):
+    def __init__(self, path, fields, stamp, last=math.inf):
         self.path, self.fields = Path(path), list(fields)
-        self._header = [f"# {stamp}\n", ",".join(self.fields) + "\n"]
-        if self.path.exists() and self._lines()[:2] != self._header:
+        header = [f"# {stamp}\n", ",".join(self.fields) + "\n"]
+        lines = self.path.read_text(encoding="utf-8").splitlines(True) if self.path.exists() else header
+        if lines[:2] != header:
             raise InputError(f"{path}: was written by a run with other arguments or columns; start anew")
-        self._handle = None
-        self.truncate_after(math.inf)
-
-    def _lines(self):
-        return self.path.read_text(encoding="utf-8").splitlines(True) if self.path.exists() else []
-
-    def truncate_after(self, iteration):
-        """Drop the rows of later iterations, and what a kill left half-written."""
-        rows = [line for line in self._lines()[2:] if line.endswith("\n")]
-        text = "".join(self._header + [line for line in rows if int(line.partition(",")[0]) <= iteration])
-        self.close()
+        rows = [line for line in lines[2:] if line.endswith("\n") and int(line.partition(",")[0]) <= last]
+        text = "".join(header + rows)
         atomic_write(self.path, lambda tmp: Path(tmp).write_text(text, encoding="utf-8"))
-        self._handle = open(self.path, "a", encoding="utf-8", newline="")
 
     def write(self, row):
         """Append one row, a dict with exactly the columns of the file; floats get 7 significant digits."""
@@ -543,17 +478,11 @@ class CsvLog:
             raise ValueError(f"row and columns differ by {sorted(set(row) ^ set(self.fields))}")
         values = [plain(row[field]) for field in self.fields]
         values = [f"{v:.7g}" if isinstance(v, float) else v for v in values]
-        csv.writer(self._handle, lineterminator="\n").writerow(values)
-        self._handle.flush()
-
-    def close(self):
-        """Close the file; `truncate_after` opens it again."""
-        if self._handle is not None:
-            self._handle.close()
+        with open(self.path, "a", encoding="utf-8", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerow(values)
 
 
 # ---- 5. Files --------------------------------------------------------------------------------------
-
 
 def atomic_write(path, write_fn, keep_previous=False):
     """Call `write_fn(tmp_path)`, flush to disk, rename onto `path`: readers see a whole file, old or new.
@@ -568,48 +497,28 @@ def atomic_write(path, write_fn, keep_previous=False):
             os.fsync(handle.fileno())
         if keep_previous and path.exists():
             older = path.with_name(f"{path.name}.old.tmp-{os.getpid()}")
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(older)
+            older.unlink(missing_ok=True)
             os.link(path, older)  # a second name, so that `path` exists at every instant
-            os.replace(older, previous(path))
+            os.replace(older, path.with_suffix(f".prev{path.suffix}"))
         os.replace(tmp, path)
     finally:
-        if os.path.exists(tmp):
-            os.remove(tmp)
+        tmp.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)  # the rename itself must survive a power cut
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def previous(path):
-    """Where the file before the last one is kept: run/checkpoint.pt -> run/checkpoint.prev.pt."""
-    path = Path(path)
-    return path.with_name(f"{path.stem}.prev{path.suffix}")
+    os.fsync(folder)
+    os.close(folder)
 
 
 def save_json(path, obj):
     """Write `obj` as JSON, atomically; numpy and torch scalars become numbers, NaN and infinity strings."""
-    text = json.dumps(_jsonable(plain(obj)), indent=2, allow_nan=False) + "\n"
+    text = json.dumps(plain(obj), default=torch.Tensor.tolist)
+    finite = json.loads(text, parse_constant=lambda word: str(float(word)))  # JSON has no NaN
+    text = json.dumps(finite, indent=2) + "\n"
     atomic_write(path, lambda tmp: Path(tmp).write_text(text, encoding="utf-8"))
-
-
-def _jsonable(value):
-    if isinstance(value, dict):
-        return {str(key): _jsonable(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_jsonable(item) for item in value]
-    if isinstance(value, torch.Tensor):
-        return _jsonable(value.tolist())
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def plain(value, where="value"):
     """Copy nested data into what a checkpoint may hold: dict, list, str, int, float, bool, None, CPU tensors.
-
-    NumPy scalars (torch.load refuses them), arrays and tuples are converted; another type raises TypeError.
-    """
+    NumPy scalars (torch.load refuses them), arrays and tuples are converted; other types are a TypeError."""
     if isinstance(value, dict):
         if not all(isinstance(key, (str, int)) for key in value):
             raise TypeError(f"{where}: only str and int keys can be stored")
@@ -654,10 +563,8 @@ def fingerprint(*parts):
 
 
 def save_checkpoint(path, data, kind="checkpoint", version=1, keep_previous=True):
-    """Store the dict `data` (see `plain`) with its kind, format version and checksum; atomic.
-
-    The file before stays as `*.prev.pt`. A value of a foreign type is a TypeError before anything is written.
-    """
+    """Store the dict `data` (see `plain`) with its kind, format version and checksum; see `atomic_write`. A
+    value of a foreign type is a TypeError before anything is written."""
     data = plain(data)
     buffer = io.BytesIO()  # torch's own file writer would hide a full disk behind a RuntimeError
     torch.save({"kind": kind, "version": version, "checksum": fingerprint(data), "data": data}, buffer)
@@ -670,7 +577,7 @@ def load_checkpoint(path, kind="checkpoint", version=1):
     InputError if the file is missing, cut off, altered, no checkpoint, or of another kind or version.
     """
     path = Path(path)
-    older = previous(path)
+    older = path.with_suffix(f".prev{path.suffix}")
     hint = f"; use {older}" if older.exists() else "; delete it or name another file"
     if not path.is_file():
         raise InputError(f"{path}: no such file; " + (f"use {older}" if older.exists() else "check the path"))
@@ -680,42 +587,30 @@ def load_checkpoint(path, kind="checkpoint", version=1):
         raise InputError(f"{path}: damaged, or no checkpoint ({type(error).__name__}){hint}") from error
     if not isinstance(stored, dict) or set(stored) != {"kind", "version", "checksum", "data"}:
         raise InputError(f"{path}: not written by this project{hint}")
-    if stored["kind"] != kind:
-        raise InputError(f"{path}: holds a {stored['kind']!r}, wanted a {kind!r}; name another file")
-    if stored["version"] != version:
-        raise InputError(f"{path}: version {stored['version']}, this code reads {version}; start a new run")
+    found, made = stored["kind"], stored["version"]
+    refuse((found != kind, f"{path}: holds a {found!r}, wanted a {kind!r}; name another file"),
+           (made != version, f"{path}: version {made}, this code reads {version}; start a new run"))
     if stored["checksum"] != fingerprint(stored["data"]):
         raise InputError(f"{path}: damaged, its checksum does not fit{hint}")
     return stored["data"]
 
 
-def require_same(path, stored, current, free=()):
-    """InputError that lists each argument whose stored and current values (two dicts) differ.
-
-    free: names that may change between the two runs, such as "iterations" or "device".
-    """
+def require_same(path, stored, current):
+    """InputError that lists each argument whose stored and current values (two dicts) differ."""
     stored, current = plain(stored), plain(current)
     differing = [f"{name} was {stored.get(name)!r} and is {current.get(name)!r}"
-                 for name in sorted(set(stored) | set(current))
-                 if name not in free and stored.get(name) != current.get(name)]
+                 for name in sorted(set(stored) | set(current)) if stored.get(name) != current.get(name)]
     if differing:
         raise InputError(f"{path}: of other arguments ({', '.join(differing)}); use those, or start anew")
 
 
 # ---- 6. The machine, and several processes (torchrun) ----------------------------------------------
 
-
-def peak_memory_mb():
-    """Largest resident size of this process so far, in MB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e6 if sys.platform == "darwin" else 1e3)
-
-
 def versions():
     """Versions that a result depends on: python, torch, numpy, platform, and the git commit or None."""
     root = Path(__file__).resolve().parent.parent
     commit = None
-    if (root / ".git").exists():
+    if (root / ".git").exists():  # else git would look for one further up
         with contextlib.suppress(FileNotFoundError):  # git is not installed
             git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True)
             commit = git.stdout.strip() if git.returncode == 0 else None
@@ -737,14 +632,12 @@ def pick_device(name="auto"):
 
 def pick_threads(requested=None):
     """Set and return the number of CPU threads: requested, else OMP_NUM_THREADS, else by a probe the fewest
-    that are not 1.6 times slower than the fastest number.
+    that are not 1.6 times slower than the fastest number. Results repeat bit for bit at a fixed number only.
 
-    Fewest, because threads that wait for each other suffer from any other load: on two cores beside one busy
-    process these small networks were 1.4 times faster on two threads before it came and 10 times slower
-    while it ran. Results repeat bit for bit at a fixed number only.
+    Fewest, because threads wait for each other: on two cores two of them were 1.4 times faster than one, and
+    beside one busy process 10 times slower.
     """
-    if requested is not None and requested < 1:
-        raise InputError(f"--threads {requested}: at least 1")
+    refuse((requested is not None and requested < 1, f"--threads {requested}: at least 1"))
     if requested or os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(requested or torch.get_num_threads())
         return torch.get_num_threads()
@@ -767,18 +660,17 @@ def process_count():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def world(device="cpu", minutes=30):
-    """(rank, number of processes); joins the process group that torchrun announces in the environment.
-
-    A rank that fails makes the others stop after `minutes` at the latest instead of waiting for ever.
-    """
+def world(device="cpu"):
+    """(rank, number of processes); joins the process group that torchrun announces in the environment. If a
+    rank fails, the others stop after half an hour at the latest."""
     if process_count() == 1:
         return 0, 1
     if not dist.is_initialized():
-        if torch.device(device).type == "cuda":
+        cuda = torch.device(device).type == "cuda"
+        if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend = "cpu:gloo,cuda:nccl" if torch.device(device).type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=minutes))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
+                                timeout=datetime.timedelta(minutes=30))
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -786,9 +678,3 @@ def share(groups, size, device="cpu"):
     """Numbers of the motions that this process makes, of `groups` groups of `size`: whole groups."""
     rank, processes = world(device)
     return [k for k in range(groups * size) if k // size * processes // groups == rank]
-
-
-def barrier():
-    """Wait for all processes, for example until rank 0 has filled the cache."""
-    if dist.is_initialized():
-        dist.barrier()

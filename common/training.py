@@ -1,29 +1,25 @@
 """Training: the one supervised loop and its cache, minibatches, checks of numbers, several processes.
 
 Whatever a paper takes as given (tokenizer, VAE, base, scorers) is trained by `supervised` and kept by
-`cached`. The reinforcement learning loops are the scripts'; from here they take what is plumbing in them.
+`cached`. The reinforcement learning loops are the scripts'; here is what is plumbing in them.
 """
 import ast
 import inspect
 import math
 import textwrap
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common import InputError, NonFiniteError
+from common import InputError, NonFiniteError, generator
 from common.runs import fingerprint, load_checkpoint, make_folder, plain, save_checkpoint
 
 # ---- 1. Supervised training --------------------------------------------------------------------
 
-
 def initialise(model, g):
-    """Draw the weights of all linear, convolution and embedding layers from the generator g.
-
-    PyTorch's own initialisation draws from the global stream.
-    """
+    """Draw the weights of all linear, convolution and embedding layers from the generator g; PyTorch's own
+    initialisation draws from the global stream."""
     for module in model.modules():
         if isinstance(module, (torch.nn.Linear, torch.nn.Conv1d)):
             bound = 1.0 / math.sqrt(module.weight[0].numel())  # numbers that an output is made of
@@ -43,11 +39,10 @@ def rise_and_cosine(optimizer, iterations):
 
 def supervised(label, parameters, loss, *, iterations, lr, weight_decay=1e-2, betas=(0.9, 0.999),
                fix="huge values in the data?", after=None):
-    """Train `parameters` by AdamW on loss(iteration) -> {name: mean over the last tenth}.
+    """Train `parameters` by AdamW, gradients clipped to norm 1 -> {name: mean over the last tenth}.
 
-    loss returns a scalar tensor, or that and a dict of further numbers to show and to average. The
-    gradient's norm is clipped to 1. after(iteration) is called when the weights have moved. A loss that is
-    not finite raises NonFiniteError, which names `label` and says `fix`.
+    loss(iteration) is a scalar tensor, or that and a dict of further numbers to show and to average; if it
+    is not finite, NonFiniteError names `label` and says `fix`. after(iteration): called after each step.
     """
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
@@ -75,32 +70,23 @@ def supervised(label, parameters, loss, *, iterations, lr, weight_decay=1e-2, be
 
 # ---- 2. The cache ------------------------------------------------------------------------------
 
-
 def source_of(*parts):
-    """What the code of functions, classes and modules does, as a list of texts for a cache's key.
-
-    Comments and docstrings are left out: to explain a line better must not train anything again.
-    """
+    """What the code of functions, classes and modules does, as a list of texts for a cache's key. Comments
+    and docstrings are left out: to explain a line better must not train anything again."""
     texts = []
     for part in parts:
         tree = ast.parse(textwrap.dedent(inspect.getsource(part)))
         for node in ast.walk(tree):
-            body = getattr(node, "body", None)
-            if isinstance(body, list) and body and isinstance(body[0], ast.Expr) \
-                    and isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str):
-                body[0].value.value = ""
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                node.value.value = ""  # a docstring; no other bare constant does anything either
         texts.append(ast.unparse(tree))
     return texts
 
 
 def cached(folder, key, build, name, use_cache=True):
-    """The dict that `build()` returns, or its stored copy if `folder` has one for this `key` (plain data).
-
-    The file is `<folder>/<name>-<hash of key>.pt`. A damaged one is announced and rebuilt; use_cache=False
-    always rebuilds.
-    """
-    make_folder(folder, "--cache-dir")
-    path = Path(folder) / f"{name}-{fingerprint(key)[:16]}.pt"
+    """The dict that `build()` returns, or its copy in `<folder>/<name>-<hash of key>.pt`; key: plain data. A
+    damaged file is announced and rebuilt; use_cache=False always rebuilds."""
+    path = make_folder(folder, "--cache-dir") / f"{name}-{fingerprint(key)[:16]}.pt"
     if use_cache and path.exists():
         try:
             return load_checkpoint(path, kind=f"cache {name}")
@@ -113,16 +99,13 @@ def cached(folder, key, build, name, use_cache=True):
 
 # ---- 3. Parts of an update ---------------------------------------------------------------------
 
-
-def minibatches(samples, count, index, chunk, generator, apart=()):
+def minibatches(samples, count, index, chunk, g, apart=()):
     """Split samples, numbers in a list, into `count` shuffled minibatches -> [(size, chunks)].
-
     index: the samples that this process holds, in the order of its rows. chunks: those of its rows that
     belong to the minibatch, in lists of at most `chunk` (0: one list). size counts the samples of all
-    processes. apart: samples that share no chunk with others.
-    """
+    processes. apart: samples that share no chunk with others."""
     row, apart, plan = {sample: n for n, sample in enumerate(index)}, set(apart), []
-    for part in torch.randperm(len(samples), generator=generator).chunk(count):
+    for part in torch.randperm(len(samples), generator=g).chunk(count):
         mine = [samples[k] for k in part.tolist() if samples[k] in row]
         chunks, step = [], chunk or max(len(mine), 1)
         for side in (False, True):
@@ -130,6 +113,13 @@ def minibatches(samples, count, index, chunk, generator, apart=()):
             chunks += [rows[a:a + step] for a in range(0, len(rows), step)]
         plan.append((len(part), chunks))
     return plan
+
+
+def epochs(args, samples, index, iteration, apart=()):
+    """A plan of minibatches, see there, for each of args.epochs passes over the samples."""
+    return [minibatches(samples, args.minibatches, index, args.micro_batch,
+                        generator(args.seed, iteration, "shuffle", epoch), apart)
+            for epoch in range(args.epochs)]
 
 
 def select_rows(batch, samples):
@@ -142,11 +132,9 @@ def select_rows(batch, samples):
 
 
 def rise_and_fall(iteration, iterations, warmup):
-    """Factor of a learning rate: it rises over `warmup` iterations, and falls to zero over all.
-
-    Not in the papers: Adam's first steps have full size in every weight, whether the gradient is signal
-    or noise, so the rate starts small; it ends small so that the policy settles.
-    """
+    """Factor of a learning rate: it rises over `warmup` iterations, and falls to zero over all."""
+    # Not in the papers: Adam's first steps have full size in every weight, whether the gradient is
+    # signal or noise, so the rate starts small; it ends small so that the policy settles.
     return min(1.0, (iteration + 1) / max(warmup, 1)) * (1 - iteration / iterations)
 
 
@@ -157,9 +145,7 @@ def rising(optimizer, warmup):
 
 class Sums:
     """Numbers of an iteration, added up chunk by chunk: `log.add(loss=..., kl=...)`, then `log.mean(n)`.
-
-    names: of those that are zero if nothing is ever added.
-    """
+    names: of those that are zero if nothing is ever added."""
 
     def __init__(self, *names):
         self.values = dict.fromkeys(names, 0.0)
@@ -232,15 +218,13 @@ def in_bfloat16(forward):
 
 # ---- 4. Several processes (torchrun) -----------------------------------------------------------
 
-
 def all_gather_rows(rows):
     """Concatenate `rows` (n ...) of all processes along dim 0 in rank order; n may differ between them."""
     if not dist.is_initialized():
         return rows
     counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(dist.get_world_size())]
     dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
-    longest = max(int(count) for count in counts)
-    padded = rows.new_zeros((longest, *rows.shape[1:]))
+    padded = rows.new_zeros((max(map(int, counts)), *rows.shape[1:]))
     padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded)
@@ -249,20 +233,15 @@ def all_gather_rows(rows):
 
 def total(parts):
     """The sum of all numbers in some tensors, over all processes, as a float."""
-    own = torch.tensor([sum(part.sum().item() for part in parts)], dtype=torch.float64)
-    return all_gather_rows(own).sum().item()
-
-
-LOWEST = ("ratio_min",)
-HIGHEST = ("ratio_max", "first_ratio_error", "grad_norm", "vf_grad_norm")
+    return reduce_log({"sum": float(sum(part.sum().item() for part in parts))})["sum"]
 
 
 def reduce_log(values):
-    """{name: float} of this process -> of all processes: the sum, or the lowest or highest of LOWEST and
-    HIGHEST. The norm of a gradient that was summed over processes is the same in all."""
+    """{name: float} of this process -> of all processes: the sum, or an extreme where `kinds` says so. The
+    norm of a gradient that was summed over processes is the same in all."""
+    kinds = dict(ratio_min=min, ratio_max=max, first_ratio_error=max, grad_norm=max, vf_grad_norm=max)
     rows = all_gather_rows(torch.tensor([list(values.values())], dtype=torch.float64)).T.tolist()
-    kinds = [min if name in LOWEST else max if name in HIGHEST else sum for name in values]
-    return {name: kind(row) for name, kind, row in zip(values, kinds, rows)}
+    return {name: kinds.get(name, sum)(row) for name, row in zip(values, rows)}
 
 
 def all_reduce_grads(parameters):
