@@ -48,7 +48,6 @@ BALANCED = [1 / 3, 1 / 3, 1 / 3]
 
 # ---- 2. Arguments ----
 
-
 @dataclass
 class Args(t2m_gpt.WeightArgs):
     """Every field is a flag. The classes before it have --dataset, --seed, --vq-checkpoint ..."""
@@ -72,8 +71,6 @@ class Args(t2m_gpt.WeightArgs):
     minibatches: int = arg(1, "optimizer steps of a pass ([MRL]: unknown)")
     micro_batch: int = arg(0, "motions of a forward pass; 0: a minibatch. Fewer save memory")
     lr: float = arg(3e-4, "highest learning rate of the policy ([MRL]: 5e-6)")
-    warmup: int = arg(20, "iterations in which it rises from 0", lowest=0)
-    critic_lr: float = arg(1e-3, "learning rate of the critic")
     critic: str = arg("shared-detach", "reads the policy's features, detached or not; or a copy",
                       choices=("shared-detach", "shared", "separate"))
     kl_coef: float = arg(0.05, "beta, weight of the KL to the supervised GPT ([MRL]: unknown)")
@@ -87,6 +84,7 @@ SIZE_ARGS = {  # what --size sets here; the sizes of networks are in common/toke
     "tiny": dict(iterations=3, prompts=2, samples=4, eval_every=2, eval_repeats=2),
     "paper": dict(iterations=40_000, samples=32, lr=5e-6, temperature=1.5, eval_repeats=20)}
 MARGIN = 1.4  # of Eq. (1): unit vectors are at most 2 apart ([MRL]: unknown)
+WARMUP, CRITIC_LR = 20, 1e-3  # iterations in which the rate rises; the critic's own rate
 GAMMA, VF_COEF, MAX_GRAD_NORM = 1.0, 0.5, 1.0  # episodes are finite, so there is no discount
 TOKEN_LENGTH = 12.0  # of a token, in text features: long enough to grow in some hundred steps
 
@@ -108,7 +106,6 @@ def check_args(args):
 
 # ---- 3. The network ----
 # [sync:gpt]
-
 
 class CausalAttention(nn.Module):
     """Attention in which each position sees itself and the positions before it."""
@@ -166,8 +163,8 @@ class MotionGPT(nn.Module):
         self.register_buffer("positions", sinusoid(block_size, width), persistent=False)
 
     def forward(self, tokens, text, cache=None):
-        """tokens (b n), text (b d) -> logits (b n+1 v), features of the base layers (b n+1 c); with a
-        cache, a dict that starts empty, of the last position alone."""
+        """tokens (b n), text (b d) -> logits (b n+1 v), features of the base layers (b n+1 c);
+        with a cache, a dict that starts empty, of the last position alone."""
         x = self.trans_base["cond_emb"](text)[:, None]  # the text is the first position
         x = torch.cat([x, self.trans_base["tok_emb"](tokens)], 1)
         x = x + self.positions[: x.shape[1]]
@@ -206,7 +203,6 @@ class Critic(nn.Module):
 
 # ---- 4. The rewards ----
 
-
 # [sync:margin]
 def margin_loss(text, motion, negative, margin=10.0):
     """Eq. (1) of InstructMotion and of MotionRL; text, motion (... c), negative (...) -> mean."""
@@ -240,9 +236,8 @@ def distance_reward(f_a, f_b, lambdas):
 
 
 def normalise(R, low, high):
-    """Eq. (12); R (... k), low and high (k)"""
-    # Its three branches are one line, and nothing is clipped.
-    return (R - low) / (high - low)
+    """Eq. (12), whose three branches are one line; R (... k), low and high (k)"""
+    return (R - low) / (high - low)  # nothing is clipped
 
 
 class Rewards(NamedTuple):
@@ -250,9 +245,7 @@ class Rewards(NamedTuple):
     encoders: list          # by InfoNCE, Eq. (2), and by distances with a margin, Eq. (1)
     critic: object          # score(motion, lengths) -> (b), Eq. (6)
     weights: torch.Tensor   # (k), of the weighted sum: the column `reward`
-    lambdas: torch.Tensor   # (i), one over the spread of an encoder's distances
-    low: torch.Tensor       # (k), Eq. (12): 1 % and 99 % quantile under pi_ref, never changed
-    high: torch.Tensor
+    scales: dict            # lambdas (i), low and high (k), see calibrate
 
     @torch.no_grad()
     def __call__(self, motion, lengths, captions, clips):
@@ -260,39 +253,15 @@ class Rewards(NamedTuple):
         embedded = [retrieval.embed_pairs(encoder, motion, lengths, captions, clips)
                     for encoder in self.encoders]
         f_text, f_motion, f_real = (torch.stack(parts) for parts in zip(*embedded))  # i b c
-        R = torch.stack([distance_reward(f_text, f_motion, self.lambdas),
-                         distance_reward(f_real, f_motion, self.lambdas),
+        R = torch.stack([distance_reward(f_text, f_motion, self.scales["lambdas"]),
+                         distance_reward(f_real, f_motion, self.scales["lambdas"]),
                          self.critic.score(motion, lengths)], -1)
-        return normalise(R, self.low, self.high)
-
-    def weighted(self, motion, lengths, captions, clips):
-        """One number a motion (b): what tables and pictures show as `reward`."""
-        return self(motion, lengths, captions, clips) @ self.weights
-
-    def columns(self, motion, lengths, captions, clips):
-        """Each reward as a column of the tables, {name: (b)}."""
-        device = self.weights.device
-        R = self(motion.to(device), lengths.to(device), captions, clips)
-        return dict(zip(REWARDS, R.T.double().cpu().numpy()))
-
-
-def build_scorers(args, data, size, vq, options):
-    """Encoders of Eqs. (1) and (2), critic of Eq. (6), judge, trained or cached -> the three,
-    notes. The judge sees no clip in common with the others, and is never optimised."""
-    scoring, notes = dict(options, iterations=size.scorer_iterations), {}
-    nce, notes["reward"] = retrieval.reward_model([data], **scoring)
-    margin, notes["reward 2"] = retrieval.reward_model(
-        [data], name="reward 2", loss=margin_pairs, loss_parts=[margin_loss],
-        loss_name=f"margin {MARGIN}", **scoring)
-    judge, notes["judge"] = retrieval.judge([data], **scoring)
-    critic, notes["perception"] = perception.fit_perception(
-        data, vq, ranking_loss, args.perception_checkpoint, **options | {
-            "iterations": size.perception_iterations})
-    return [nce, margin], critic, judge, notes
+        return normalise(R, self.scales["low"], self.scales["high"])
 
 
 def calibrate(args, policy, count, encoders, critic, clips):
-    """lambda of Eqs. (3) and (4), low and high of Eq. (12) from pi_ref's motions, as a dict."""
+    """Scales of the rewards on pi_ref's motions, never changed: lambda of Eqs. (3) and (4), one
+    over the spread of an encoder's distances; 1 % and 99 % quantiles for Eq. (12)."""
     g = generator(args.base_seed, 0, "calibration")
     chosen = [clips[k] for k in torch.randint(len(clips), (count,), generator=g).tolist()]
     captions = datasets.draw_captions(chosen, g)
@@ -302,7 +271,8 @@ def calibrate(args, policy, count, encoders, critic, clips):
     embedded = (retrieval.embed_pairs(encoder, *made, captions, chosen) for encoder in encoders)
     distances = torch.stack([(text - motion).square().sum(-1) for text, motion, _ in embedded])
     lambdas = 1 / distances.std(1).clamp(min=1e-6)  # so all encoders count alike
-    R = Rewards(encoders, critic, None, lambdas, 0.0, 1.0)(*made, captions, chosen)
+    raw = {"lambdas": lambdas, "low": 0.0, "high": 1.0}
+    R = Rewards(encoders, critic, None, raw)(*made, captions, chosen)
     low, high = (R.quantile(q, dim=0) for q in (0.01, 0.99))
     for name, a, b in zip(REWARDS, low.tolist(), high.tolist()):
         print(f"  reward {name}: {a:.2f} to {b:.2f}, 1 % and 99 % of the supervised GPT's motions")
@@ -312,7 +282,6 @@ def calibrate(args, policy, count, encoders, critic, clips):
 
 
 # ---- 5. The policy: one token is one action ----
-
 
 class Policy(NamedTuple):
     """Everything that turns a caption into a motion."""
@@ -332,10 +301,10 @@ def mix(f_t, f_tk, alpha):
 def read_text(policy, captions, weights=None, alpha=0.0):
     """Text features (b d) of captions, mixed with tokens by weights (k) or (b k), if any."""
     f_t = retrieval.once(policy.text, captions)
-    f_t = F.pad(f_t, (0, policy.gpt.trans_base["cond_emb"].in_features - f_t.shape[1]))
+    f_t = F.pad(f_t, (0, policy.gpt.trans_base["cond_emb"].weight.shape[1] - f_t.shape[1]))
     if policy.tokens is None:
         return f_t
-    return mix(f_t, f_t + torch.as_tensor(weights).to(f_t) @ policy.tokens, alpha)
+    return mix(f_t, f_t + torch.as_tensor(weights).to(f_t) @ policy.tokens.to(f_t), alpha)
 
 
 def with_tokens(policy, clips):
@@ -347,7 +316,6 @@ def with_tokens(policy, clips):
     for gpt in (policy.gpt, policy.reference):
         first = gpt.trans_base["cond_emb"]
         first.weight = nn.Parameter(F.pad(first.weight, (0, count)), requires_grad=False)
-        first.in_features += count
         gpt.sizes["text_dim"] += count
     length = TOKEN_LENGTH * text.square().sum(-1).mean().sqrt()
     return policy._replace(tokens=F.pad(length * torch.eye(count).to(text), (text.shape[1], 0)))
@@ -413,7 +381,6 @@ def sample(policy, text, seed, iteration, purpose, numbers, temperature):
 
 
 # ---- 6. Selection, advantage, loss, update ----
-
 
 def nondominated(R):
     """Which motions no other one beats: R (... n k), larger is better -> mask (... n)."""
@@ -596,7 +563,6 @@ def assess(args, policy, critic, batch, sets, epochs):
 
 # ---- 7. Training: roll out, score, update ----
 
-
 @torch.no_grad()
 def collect(args, policy, clips, iteration):
     """Stage 1: N motions for each of P prompts and K tokens, or KN for a prompt without tokens."""
@@ -620,9 +586,8 @@ def collect(args, policy, clips, iteration):
 def score(rewards, batch, iteration):
     """Stage 2: ask the rewards -> R (P*C*N k) of all processes."""
     R = rewards(batch["motion"], batch["lengths"], batch["captions"], batch["clips"])
-    for name, column in zip(REWARDS, R.T):
-        where = f"iteration {iteration}: reward {name}"
-        training.check_rewards(column, batch["captions"], where)
+    for name, r in zip(REWARDS, R.T):
+        training.check_rewards(r, batch["captions"], f"iteration {iteration}: reward {name}")
     return training.all_gather_rows(R)
 
 
@@ -640,9 +605,8 @@ def train(start, policy, rewards, data, scorers, folder):
     evaluate.check_names(LOOKS, data.splits["val"], scorers)
     critic = Critic(policy.gpt, args.critic, generator(args.seed, 0, "critic")).to(start.device)
     networks = nn.ModuleDict({"gpt": policy.gpt.requires_grad_(True), "critic": critic})
-    groups = [{"params": list(policy.gpt.parameters()), "lr": args.lr},
-              {"params": list(critic.parameters()), "lr": args.critic_lr}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=1e-6)
+    groups = [{"params": list(part.parameters())} for part in networks.values()]
+    optimizer = torch.optim.AdamW(groups, lr=CRITIC_LR, betas=(0.9, 0.99), weight_decay=1e-6)
     same = {"starts from": runs.fingerprint(policy.reference.state_dict())}
     with runs.Loop("pareto", start, folder, FIELDS, same, networks) as loop:
         if loop.state:  # --resume
@@ -661,28 +625,22 @@ def train(start, policy, rewards, data, scorers, folder):
             # 3. Update: judge every action, then learn. Dominated motions teach the critic alone.
             counted, dominated = (part.nonzero()[:, 0].tolist() for part in (counted, dominated))
             batch = training.select_rows(batch, counted)
-            epochs = [training.minibatches(
-                counted, args.minibatches, batch["numbers"], args.micro_batch,
-                generator(args.seed, iteration, "shuffle", epoch), dominated)
-                for epoch in range(args.epochs)]
-            optimizer.param_groups[0]["lr"] = args.lr * training.rise_and_fall(
-                iteration, args.iterations, args.warmup)
+            epochs = training.epochs(args, counted, batch["numbers"], iteration, dominated)
+            factor = training.rise_and_fall(iteration, args.iterations, WARMUP)
+            optimizer.param_groups[0]["lr"] = factor * args.lr  # of the GPT
             log |= assess(args, policy, critic, batch, sets, epochs)
             log |= update(args, policy, critic, batch, epochs, optimizer, iteration, loop)
             watch.lap("update")
             # 4. Log, now and then look at validation prompts, save.
-            row = dict.fromkeys(FIELDS) | {name: float(value) for name, value in log.items()}
-            row["iteration"] = iteration
             if (iteration + 1) % args.eval_every == 0:
                 sampler = policy_sampler(args, policy)
-                row |= evaluate.look(LOOKS, data.splits["val"], scorers, sampler)
+                log |= evaluate.look(LOOKS, data.splits["val"], scorers, sampler)
                 watch.lap("validation")
-            loop.end(row, (*REWARDS, "kl_ref", "val_judge", "val_oracle"), {
+            loop.end(log, (*REWARDS, "kl_ref", "val_judge", "val_oracle"), {
                 "networks": networks.state_dict(), "optimizer": optimizer.state_dict()})
 
 
 # ---- 8. The run ----
-
 
 # [sync:make_policy]
 def make_policy(args, data, size, options):
@@ -695,9 +653,8 @@ def make_policy(args, data, size, options):
 
 def load_policy(args, stored, device):
     """The policy of a finished run, frozen; its policy.pt holds all networks, and the tokens."""
-    tokens = stored["tokens"].to(device) if len(stored["tokens"]) else None
     parts = t2m_gpt.load_networks(MotionGPT, stored, args.text_features, device)
-    return Policy(**parts, tokens=tokens)
+    return Policy(**parts, tokens=stored["tokens"])
 
 
 def policy_sampler(args, policy, weights=BALANCED):
@@ -711,15 +668,15 @@ def policy_sampler(args, policy, weights=BALANCED):
 
 def final_tables(args, policy, scorers, data, before, after):
     """Paired val and test; on test also the plain caption, and each token alone."""
-    tables, more = {}, {}
-    if policy.tokens is not None:
-        more = {"plain": policy_sampler(args, policy._replace(tokens=None))} | {
-            f"token {name}": policy_sampler(args, policy, weights)
-            for name, weights in zip(REWARDS, torch.eye(len(REWARDS)))}
-    for name, others in (("val", {}), ("test", more)):
+    tables = {}
+    for name in ("val", "test"):
         clips = data.splits[name][:300]
         rows = {"base": before, "tuned": after, "vq": tokenizer.reconstruction(policy.vq, clips)}
-        tables[f"paired_{name}"] = evaluate.compare(name, clips, scorers, rows | others,
+        if name == "test" and policy.tokens is not None:
+            rows["plain"] = policy_sampler(args, policy._replace(tokens=None))
+            for k, one in enumerate(torch.eye(len(REWARDS))):
+                rows[f"token {REWARDS[k]}"] = policy_sampler(args, policy, one)
+        tables[f"paired_{name}"] = evaluate.compare(name, clips, scorers, rows,
                                                     repeats=args.eval_repeats)
     return tables
 
@@ -730,10 +687,9 @@ def write_motions(args, stored, folder, device):
     if args.prefer and policy.tokens is None:
         raise InputError(f"--prefer: {args.load} was trained without tokens; leave --prefer out")
     weights = runs.parse_weights(args.prefer, REWARDS, "--prefer")
-    motions = {"after": policy_sampler(args, policy, weights)}
-    if args.compare:
-        base = policy._replace(gpt=policy.reference, tokens=None)
-        motions = {"before": policy_sampler(args, base), **motions}
+    base = policy._replace(gpt=policy.reference, tokens=None)
+    chosen = {"before": base, "after": policy} if args.compare else {"after": policy}
+    motions = {title: policy_sampler(args, one, weights) for title, one in chosen.items()}
     evaluate.export(folder, args.prompt, 0, 0, features.SKELETONS[len(policy.vq.mean)], motions)
 
 
@@ -748,16 +704,27 @@ def assemble(start, data):
         if args.selection != "weighted-sum":
             policy = with_tokens(policy, data.splits["train"])
     start.watch.lap("supervised model")
-    encoders, critic, judge, more = build_scorers(args, data, size, policy.vq, options)
-    weights = torch.tensor(runs.parse_weights(args.weights, REWARDS, "--weights"), device=device)
+    # The judge sees no clip in common with what is optimised, and is never optimised itself.
+    scoring = dict(options, iterations=size.scorer_iterations)
+    nce, notes["reward"] = retrieval.reward_model([data], **scoring)
+    margin, notes["reward 2"] = retrieval.reward_model(
+        [data], name="reward 2", loss=margin_pairs, loss_parts=[margin_loss],
+        loss_name=f"margin {MARGIN}", **scoring)
+    judge, notes["judge"] = retrieval.judge([data], **scoring)
+    options["iterations"], encoders = size.perception_iterations, [nce, margin]
+    critic, notes["perception"] = perception.fit_perception(
+        data, policy.vq, ranking_loss, args.perception_checkpoint, **options)
     scales = stored["rewards"] if stored else calibrate(
         args, policy, size.calibration, encoders, critic, data.splits["train"])
     scales = {name: value.to(device) for name, value in scales.items()}
-    rewards = Rewards(encoders, critic, weights, **scales)
+    weights = torch.tensor(runs.parse_weights(args.weights, REWARDS, "--weights"), device=device)
+    rewards = Rewards(encoders, critic, weights, scales)
     # The column `reward` of every table is the weighted sum; each reward has its own column, too.
-    scorers = evaluate.Scorers(rewards.weighted, judge, data.skeleton, rewards.columns, paired=True)
+    scorers = evaluate.Scorers(
+        lambda *asked: rewards(*asked) @ weights, judge, data.skeleton,
+        lambda *asked: dict(zip(REWARDS, rewards(*asked).T)), paired=True)
     start.watch.lap("rewards and judge")
-    return policy, rewards, scorers, notes | more
+    return policy, rewards, scorers, notes
 
 
 def main(argv):
@@ -771,15 +738,13 @@ def main(argv):
     folder = start.open_folder()
     start.announce(data=data)
     policy, rewards, scorers, notes = assemble(start, data)
-    scales = {name: getattr(rewards, name) for name in ("lambdas", "low", "high")}
-    about = start.about(folder, notes, data, data, rewards=scales)
+    about = start.about(folder, notes, data, data, rewards=rewards.scales)
     if not stored:
         train(start, policy, rewards, data, scorers, folder)
         if start.rank:
             return  # the first process evaluates
-        tokens = torch.zeros(0) if policy.tokens is None else policy.tokens
         start.save_product(folder, t2m_gpt.networks(policy) | {
-            "tokens": tokens, "rewards": scales})
+            "tokens": policy.tokens, "rewards": rewards.scales})
 
     before = policy_sampler(args, policy._replace(gpt=policy.reference, tokens=None))
     after = policy_sampler(args, policy)

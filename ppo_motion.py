@@ -49,7 +49,6 @@ from common.runs import arg
 
 # ---- 2. Arguments ----
 
-
 @dataclass
 class Args(t2m_gpt.WeightArgs):
     """Every field is a flag. The classes before it have --dataset, --seed, --vq-checkpoint ..."""
@@ -70,8 +69,6 @@ class Args(t2m_gpt.WeightArgs):
     minibatches: int = arg(1, "optimizer steps of a pass ([IM]: 1)")
     micro_batch: int = arg(0, "motions of a forward pass; 0: a minibatch. Fewer save memory")
     lr: float = arg(1.5e-4, "highest learning rate of the policy ([IM]: 5e-6)")
-    warmup: int = arg(20, "iterations in which it rises from 0", lowest=0)
-    critic_lr: float = arg(1e-3, "learning rate of the critic")
     critic: str = arg("shared-detach", "reads the policy's features, detached or not; or a copy",
                       choices=("shared-detach", "shared", "separate"))
     kl_coef: float = arg(0.05, "beta, weight of the KL to the supervised GPT ([IM]: unknown)")
@@ -86,6 +83,7 @@ SIZE_ARGS = {  # what --size sets here; the sizes of networks are in common/toke
     "tiny": dict(composed=300, iterations=3, prompts=16, eval_every=2, eval_repeats=2, best_of=2),
     "paper": dict(iterations=40_000, prompts=128, samples=1, lr=5e-6, eval_repeats=20)}
 MARGIN = 1.4  # of Eq. (1): unit vectors are at most 2 apart ([IM]: unknown)
+WARMUP, CRITIC_LR = 20, 1e-3  # iterations in which the rate rises; the critic's own rate
 GAMMA, VF_COEF, MAX_GRAD_NORM = 1.0, 0.5, 1.0  # episodes are finite, so there is no discount
 
 
@@ -106,7 +104,6 @@ def check_args(args):
 
 # ---- 3. The network ----
 # [sync:gpt]
-
 
 class CausalAttention(nn.Module):
     """Attention in which each position sees itself and the positions before it."""
@@ -164,8 +161,8 @@ class MotionGPT(nn.Module):
         self.register_buffer("positions", sinusoid(block_size, width), persistent=False)
 
     def forward(self, tokens, text, cache=None):
-        """tokens (b n), text (b d) -> logits (b n+1 v), features of the base layers (b n+1 c); with a
-        cache, a dict that starts empty, of the last position alone."""
+        """tokens (b n), text (b d) -> logits (b n+1 v), features of the base layers (b n+1 c);
+        with a cache, a dict that starts empty, of the last position alone."""
         x = self.trans_base["cond_emb"](text)[:, None]  # the text is the first position
         x = torch.cat([x, self.trans_base["tok_emb"](tokens)], 1)
         x = x + self.positions[: x.shape[1]]
@@ -203,7 +200,6 @@ class Critic(nn.Module):
 
 
 # ---- 4. The reward ----
-
 
 # [sync:margin]
 def margin_loss(text, motion, negative, margin=10.0):
@@ -270,7 +266,6 @@ def build_reward(args, data, given, **options):
 
 
 # ---- 5. The policy: one token is one action ----
-
 
 class Policy(NamedTuple):
     """Everything that turns a caption into a motion."""
@@ -340,7 +335,6 @@ def sample(policy, text, seed, iteration, purpose, numbers, temperature):
 
 
 # ---- 6. Advantage, loss, update ----
-
 
 def standardise(groups):
     """The rewards (p g) of G motions for each of P prompts -> mean 0 and spread 1 in a prompt."""
@@ -471,7 +465,6 @@ def assess(args, policy, critic, batch, r, epochs):
 
 # ---- 7. Training: roll out, score, update ----
 
-
 @torch.no_grad()
 def collect(args, policy, clips, composed, iteration):
     """Stage 1: G motions for each of P prompts -> what the next stages need of them."""
@@ -518,9 +511,8 @@ def train(start, policy, asked, data, composed, scorers, folder):
     evaluate.check_names(LOOKS, data.splits["val"], scorers)
     critic = Critic(policy.gpt, args.critic, generator(args.seed, 0, "critic")).to(start.device)
     networks = nn.ModuleDict({"gpt": policy.gpt.requires_grad_(True), "critic": critic})
-    groups = [{"params": list(policy.gpt.parameters()), "lr": args.lr},
-              {"params": list(critic.parameters()), "lr": args.critic_lr}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=1e-6)
+    groups = [{"params": list(part.parameters())} for part in networks.values()]
+    optimizer = torch.optim.AdamW(groups, lr=CRITIC_LR, betas=(0.9, 0.99), weight_decay=1e-6)
     same = {"starts from": runs.fingerprint(policy.reference.state_dict())}
     with runs.Loop("ppo", start, folder, FIELDS, same, networks) as loop:
         if loop.state:  # --resume
@@ -545,28 +537,24 @@ def train(start, policy, asked, data, composed, scorers, folder):
             watch.lap("reward")
             # 3. Update: judge every action of the kept motions, then learn from them.
             batch = training.select_rows(batch, kept)
-            epochs = [training.minibatches(
-                kept, args.minibatches, batch["numbers"], args.micro_batch,
-                generator(args.seed, iteration, "shuffle", epoch)) for epoch in range(args.epochs)]
-            optimizer.param_groups[0]["lr"] = args.lr * training.rise_and_fall(
-                iteration, args.iterations, args.warmup)
+            epochs = training.epochs(args, kept, batch["numbers"], iteration)
+            factor = training.rise_and_fall(iteration, args.iterations, WARMUP)
+            optimizer.param_groups[0]["lr"] = factor * args.lr  # of the GPT
             log |= assess(args, policy, critic, batch, merit[batch["numbers"]], epochs)
             log |= update(args, policy, critic, batch, epochs, optimizer, iteration, loop)
             watch.lap("update")
             # 4. Log, now and then look at validation prompts, save.
-            row = dict.fromkeys(FIELDS) | {name: float(value) for name, value in log.items()}
-            row |= {"iteration": iteration, "reward": r.mean().item()}
+            log["reward"] = r.mean()
             if (iteration + 1) % args.eval_every == 0:
                 sampler = policy_sampler(args, policy)
-                row |= evaluate.look(LOOKS, composed["composed_val"], scorers, sampler)
+                log |= evaluate.look(LOOKS, composed["composed_val"], scorers, sampler)
                 watch.lap("validation")
-            loop.end(row, ("reward", "kl_ref", "val_judge", "val_oracle"), {
+            loop.end(log, ("reward", "kl_ref", "val_judge", "val_oracle"), {
                 "scale": scale, "networks": networks.state_dict(),
                 "optimizer": optimizer.state_dict()})
 
 
 # ---- 8. The run ----
-
 
 # [sync:make_policy]
 def make_policy(args, data, size, options):

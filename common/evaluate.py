@@ -94,7 +94,8 @@ def measure(motion, lengths, captions, attributes, scorers, clips):
     each["oracle"] = np.array([np.mean(v) if v else math.nan for v in held])  # NaN: nothing to check
     each["oracle_all"] = np.array([float(all(v)) if v else math.nan for v in held])
     if scorers.columns and have_motion(clips):
-        each |= scorers.columns(motion, lengths, captions, clips)
+        more = scorers.columns(motion.to(device), lengths.to(device), captions, clips)
+        each |= {name: column.double().cpu().numpy() for name, column in more.items()}
     physics = [features.physical_metrics(j, scorers.skeleton) for j in joints]
     return each | {name: np.array([p[name] for p in physics]) for name in physics[0]}, verdicts
 

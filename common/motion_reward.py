@@ -212,10 +212,8 @@ class MotionReward(nn.Module):
 
     def columns(self, motion, lengths, captions, clips):
         """What the heads say of raw features (b t d), as columns of a table: {head: (b)}."""
-        device = self.words.weight.device
-        tokens, mask = self.tokenise(motion.to(device), lengths.to(device), "features")
-        return {head: self.score(head, tokens, mask, "features").double().cpu().numpy()
-                for head in self.heads}
+        tokens, mask = self.tokenise(motion, lengths, "features")
+        return {head: self.score(head, tokens, mask, "features") for head in self.heads}
 
     # -- files --
 

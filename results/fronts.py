@@ -26,8 +26,9 @@ def front_points(samplers, clips, scorers, names):
     for k, sampler in enumerate(samplers):
         for n in range(FRONT_SAMPLES):
             motion, made = sampler(captions, lengths, f"front {k}", n)
-            columns = scorers.columns(motion, made, captions, clips)
-            points.append(np.stack([columns[name] for name in names], -1))
+            there = motion.to(scorers.device), made.to(scorers.device)
+            columns = scorers.columns(*there, captions, clips)
+            points.append(np.stack([columns[name].double().cpu() for name in names], -1))
     return np.stack(points, 1)
 
 
