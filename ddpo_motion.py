@@ -47,7 +47,6 @@ from common.runs import RunArgs, arg
 
 # ---- 2. Arguments ----
 
-
 @dataclass
 class Args(RunArgs):
     """Every field is a flag. RunArgs has those of all scripts: --dataset, --seed, --resume ..."""
@@ -208,7 +207,6 @@ def make_model(args, vocabulary):
 
 # ---- 4. The reward ----
 
-
 def build_reward(args, source, target, **options):
     """The function that is optimised, reward(motion, lengths, captions) -> (b), and a note.
 
@@ -224,7 +222,6 @@ def build_reward(args, source, target, **options):
 
 
 # ---- 5. The policy: a denoising step is a Gaussian ----
-
 
 class Steps(NamedTuple):
     """The N steps of SDE-DPM-Solver++ [DPM]. All fields but the first are (N 1 1):
@@ -337,7 +334,6 @@ def step_logps(policy, states, captions, mask, s):
 
 # ---- 6. Advantage, loss, update ----
 
-
 def group_advantages(rewards, prompts=None):
     """rewards (p g) of p prompts -> advantages (p g); another baseline may read the prompts."""
     # An easy prompt must not make its motions look good: the mean of its group is the baseline.
@@ -440,7 +436,6 @@ def update(args, policy, batch, advantages, optimizer, iteration, loop):
 
 # ---- 7. Training: roll out, score, update ----
 
-
 def sample(args, policy, captions, lengths, iteration, purpose, numbers):
     """Trajectories for captions, lengths (b) in frames -> states (b N+1 n c), mask (b n)."""
     mask = policy.model.codec.mask(lengths, policy.tokens).to(policy.device)
@@ -524,7 +519,6 @@ def train(start, policy, reward, advantages, prompts, scorers, source, target, f
 
 
 # ---- 8. The run ----
-
 
 def make_policy(args, model, longest, device):
     """Adapters into the frozen base, and the steps, for motions of up to `longest` frames."""

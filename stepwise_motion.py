@@ -45,7 +45,6 @@ from common.runs import RunArgs, arg
 
 # ---- 2. Arguments ----
 
-
 @dataclass
 class Args(RunArgs):
     """Every field is a flag. RunArgs has those of all scripts: --dataset, --seed, --resume ..."""
@@ -336,7 +335,6 @@ def build_reward(args, source, target, policy, base, **options):
 
 # ---- 5. The policy: a denoising step is one line of a table ----
 
-
 class Policy(NamedTuple):
     """A denoiser in training, and how it is sampled."""
     model: MotionDiffusion
@@ -353,6 +351,10 @@ class Policy(NamedTuple):
     def trained(self):
         """{name: weight} of what is trained: the adapters, or everything."""
         return {name: w for name, w in self.model.named_parameters() if w.requires_grad}
+
+    def restore(self, trained):
+        """Put back what `trained` has given."""
+        self.model.load_state_dict(self.model.state_dict() | trained)
 
 
 # [sync:predict]
@@ -414,7 +416,6 @@ def denoise(network, steps, x, route, visit=None):
 
 
 # ---- 6. Routes, loss, update ----
-
 
 def easytune(steps, window, kinds):
     """[ET] eq. (6): each step i of the window is rewarded by itself, for kinds[i]."""
@@ -522,7 +523,6 @@ def update(args, policy, ask, batch, move, iteration, loop):
 
 # ---- 7. Training: roll out, score, update ----
 
-
 def start_noise(policy, lengths, seed, iteration, purpose, numbers):
     """x_0 (b n c), zero on padding, and mask (b n), for lengths (b) in frames."""
     mask = policy.model.codec.mask(lengths, policy.tokens).to(policy.device)
@@ -580,7 +580,7 @@ def train(start, policy, reward, learn, scorers, source, target, folder):
     calls, best = 0.0, None
     with runs.Loop("stepwise", start, folder, FIELDS, same, policy.model) as loop:
         if loop.state:  # --resume
-            policy.model.load_state_dict(loop.state["trained"], strict=False)
+            policy.restore(loop.state["trained"])
             optimizer.load_state_dict(loop.state["optimizer"])
             scheduler.load_state_dict(loop.state["scheduler"])
             calls, best = loop.state["calls"], loop.state["best"]
@@ -606,12 +606,11 @@ def train(start, policy, reward, learn, scorers, source, target, folder):
                 "trained": policy.trained(), "optimizer": optimizer.state_dict(),
                 "scheduler": scheduler.state_dict(), "calls": calls, "best": best})
     if args.keep == "best":
-        policy.model.load_state_dict(best["trained"], strict=False)
+        policy.restore(best["trained"])
     return {"iteration": best["iteration"], "val_judge": best["judge"], "kept": args.keep}
 
 
 # ---- 8. The run ----
-
 
 def make_policy(args, model, longest, device):
     """The base made trainable, and the steps, for motions of up to `longest` frames."""
@@ -638,7 +637,7 @@ def load_policy(args, stored, device):
     model = make_model(args, datasets.Vocabulary(stored["words"]))
     model.load_state_dict(stored["base"])
     policy = make_policy(args, model, stored["longest"], device)
-    policy.model.load_state_dict(policy.model.state_dict() | stored["trained"])
+    policy.restore(stored["trained"])
     return policy
 
 
