@@ -11,7 +11,7 @@ parts of speech. Here rules do all of it, and a seed fixes the outcome:
 5. split       train | retained test, by PAIRS of meta motions
 
 The rules drop what they do not understand: a missing phrase costs a little data, a wrong one its quality.
-Their words are in common/embedded/english.py.
+Their words, and how they read a part, are in common/embedded/english.py.
 
     python -m common.compose captions.txt --count 2000 --seed 0 --show 20 --out novel.txt
 """
@@ -56,48 +56,9 @@ class Prompt(NamedTuple):
 
 # ---- 1. From a caption to its parts ------------------------------------------------------------
 
-class _Head(NamedTuple):
-    """The verb of a part of a caption."""
-    lemma: str
-    form: str
-    at: int                 # number of its word
-    adverbs: list           # the words before it that stay
-    named: bool             # the part names its subject
-
-
-def _head(words, verbs, bare=True):
-    """The _Head of a part, or None: [subject] [is] [adverbs] [starts to] verb ...
-
-    bare: a verb without ending needs no subject ("then walk"). At the start of a caption it does, where it is
-    as often a noun ("squat motion").
-    """
-    subject = english.SUBJECT.match(" ".join(words))
-    at = len(subject[0].split()) if subject else 0
-    adverbs, be, shape = [], False, ""
-    while at < len(words):
-        word, following = words[at], " ".join(words[at + 1:at + 2])
-        lemma, form = verbs.get(word, english.NO_VERB)
-        participle = verbs.get(following, english.NO_VERB)[1] == "ing"
-        if lemma in english.ASPECT and (following == "to" or participle):
-            at += 1 + (following == "to") + (words[at + 2:at + 3] == ["be"])
-            shape = shape or form                               # "starts to walk" is as finite as "walks"
-        elif word in english.BE or word in english.TIMES:
-            be = be or word in english.BE
-            at += 1
-        elif lemma:
-            form = shape or form
-            wrong = be and form != "ing" or form == "base" and not (subject or bare)
-            return None if wrong else _Head(lemma, form, at, adverbs, bool(subject))
-        elif word.endswith("ly") or word in english.ADVERBS:
-            adverbs.append(word)
-            at += 1
-        else:
-            break
-
-
 def _starts_part(words, before, comma, verbs):
     """Whether what follows "and" or a comma is a part of its own, and not "left AND RIGHT"."""
-    head, first = _head(words, verbs), _head(before, verbs)
+    head, first = english.head_of(words, verbs), english.head_of(before, verbs)
     if head is None or first is None or head.named:
         return head is not None
     if head.form == "present":                      # but "does squats and kicks" goes on with a noun
@@ -130,44 +91,9 @@ def _split(caption, verbs):
     return parts, ordered
 
 
-def _two_verbs(words, head, verbs):
-    """Whether a second verb follows the head, and not the noun in "takes a few large STEPS"."""
-    light = head.lemma in english.LIGHT
-    noun = 3 if light else 0                                    # so many words on, a noun may come
-    for n, word in enumerate(words[head.at + 1:], head.at + 1):
-        lemma, form = verbs.get(word, english.NO_VERB)
-        joined = words[n - 1] == "and"
-        asked = {"to", "with", "by"} & set(words[:n])           # "bends to pick and throw", "with legs bent"
-        if form == "present" and not (noun and lemma in english.COUNTABLE):
-            return True
-        if form == "base" and not (noun or asked or lemma in english.IDLE and not joined):
-            return True
-        if form in ("past", "ing") and joined and not asked:
-            return True
-        after = 0 if form == "present" else max(noun - 1, 0)
-        noun = 3 if word.isdigit() or light and word == "and" else english.COUNTS.get(word, after)
-    return False
-
-
-def _incomplete(words, head):
-    """Whether something is missing: "raises to", "takes and upper cut", "goes", "uses both hands"."""
-    rest = words[head.at + 1:]
-    after = rest[0] if rest else ""
-    if words[-1] in english.DANGLING or after == "and":
-        return True
-    if head.lemma in english.OBJECT:
-        if set(rest) <= english.PARTICLES or after in ("to", "with", "for", "towards"):
-            return True
-        if after.endswith("ing") and "thing" not in after:
-            return True
-    return (head.lemma in ("use", "try") and not {"to", "for"} & set(rest)
-            or head.lemma in ("go", "come") and not rest
-            or head.lemma == "get" and after not in ("up", "down", "on", "into", "onto"))
-
-
 def _phrase(words, verbs, bare, his):
-    """A part -> (text of its meta motion, its _Head, why it is not used, "" if it is)."""
-    said, head = " ".join(words), _head(words, verbs, bare)
+    """A part -> (text of its meta motion, its english.Head, why it is not used, "" if it is)."""
+    said, head = " ".join(words), english.head_of(words, verbs, bare)
     for reason in ("negation", "passive"):
         if english.REFUSED[reason].search(said):
             return "", None, reason
@@ -180,8 +106,8 @@ def _phrase(words, verbs, bare, his):
               **{reason: pattern.search(text) for reason, pattern in english.REFUSED.items()
                  if reason != "passive"},
               "punctuation": re.search(r"[^\w\s-]", text),
-              "two verbs": _two_verbs(words, head, verbs),
-              "incomplete": _incomplete(words, head),
+              "two verbs": english.two_verbs(words, head, verbs),
+              "incomplete": english.incomplete(words, head),
               "length": len(text.split()) > 10}                     # 12 with "a person"
     return text.lower(), head, next((reason for reason, wrong in checks.items() if wrong), "")
 
@@ -427,15 +353,11 @@ def draw(clips, composed, count, share, g, shuffled=False):
     return captions + [clip.captions[0] for clip in others], paired + others
 
 
-def prompt_line(prompt):
-    """A line of a text file of the data sets: caption#lemma/POS ...#0.0#0.0."""
-    return f"{prompt.caption}#{' '.join(prompt.tokens)}#0.0#0.0"
-
-
 def write(path, train, retained):
-    """Write the prompts for training to PATH and the others to PATH_retained, one prompt_line each."""
-    for name, prompts in ((path, train), (path.with_stem(f"{path.stem}_retained"), retained)):
-        text = "".join(prompt_line(prompt) + "\n" for prompt in prompts)
+    """Write (caption, tokens) pairs for training to PATH and the others to PATH_retained, a line each as in
+    the text files of the data sets: caption#lemma/POS ...#0.0#0.0."""
+    for name, pairs in ((path, train), (path.with_stem(f"{path.stem}_retained"), retained)):
+        text = "".join(f"{caption}#{' '.join(tokens)}#0.0#0.0\n" for caption, tokens in pairs)
         atomic_write(name, lambda tmp: Path(tmp).write_text(text, encoding="utf-8"))
 
 
@@ -444,12 +366,11 @@ def write_sets(path, sets, report, show=20):
     path = Path(path)
     if not path.parent.is_dir():
         raise InputError(f"{path}: no such folder; make it first")
-    train, val, test = ([Prompt(c.captions[0], c.tokens[0], c.attributes[0], ()) for c in clips]
-                        for clips in sets.values())
+    train, val, test = ([(c.captions[0], c.tokens[0]) for c in clips] for clips in sets.values())
     write(path, train, val + test)
     print(f"composed captions: {report}")
-    for prompt in train[:show]:
-        print(f"  {prompt.caption}")
+    for caption, _ in train[:show]:
+        print(f"  {caption}")
 
 
 def read_list(path):
@@ -487,7 +408,7 @@ def main(argv=None):
     for prompt in train[:args.show]:
         print(f"  {prompt.caption}  {prompt.attributes or ''}".rstrip())
     if args.out:
-        write(Path(args.out), train, retained)
+        write(Path(args.out), *([prompt[:2] for prompt in part] for part in (train, retained)))
 
 
 if __name__ == "__main__":

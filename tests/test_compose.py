@@ -375,9 +375,10 @@ def test_tokens():
     assert any(p.tokens == ["a/DET", "person/NOUN", "hop/VERB", "while/ADP", "wave/VERB"] for p in together)
 
 
-def test_prompt_line_is_read_back(many):
-    for prompt in many:
-        line = datasets.parse_text_line(composing.prompt_line(prompt))
+def test_written_prompts_are_read_back(tmp_path, many):
+    composing.write(tmp_path / "a.txt", [prompt[:2] for prompt in many], [])
+    for prompt, line in zip(many, (tmp_path / "a.txt").read_text().splitlines(), strict=True):
+        line = datasets.parse_text_line(line)
         assert (line.caption, line.tokens, line.start, line.stop) == (prompt.caption, prompt.tokens, 0.0, 0.0)
 
 

@@ -1,9 +1,10 @@
-"""English as captions of motion speak it: verbs and their forms, misspellings, words by their role.
+"""English as captions of motion speak it: verbs, misspellings, words by their role, and how a part is read.
 
 common/compose.py reads captions by these tables, and datasets.leave_out asks what they mention. All were
 collected on KIT-ML and HumanML3D.
 """
 import re
+from typing import NamedTuple
 
 # ---- 1. Verbs ----------------------------------------------------------------------------------
 
@@ -170,3 +171,79 @@ back bend bow cartwheel chair climb crawl crouch dance duck fall floor ground ha
 pick roll seat sit swim waist""".split())
 LOW = {"sit", "lie", "kneel", "crawl"}
 RISES = re.compile(r"\b(?:(?:stand|get) (?:\w+ )?up|rise|from (?:an?|the) (?:kneel|sit|lie|ground|floor))\b")
+
+
+# ---- 3. How a part of a caption is read --------------------------------------------------------
+
+class Head(NamedTuple):
+    """The verb of a part of a caption."""
+    lemma: str
+    form: str
+    at: int                 # number of its word
+    adverbs: list           # the words before it that stay
+    named: bool             # the part names its subject
+
+
+def head_of(words, verbs, bare=True):
+    """The Head of a part (a list of words), or None: [subject] [is] [adverbs] [starts to] verb ...
+
+    bare: a verb without ending needs no subject ("then walk"). At the start of a caption it does, where it is
+    as often a noun ("squat motion").
+    """
+    subject = SUBJECT.match(" ".join(words))
+    at = len(subject[0].split()) if subject else 0
+    adverbs, be, shape = [], False, ""
+    while at < len(words):
+        word, following = words[at], " ".join(words[at + 1:at + 2])
+        lemma, form = verbs.get(word, NO_VERB)
+        participle = verbs.get(following, NO_VERB)[1] == "ing"
+        if lemma in ASPECT and (following == "to" or participle):
+            at += 1 + (following == "to") + (words[at + 2:at + 3] == ["be"])
+            shape = shape or form                               # "starts to walk" is as finite as "walks"
+        elif word in BE or word in TIMES:
+            be = be or word in BE
+            at += 1
+        elif lemma:
+            form = shape or form
+            wrong = be and form != "ing" or form == "base" and not (subject or bare)
+            return None if wrong else Head(lemma, form, at, adverbs, bool(subject))
+        elif word.endswith("ly") or word in ADVERBS:
+            adverbs.append(word)
+            at += 1
+        else:
+            break
+
+
+def two_verbs(words, head, verbs):
+    """Whether a second verb follows the head, and not the noun in "takes a few large STEPS"."""
+    light = head.lemma in LIGHT
+    noun = 3 if light else 0                                    # so many words on, a noun may come
+    for n, word in enumerate(words[head.at + 1:], head.at + 1):
+        lemma, form = verbs.get(word, NO_VERB)
+        joined = words[n - 1] == "and"
+        asked = {"to", "with", "by"} & set(words[:n])           # "bends to pick and throw", "with legs bent"
+        if form == "present" and not (noun and lemma in COUNTABLE):
+            return True
+        if form == "base" and not (noun or asked or lemma in IDLE and not joined):
+            return True
+        if form in ("past", "ing") and joined and not asked:
+            return True
+        after = 0 if form == "present" else max(noun - 1, 0)
+        noun = 3 if word.isdigit() or light and word == "and" else COUNTS.get(word, after)
+    return False
+
+
+def incomplete(words, head):
+    """Whether something is missing: "raises to", "takes and upper cut", "goes", "uses both hands"."""
+    rest = words[head.at + 1:]
+    after = rest[0] if rest else ""
+    if words[-1] in DANGLING or after == "and":
+        return True
+    if head.lemma in OBJECT:
+        if set(rest) <= PARTICLES or after in ("to", "with", "for", "towards"):
+            return True
+        if after.endswith("ing") and "thing" not in after:
+            return True
+    return (head.lemma in ("use", "try") and not {"to", "for"} & set(rest)
+            or head.lemma in ("go", "come") and not rest
+            or head.lemma == "get" and after not in ("up", "down", "on", "into", "onto"))
