@@ -36,6 +36,8 @@ class Skeleton:
     chains: tuple               # kinematic chains of joint numbers, from the inside out
     rest: np.ndarray            # j 3, unit direction of the bone that ends in a joint, in the rest pose
     bone_lengths: np.ndarray    # j, of the reference body; 0 for the root
+    offsets: np.ndarray         # j 3, bone vectors of the reference body in the rest pose
+    joints: int                 # how many there are
     parents: tuple              # j, parent joint; -1 for the root
     index: dict                 # body part -> joint number
     feet: tuple                 # contact features' joints: left ankle, left toe, right ankle, right toe
@@ -43,29 +45,20 @@ class Skeleton:
     leg: float                  # thigh + shank of the reference body
     min_frames: int             # shorter clips are not used by the benchmark
 
-    @property
-    def offsets(self):
-        """Bone vectors of the reference body in the rest pose, (j 3)."""
-        return self.rest * self.bone_lengths[:, None]
-
-    @property
-    def joints(self):
-        """Number of joints."""
-        return len(self.parents)
-
 
 _AXES = {"+x": (1, 0, 0), "-x": (-1, 0, 0), "+y": (0, 1, 0), "-y": (0, -1, 0), "+z": (0, 0, 1)}
 
 
 def _skeleton(chains, axes, lengths, left, right, middle, **rest_of_fields):
     parents = {b: a for chain in chains for a, b in zip(chain[:-1], chain[1:])}
-    parts = ("hip", "knee", "ankle", "toe", "shoulder", "elbow", "wrist")
     index = dict(zip(("root", "neck", "head"), middle))
-    for part, l, r in zip(parts, left, right):
+    for part, l, r in zip("hip knee ankle toe shoulder elbow wrist".split(), left, right):
         index |= {f"l_{part}": l, f"r_{part}": r}
+    rest = np.array([(0, 0, 0)] + [_AXES[a] for a in axes.split()], dtype=np.float64)
+    lengths = np.array([0.0, *lengths])
     return Skeleton(chains=chains, parents=(-1, *(parents[b] for b in sorted(parents))), index=index,
-                    rest=np.array([(0, 0, 0)] + [_AXES[a] for a in axes.split()], dtype=np.float64),
-                    bone_lengths=np.array([0.0, *lengths]), **rest_of_fields)
+                    rest=rest, bone_lengths=lengths, offsets=rest * lengths[:, None], joints=len(rest),
+                    **rest_of_fields)
 
 
 # Lengths: HumanML3D's reference clip 000021, in metres.
@@ -163,6 +156,7 @@ def features_to_joints(features, skeleton):
 # Quaternions are (..., 4) with w first and float32, as in the published code.
 _CONJUGATE = np.array([1, -1, -1, -1], np.float32)
 
+
 def _rotate(q, v):
     uv = np.cross(q[..., 1:], v)
     return v + 2 * (q[..., :1] * uv + np.cross(q[..., 1:], uv))
@@ -189,11 +183,8 @@ def _smooth(signal, sigma=20, radius=80):
 
 
 def heading_quaternion(joints, skeleton, smooth, hips_swapped=True):
-    """Rotation (t 4) that turns the body of joints (t j 3) to face +Z.
-
-    `hips_swapped=True` is what the feature code does (quirk 1), together with an identity in the first frame;
-    False is what its alignment of the first frame does.
-    """
+    """Rotation (t 4) that turns the body of joints (t j 3) to face +Z. `hips_swapped=True` is what the
+    features have (quirk 1), with an identity in the first frame; False is how that frame is aligned."""
     hips = joints[:, skeleton.index["r_hip"]] - joints[:, skeleton.index["l_hip"]]
     shoulders = joints[:, skeleton.index["r_shoulder"]] - joints[:, skeleton.index["l_shoulder"]]
     across = (shoulders - hips if hips_swapped else shoulders + hips).astype(np.float64)           # Quirk 1
@@ -215,9 +206,9 @@ def _bone_rotations(joints, skeleton):
     return _between(skeleton.rest[1:], bones)
 
 
-def uniform_skeleton(joints, skeleton, offsets=None):
-    """Clip (t j 3) with the reference body's bones (or `offsets` (j 3)), its path scaled by leg length."""
-    offsets = np.asarray(skeleton.offsets if offsets is None else offsets, np.float32)
+def uniform_skeleton(joints, skeleton, offsets):
+    """Clip (t j 3) with the bone vectors `offsets` (j 3) of another body, its path scaled by leg length."""
+    offsets = np.asarray(offsets, np.float32)
     side = {"t2m": "r", "kit": "l"}[skeleton.name]  # the leg that each published script measures
     ankle, knee, hip = (skeleton.index[f"{side}_{part}"] for part in ("ankle", "knee", "hip"))
     own = np.linalg.norm(np.diff(joints[0, [hip, knee, ankle]], axis=0), axis=-1).sum()
@@ -291,7 +282,7 @@ def joints_to_features(joints, skeleton, *, retarget=True, fix_heading_flip=Fals
         raise InputError("joints contain NaN or infinite numbers; repair or drop the clip")
     with np.errstate(invalid="ignore", divide="ignore"):                 # reported below
         if retarget is not False:
-            joints = uniform_skeleton(joints, skeleton, None if retarget is True else retarget)
+            joints = uniform_skeleton(joints, skeleton, skeleton.offsets if retarget is True else retarget)
         joints = canonicalise(joints, skeleton)
         heading = heading_quaternion(joints, skeleton, smooth=True)
         step, local = np.diff(joints, axis=0), local_positions(joints, heading)[:-1]
@@ -311,17 +302,6 @@ def joints_to_features(joints, skeleton, *, retarget=True, fix_heading_flip=Fals
 
 
 # ---- 4. Other operations on joints ---------------------------------------------------------------
-
-def mirror(joints, skeleton):
-    """Left-right mirror image of joints (... j 3)."""
-    order = np.arange(skeleton.joints)
-    index = skeleton.index
-    pairs = [(j, index["r" + part[1:]]) for part, j in index.items() if part.startswith("l_")]
-    pairs += {"t2m": [(13, 14)], "kit": [(19, 14)]}[skeleton.name]  # collars; the feet between ankle and toe
-    for left, right in pairs:
-        order[[left, right]] = right, left
-    return joints[..., order, :] * np.array([-1, 1, 1], joints.dtype)
-
 
 def resample(joints, fps, new_fps):
     """Natural cubic spline through joints (t j 3), read at another frame rate from the first frame on."""

@@ -125,6 +125,17 @@ def sample(denoise, grid, x_init, method="ddpm", noise=None, mask=None):
 # ---- 2. Skeletons ------------------------------------------------------------------------------
 
 
+def mirror(joints, skeleton):
+    """Left-right mirror image of joints (... j 3)."""
+    order = np.arange(skeleton.joints)
+    index = skeleton.index
+    pairs = [(j, index["r" + part[1:]]) for part, j in index.items() if part.startswith("l_")]
+    pairs += {"t2m": [(13, 14)], "kit": [(19, 14)]}[skeleton.name]  # collars; the feet between ankle and toe
+    for left, right in pairs:
+        order[[left, right]] = right, left
+    return joints[..., order, :] * np.array([-1, 1, 1], joints.dtype)
+
+
 def features_to_joints_rot6d(features, skeleton, offsets=None):
     """Joint positions from the rotation block by forward kinematics: torch features (... t d) -> (... t j 3).
 

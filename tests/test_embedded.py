@@ -8,9 +8,9 @@ import pytest
 
 from common.embedded import movements, wording
 from common.embedded.oracle import caption_attributes, oracle
-from common.features import (
-    KIT, T2M, features_to_joints, joints_to_features, mirror, physical_metrics)
+from common.features import KIT, T2M, features_to_joints, joints_to_features, physical_metrics
 from tests.embedded_helpers import words_only
+from tests.reference import mirror
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 BOTH = [(domain, skeleton) for domain in movements.DOMAINS for skeleton in (T2M, KIT)]
