@@ -31,6 +31,7 @@ Read the first half of section 6, then 4 and 7: selection, rewards, loop.
 import copy
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -38,13 +39,13 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 
-from common import (InputError, NonFiniteError, datasets, evaluate, features, generator,
-                    perception, retrieval, runs, sinusoid, tokenizer, training)
+from common import (InputError, NonFiniteError, compose, datasets, evaluate, features,
+                    generator, perception, pick, retrieval, runs, sinusoid, tokenizer, training,
+                    uniforms)
 from common.published import t2m_gpt
 from common.runs import arg
 
 REWARDS = ("text", "quality", "preference")  # [MRL] <mt>, <mm>, <perception>
-BALANCED = [1 / 3, 1 / 3, 1 / 3]
 
 # ---- 2. Arguments ----
 
@@ -123,11 +124,10 @@ class CausalAttention(nn.Module):
             if self in cache:
                 k, v = (torch.cat(parts, 2) for parts in zip(cache[self], (k, v)))
             cache[self] = k, v
-        n, m = q.shape[2], k.shape[2]
         scores = q @ k.mT / math.sqrt(q.shape[-1])  # b h n m
-        if n > 1:
-            later = torch.ones(n, m, dtype=torch.bool, device=x.device).triu(m - n + 1)
-            scores = scores.masked_fill(later, -math.inf)
+        n, m = scores.shape[2:]
+        later = torch.ones(n, m, dtype=torch.bool, device=x.device).triu(m - n + 1)
+        scores = scores.masked_fill(later, -math.inf)
         return self.proj(rearrange(scores.softmax(-1) @ v, "b h n c -> b n (h c)"))
 
 
@@ -240,45 +240,38 @@ def normalise(R, low, high):
     return (R - low) / (high - low)  # nothing is clipped
 
 
-class Rewards(NamedTuple):
-    """The functions that are optimised, in the order of REWARDS."""
-    encoders: list          # by InfoNCE, Eq. (2), and by distances with a margin, Eq. (1)
-    critic: object          # score(motion, lengths) -> (b), Eq. (6)
-    weights: torch.Tensor   # (k), of the weighted sum: the column `reward`
-    scales: dict            # lambdas (i), low and high (k), see calibrate
-
-    @torch.no_grad()
-    def __call__(self, motion, lengths, captions, clips):
-        """Raw motions (b t d), lengths (b), captions and real clips of b -> R (b k)"""
-        embedded = [retrieval.embed_pairs(encoder, motion, lengths, captions, clips)
-                    for encoder in self.encoders]
-        f_text, f_motion, f_real = (torch.stack(parts) for parts in zip(*embedded))  # i b c
-        R = torch.stack([distance_reward(f_text, f_motion, self.scales["lambdas"]),
-                         distance_reward(f_real, f_motion, self.scales["lambdas"]),
-                         self.critic.score(motion, lengths)], -1)
-        return normalise(R, self.scales["low"], self.scales["high"])
+@torch.no_grad()
+def all_rewards(encoders, critic, scales, motion, lengths, captions, clips):
+    """Raw motions (b t d), lengths (b), captions and real clips of b -> R (b k), as in REWARDS."""
+    # Two encoders: by InfoNCE, Eq. (2), and by distances with a margin, Eq. (1). The critic has
+    # learnt by Eq. (6). scales: lambdas (i), low and high (k), see calibrate.
+    embedded = [retrieval.embed_pairs(encoder, motion, lengths, captions, clips)
+                for encoder in encoders]
+    f_text, f_motion, f_real = (torch.stack(parts) for parts in zip(*embedded))  # i b c
+    R = torch.stack([distance_reward(f_text, f_motion, scales["lambdas"]),
+                     distance_reward(f_real, f_motion, scales["lambdas"]),
+                     critic.score(motion, lengths)], -1)
+    return normalise(R, scales["low"], scales["high"])
 
 
 def calibrate(args, policy, count, encoders, critic, clips):
-    """Scales of the rewards on pi_ref's motions, never changed: lambda of Eqs. (3) and (4), one
-    over the spread of an encoder's distances; 1 % and 99 % quantiles for Eq. (12)."""
+    """The scales of the rewards, which never change, from motions of pi_ref, as a dict."""
     g = generator(args.base_seed, 0, "calibration")
-    chosen = [clips[k] for k in torch.randint(len(clips), (count,), generator=g).tolist()]
-    captions = datasets.draw_captions(chosen, g)
+    captions, chosen = compose.draw(clips, [], count, 0.0, g)
     base = policy._replace(gpt=policy.reference, tokens=None)  # pi_ref reads the plain caption
     made = sample(base, read_text(base, captions), args.base_seed, 0, "calibration",
                   range(count), args.temperature)[:2]
     embedded = (retrieval.embed_pairs(encoder, *made, captions, chosen) for encoder in encoders)
     distances = torch.stack([(text - motion).square().sum(-1) for text, motion, _ in embedded])
-    lambdas = 1 / distances.std(1).clamp(min=1e-6)  # so all encoders count alike
-    raw = {"lambdas": lambdas, "low": 0.0, "high": 1.0}
-    R = Rewards(encoders, critic, None, raw)(*made, captions, chosen)
+    # lambda of Eqs. (3) and (4): all encoders count alike. Eq. (12): quantiles, not extremes.
+    scales = {"lambdas": 1 / distances.std(1).clamp(min=1e-6), "low": 0.0, "high": 1.0}
+    R = all_rewards(encoders, critic, scales, *made, captions, chosen)
     low, high = (R.quantile(q, dim=0) for q in (0.01, 0.99))
     for name, a, b in zip(REWARDS, low.tolist(), high.tolist()):
         print(f"  reward {name}: {a:.2f} to {b:.2f}, 1 % and 99 % of the supervised GPT's motions")
         if not b > a:  # NaN fails too
             raise NonFiniteError(f"reward {name} is {b:.3g} for all {count} motions")
-    return {"lambdas": lambdas, "low": low, "high": high}
+    return scales | {"low": low, "high": high}
 
 
 # ---- 5. The policy: one token is one action ----
@@ -312,7 +305,6 @@ def with_tokens(policy, clips):
     # [MRL] appends words to the caption. Here the weights of the GPT for the new dimensions
     # start at zero: random directions would cost some text reward at once.
     count, text = len(REWARDS), read_text(policy, [clip.captions[0] for clip in clips[:512]])
-    # Both GPTs read the longer text feature.
     for gpt in (policy.gpt, policy.reference):
         first = gpt.trans_base["cond_emb"]
         first.weight = nn.Parameter(F.pad(first.weight, (0, count)), requires_grad=False)
@@ -330,12 +322,6 @@ def action_logits(logits, first, shortest, temperature):
     early = torch.arange(first, first + logits.shape[1], device=logits.device) < shortest
     end = torch.arange(logits.shape[2], device=logits.device) == logits.shape[2] - 1
     return logits.masked_fill(early[:, None] & end, -math.inf)
-
-
-def pick(logits, uniform):
-    """Inverse transform sampling: logits (b v), uniform (b) in [0, 1) -> choice (b)"""
-    cumulative = logits.double().softmax(-1).cumsum(-1)  # b v
-    return (cumulative < uniform[:, None] * cumulative[:, -1:]).sum(-1)
 
 
 @torch.no_grad()
@@ -371,8 +357,7 @@ def score_actions(gpt, critic, tokens, text, shortest, temperature, grad=True):
 def sample(policy, text, seed, iteration, purpose, numbers, temperature):
     """A motion for each text feature (b d) -> raw motion (b t d), lengths (b), tokens (b n)."""
     # Each sample has random numbers of its own: it does not depend on its batch or process.
-    draws = (generator(seed, iteration, purpose, number) for number in numbers)
-    uniform = torch.stack([torch.rand(policy.gpt.block_size - 1, generator=g) for g in draws])
+    uniform = uniforms(policy.gpt.block_size - 1, seed, iteration, purpose, numbers)
     tokens, counts = rollout(policy.gpt, text, uniform.to(text.device), policy.vq.shortest,
                              temperature)
     with torch.no_grad():
@@ -383,10 +368,8 @@ def sample(policy, text, seed, iteration, purpose, numbers, temperature):
 # ---- 6. Selection, advantage, loss, update ----
 
 def nondominated(R):
-    """Which motions no other one beats: R (... n k), larger is better -> mask (... n)."""
+    """Which motions no other one beats: finite R (... n k), larger is better -> mask (... n)."""
     # a beats b if it is as good in every reward and better in one; equal motions both stay.
-    if not torch.isfinite(R).all():  # a NaN is never beaten
-        raise NonFiniteError("a reward is not finite: the selection would keep it for ever")
     mine, other = R[..., :, None, :], R[..., None, :, :]  # ... n 1 k, ... 1 n k
     return ~((other >= mine).all(-1) & (other > mine).any(-1)).any(-1)
 
@@ -397,22 +380,18 @@ def own_reward(R):
 
 
 def select(R, selection):
-    """Algorithm 1, who is learnt from: R (p c n k) -> keep (p c n)."""
-    if selection == "union":    # all motions of a prompt compete
+    """Algorithm 1, who is learnt from: R (p c n k) -> keep, and weight 1 / n(P), both (p c n)."""
+    keep = torch.ones_like(R[..., 0], dtype=torch.bool)
+    if selection == "union":        # all motions of a prompt compete
         keep = nondominated(rearrange(R, "p c n k -> p (c n) k"))
-        return rearrange(keep, "p (c n) -> p c n", c=R.shape[1])
-    if selection == "literal":  # word for word: triples of i-th motions, each with its own reward
+        keep = rearrange(keep, "p (c n) -> p c n", c=R.shape[1])
+    elif selection == "literal":    # triples of i-th motions, each with its own reward
         keep = nondominated(rearrange(own_reward(R), "p c n -> p n c"))
-        return repeat(keep, "p n -> p c n", c=R.shape[1])
-    if selection == "per-token":  # those of a prompt and token ([MRL] section 4.2)
-        return nondominated(R)
-    return torch.ones_like(R[..., 0], dtype=torch.bool)
-
-
-def front_weights(keep, selection):
-    """1 / n(P) for members of the set P, else 0: keep (p c n) -> (p c n)"""
-    dims = (1, 2) if selection == "union" else (2,)  # the axes of a set
-    return keep / keep.sum(dims, keepdim=True)
+        keep = repeat(keep, "p n -> p c n", c=R.shape[1])
+    elif selection == "per-token":  # those of a prompt and token ([MRL] section 4.2)
+        keep = nondominated(R)
+    dims = (1, 2) if selection == "union" else (2,)  # the axes of a set P
+    return keep, keep / keep.sum(dims, keepdim=True)
 
 
 def token_weights(weight, mask, reduction):
@@ -432,16 +411,17 @@ def standardise(r, counted):
 
 
 def choose(args, R, sets, weights):
-    """R (p*c*n k) of all processes -> r, weight, counted, dominated, all (p*c*n); log."""
+    """R (p*c*n k) -> r and weight (p*c*n), lists of motions, counted and dominated, and log."""
     R = rearrange(R, "(p c n) k -> p c n k", p=args.prompts, c=sets)
-    keep, flat = select(R, args.selection), R.flatten(0, 2)
+    (keep, weight), flat = select(R, args.selection), R.flatten(0, 2)
     own = own_reward(R) if args.token_reward == "own" and sets > 1 else R.mean(-1)  # p c n
     if args.selection == "weighted-sum":
         own = R @ weights
     # Beaten motions are no example, but the others are good in comparison with them.
     counted = keep if args.baseline == "kept" else torch.ones_like(keep)
-    r, weight = standardise(own, counted), front_weights(keep, args.selection)
-    return *(part.flatten() for part in (r, weight, counted, ~keep)), {
+    r = standardise(own, counted)
+    lists = (part.flatten().nonzero()[:, 0].tolist() for part in (counted, ~keep))
+    return r.flatten(), weight.flatten(), *lists, {
         "reward": (flat @ weights).mean(), **dict(zip(REWARDS, flat.mean(0))), "own": own.mean(),
         "kept": keep.double().mean(), "text_quality": torch.corrcoef(flat[:, :2].T)[0, 1],
         "constant": (R.amax(2) == R.amin(2)).sum()}
@@ -468,10 +448,9 @@ def gae(rewards, values, mask, gamma, gae_lambda):
     return advantages, (advantages + values) * mask
 
 
-def whiten(advantages, mask, valid=None):
+def whiten(advantages, mask):
     """Mean 0 and variance 1 over the valid tokens of the whole batch; never of the returns."""
-    # valid: those of all processes, where this is a part of the batch.
-    valid = advantages[mask] if valid is None else valid
+    valid = training.all_gather_rows(advantages[mask])  # of all processes
     return (advantages - valid.mean()) / torch.sqrt(valid.var(correction=0) + 1e-8) * mask
 
 
@@ -488,8 +467,8 @@ def value_loss(values, returns):
 
 
 @torch.no_grad()
-def score_rollout(args, policy, critic, batch, epochs):
-    """logp_old, logp_ref and values (b n) of a batch -> the three, and numbers to log."""
+def assess(args, policy, critic, batch, groups, epochs):
+    """Judge every action: what update needs, into the batch, which has "r" (b) -> numbers to log."""
     tokens, text, mask = batch["tokens"], batch["text"], batch["mask"]
     old, ref, values, entropy, kl = (torch.zeros_like(mask, dtype=text.dtype) for _ in range(5))
     # In the very chunks of the first update, so that its ratios are 1 to the last bit.
@@ -499,8 +478,13 @@ def score_rollout(args, policy, critic, batch, epochs):
         ref[rows], logps_ref, _ = score_actions(policy.reference, None, *asked)
         entropy[rows] = -(logps.exp() * logps).sum(-1)
         kl[rows] = (logps.exp() * (logps - logps_ref)).sum(-1)  # exact, over all actions
+    rewards = token_rewards(batch["r"], old, ref, mask, args.kl_coef)
+    advantages, returns = gae(rewards, values, mask, GAMMA, args.gae_lambda)
+    # groups (g b): which motions are whitened together, each motion in one group.
+    white = sum(whiten(advantages, mask & own[:, None]) for own in groups)
+    batch |= dict(logp_old=old, logp_ref=ref, values=values, returns=returns, advantages=white)
     log = training.token_stats(tokens, mask, batch["lengths"], policy.gpt.end, kl, entropy)
-    return old, ref, values, log
+    return log | {"explained_variance": training.explained_variance(values, returns, mask)}
 
 
 def update(args, policy, critic, batch, epochs, optimizer, iteration, loop):
@@ -545,34 +529,16 @@ def update(args, policy, critic, batch, epochs, optimizer, iteration, loop):
 # [/sync:ppo]
 
 
-def assess(args, policy, critic, batch, sets, epochs):
-    """Judge every action: rewards, Eq. (7), advantages, Eq. (8), returns, into the batch; log."""
-    mask = batch["mask"]
-    old, ref, values, log = score_rollout(args, policy, critic, batch, epochs)
-    rewards = token_rewards(batch["r"], old, ref, mask, args.kl_coef)
-    advantages, returns = gae(rewards, values, mask, GAMMA, args.gae_lambda)
-    # Whitened for each token apart: rewards keep different spreads, and the widest would win.
-    white = torch.zeros_like(advantages)
-    for token in range(sets):
-        own = mask & (batch["token"] == token)[:, None]
-        white += whiten(advantages * own, own, training.all_gather_rows(advantages[own]))
-    batch |= dict(logp_old=old, returns=returns, advantages=white,
-                  weight=token_weights(batch["weight"], mask, args.reduction))
-    return log | {"explained_variance": training.explained_variance(values, returns, mask)}
-
-
 # ---- 7. Training: roll out, score, update ----
 
 @torch.no_grad()
 def collect(args, policy, clips, iteration):
     """Stage 1: N motions for each of P prompts and K tokens, or KN for a prompt without tokens."""
     g, sets = generator(args.seed, iteration, "prompts"), 1 if policy.tokens is None else 3
-    rows = torch.randint(len(clips), (args.prompts,), generator=g).tolist()
-    drawn = [clips[row] for row in rows]
-    lines, size = datasets.draw_captions(drawn, g), len(REWARDS) * args.samples
+    drawn, size = compose.draw(clips, [], args.prompts, 0.0, g), len(REWARDS) * args.samples
     # Of several processes each samples its own share of whole prompts.
     numbers = runs.share(args.prompts, size, policy.vq.mean.device)
-    captions, pairs = ([part[k // size] for k in numbers] for part in (lines, drawn))
+    captions, pairs = ([part[k // size] for k in numbers] for part in drawn)
     # Motion number k has place k in (p c n): its token is the c.
     token = torch.tensor(numbers, device=policy.vq.mean.device) // (size // sets) % sets
     text = read_text(policy, captions, F.one_hot(token, len(REWARDS)), args.alpha)
@@ -592,14 +558,12 @@ def score(rewards, batch, iteration):
 
 
 LOOKS = ("reward", "judge", "oracle", "jerk", "speed")  # at val prompts, as val_reward ...
-FIELDS = ("iteration", "reward", *REWARDS, "own", "kept", "text_quality", "constant", "kl_ref",
-          "entropy", "length", "truncated", "distinct", "explained_variance", "pg_loss", "vf_loss",
-          "approx_kl", "clipfrac", "grad_norm", "vf_grad_norm", "first_ratio_error",
-          "ratio_min", "ratio_max", *(f"val_{name}" for name in LOOKS))
+FIELDS = ("iteration", "reward", *REWARDS, "own", "kept", "text_quality", "constant",
+          *training.PPO_FIELDS, *(f"val_{name}" for name in LOOKS))
 CURVES = (REWARDS, "val_reward", "val_judge", "val_oracle", "kl_ref", "val_jerk")
 
 
-def train(start, policy, rewards, data, scorers, folder):
+def train(start, policy, rewards, weights, data, scorers, folder):
     """The loop. Tokenizer, text encoder, tokens and reference never change."""
     args, watch, sets = start.args, start.watch, 1 if policy.tokens is None else 3
     evaluate.check_names(LOOKS, data.splits["val"], scorers)
@@ -619,16 +583,18 @@ def train(start, policy, rewards, data, scorers, folder):
             loop.check()
             # 2. Score, and select the motions of each prompt and token that no other one beats.
             R = loop.rewards = score(rewards, batch, iteration)
-            r, weight, counted, dominated, log = choose(args, R, sets, rewards.weights)
-            batch |= {"r": r[batch["numbers"]], "weight": weight[batch["numbers"]]}
+            r, weight, counted, dominated, log = choose(args, R, sets, weights)
+            weight = token_weights(weight[batch["numbers"]], batch["mask"], args.reduction)
+            batch |= {"r": r[batch["numbers"]], "weight": weight}
             watch.lap("reward")
             # 3. Update: judge every action, then learn. Dominated motions teach the critic alone.
-            counted, dominated = (part.nonzero()[:, 0].tolist() for part in (counted, dominated))
             batch = training.select_rows(batch, counted)
             epochs = training.epochs(args, counted, batch["numbers"], iteration, dominated)
             factor = training.rise_and_fall(iteration, args.iterations, WARMUP)
             optimizer.param_groups[0]["lr"] = factor * args.lr  # of the GPT
-            log |= assess(args, policy, critic, batch, sets, epochs)
+            # Whitened for each token apart: rewards keep different spreads, the widest would win.
+            groups = [batch["token"] == token for token in range(sets)]
+            log |= assess(args, policy, critic, batch, groups, epochs)
             log |= update(args, policy, critic, batch, epochs, optimizer, iteration, loop)
             watch.lap("update")
             # 4. Log, now and then look at validation prompts, save.
@@ -657,9 +623,8 @@ def load_policy(args, stored, device):
     return Policy(**parts, tokens=stored["tokens"])
 
 
-def policy_sampler(args, policy, weights=BALANCED):
-    """What common/evaluate.py asks for motions, tokens mixed by weights (k). Sample k always uses
-    the same draws: policies are compared in pairs."""
+def policy_sampler(args, policy, weights=(1 / 3, 1 / 3, 1 / 3)):
+    """What common/evaluate.py asks for motions, with the same draws every time."""
     def motions(captions, lengths, numbers, purpose, repeat):
         text = read_text(policy, captions, weights, args.alpha)
         return sample(policy, text, args.seed, repeat, purpose, numbers, 1.0)[:2]
@@ -693,17 +658,25 @@ def write_motions(args, stored, folder, device):
     evaluate.export(folder, args.prompt, 0, 0, features.SKELETONS[len(policy.vq.mean)], motions)
 
 
-def assemble(start, data):
-    """What a run starts from, or with --load a finished one -> policy, rewards, Scorers, notes."""
-    args, stored, device, options = start.args, start.stored, start.device, start.training()
-    size, notes = tokenizer.SIZES[args.size], {}
+def main(argv):
+    """Prepare, train, report; or use what a finished run has left (--load)."""
+    start = runs.prepare(Args, SIZE_ARGS, argv, __doc__, "pareto", "pareto-policy", check_args)
+    args, stored, device, watch = start.args, start.stored, start.device, start.watch
+    if args.prompt:
+        return write_motions(args, stored, start.open_folder(), device)
+    size, notes, options = tokenizer.SIZES[args.size], {}, start.training()
+    data = datasets.load_dataset(args.dataset, space="native", clips=size.clips, **start.data())
+    folder = start.open_folder()
+    start.announce(data=data)
+
     if stored:
         policy = load_policy(args, stored, device)
     else:
         policy, notes["policy"] = make_policy(args, data, size, options)
         if args.selection != "weighted-sum":
             policy = with_tokens(policy, data.splits["train"])
-    start.watch.lap("supervised model")
+    watch.lap("supervised model")
+
     # The judge sees no clip in common with what is optimised, and is never optimised itself.
     scoring = dict(options, iterations=size.scorer_iterations)
     nce, notes["reward"] = retrieval.reward_model([data], **scoring)
@@ -717,34 +690,21 @@ def assemble(start, data):
     scales = stored["rewards"] if stored else calibrate(
         args, policy, size.calibration, encoders, critic, data.splits["train"])
     scales = {name: value.to(device) for name, value in scales.items()}
-    weights = torch.tensor(runs.parse_weights(args.weights, REWARDS, "--weights"), device=device)
-    rewards = Rewards(encoders, critic, weights, scales)
+    rewards = partial(all_rewards, encoders, critic, scales)
     # The column `reward` of every table is the weighted sum; each reward has its own column, too.
+    weights = torch.tensor(runs.parse_weights(args.weights, REWARDS, "--weights"), device=device)
     scorers = evaluate.Scorers(
         lambda *asked: rewards(*asked) @ weights, judge, data.skeleton,
         lambda *asked: dict(zip(REWARDS, rewards(*asked).T)), paired=True)
-    start.watch.lap("rewards and judge")
-    return policy, rewards, scorers, notes
+    watch.lap("rewards and judge")
 
-
-def main(argv):
-    """Prepare, train, report; or use what a finished run has left (--load)."""
-    start = runs.prepare(Args, SIZE_ARGS, argv, __doc__, "pareto", "pareto-policy", check_args)
-    args, stored = start.args, start.stored
-    if args.prompt:
-        return write_motions(args, stored, start.open_folder(), start.device)
-    clips = tokenizer.SIZES[args.size].clips
-    data = datasets.load_dataset(args.dataset, space="native", clips=clips, **start.data())
-    folder = start.open_folder()
-    start.announce(data=data)
-    policy, rewards, scorers, notes = assemble(start, data)
-    about = start.about(folder, notes, data, data, rewards=rewards.scales)
+    about = start.about(folder, notes, data, data, rewards=scales)
     if not stored:
-        train(start, policy, rewards, data, scorers, folder)
+        train(start, policy, rewards, weights, data, scorers, folder)
         if start.rank:
             return  # the first process evaluates
         start.save_product(folder, t2m_gpt.networks(policy) | {
-            "tokens": policy.tokens, "rewards": rewards.scales})
+            "tokens": policy.tokens, "rewards": scales})
 
     before = policy_sampler(args, policy._replace(gpt=policy.reference, tokens=None))
     after = policy_sampler(args, policy)

@@ -42,8 +42,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from common import (compose, datasets, evaluate, features, generator, retrieval, runs, sinusoid,
-                    tokenizer, training)
+from common import (compose, datasets, evaluate, features, generator, pick, retrieval, runs,
+                    sinusoid, tokenizer, training, uniforms)
 from common.published import t2m_gpt
 from common.runs import arg
 
@@ -121,11 +121,10 @@ class CausalAttention(nn.Module):
             if self in cache:
                 k, v = (torch.cat(parts, 2) for parts in zip(cache[self], (k, v)))
             cache[self] = k, v
-        n, m = q.shape[2], k.shape[2]
         scores = q @ k.mT / math.sqrt(q.shape[-1])  # b h n m
-        if n > 1:
-            later = torch.ones(n, m, dtype=torch.bool, device=x.device).triu(m - n + 1)
-            scores = scores.masked_fill(later, -math.inf)
+        n, m = scores.shape[2:]
+        later = torch.ones(n, m, dtype=torch.bool, device=x.device).triu(m - n + 1)
+        scores = scores.masked_fill(later, -math.inf)
         return self.proj(rearrange(scores.softmax(-1) @ v, "b h n c -> b n (h c)"))
 
 
@@ -286,12 +285,6 @@ def action_logits(logits, first, shortest, temperature):
     return logits.masked_fill(early[:, None] & end, -math.inf)
 
 
-def pick(logits, uniform):
-    """Inverse transform sampling: logits (b v), uniform (b) in [0, 1) -> choice (b)"""
-    cumulative = logits.double().softmax(-1).cumsum(-1)  # b v
-    return (cumulative < uniform[:, None] * cumulative[:, -1:]).sum(-1)
-
-
 @torch.no_grad()
 def rollout(gpt, text, uniform, shortest, temperature):
     """A sequence for each text feature (b d) -> tokens (b n) with end and padding, counts (b)."""
@@ -325,8 +318,7 @@ def score_actions(gpt, critic, tokens, text, shortest, temperature, grad=True):
 def sample(policy, text, seed, iteration, purpose, numbers, temperature):
     """A motion for each text feature (b d) -> raw motion (b t d), lengths (b), tokens (b n)."""
     # Each sample has random numbers of its own: it does not depend on its batch or process.
-    draws = (generator(seed, iteration, purpose, number) for number in numbers)
-    uniform = torch.stack([torch.rand(policy.gpt.block_size - 1, generator=g) for g in draws])
+    uniform = uniforms(policy.gpt.block_size - 1, seed, iteration, purpose, numbers)
     tokens, counts = rollout(policy.gpt, text, uniform.to(text.device), policy.vq.shortest,
                              temperature)
     with torch.no_grad():
@@ -375,10 +367,9 @@ def gae(rewards, values, mask, gamma, gae_lambda):
     return advantages, (advantages + values) * mask
 
 
-def whiten(advantages, mask, valid=None):
+def whiten(advantages, mask):
     """Mean 0 and variance 1 over the valid tokens of the whole batch; never of the returns."""
-    # valid: those of all processes, where this is a part of the batch.
-    valid = advantages[mask] if valid is None else valid
+    valid = training.all_gather_rows(advantages[mask])  # of all processes
     return (advantages - valid.mean()) / torch.sqrt(valid.var(correction=0) + 1e-8) * mask
 
 
@@ -395,8 +386,8 @@ def value_loss(values, returns):
 
 
 @torch.no_grad()
-def score_rollout(args, policy, critic, batch, epochs):
-    """logp_old, logp_ref and values (b n) of a batch -> the three, and numbers to log."""
+def assess(args, policy, critic, batch, groups, epochs):
+    """Judge every action: what update needs, into the batch, which has "r" (b) -> numbers to log."""
     tokens, text, mask = batch["tokens"], batch["text"], batch["mask"]
     old, ref, values, entropy, kl = (torch.zeros_like(mask, dtype=text.dtype) for _ in range(5))
     # In the very chunks of the first update, so that its ratios are 1 to the last bit.
@@ -406,8 +397,13 @@ def score_rollout(args, policy, critic, batch, epochs):
         ref[rows], logps_ref, _ = score_actions(policy.reference, None, *asked)
         entropy[rows] = -(logps.exp() * logps).sum(-1)
         kl[rows] = (logps.exp() * (logps - logps_ref)).sum(-1)  # exact, over all actions
+    rewards = token_rewards(batch["r"], old, ref, mask, args.kl_coef)
+    advantages, returns = gae(rewards, values, mask, GAMMA, args.gae_lambda)
+    # groups (g b): which motions are whitened together, each motion in one group.
+    white = sum(whiten(advantages, mask & own[:, None]) for own in groups)
+    batch |= dict(logp_old=old, logp_ref=ref, values=values, returns=returns, advantages=white)
     log = training.token_stats(tokens, mask, batch["lengths"], policy.gpt.end, kl, entropy)
-    return old, ref, values, log
+    return log | {"explained_variance": training.explained_variance(values, returns, mask)}
 
 
 def update(args, policy, critic, batch, epochs, optimizer, iteration, loop):
@@ -452,17 +448,6 @@ def update(args, policy, critic, batch, epochs, optimizer, iteration, loop):
 # [/sync:ppo]
 
 
-def assess(args, policy, critic, batch, r, epochs):
-    """Judge every action: r (b) -> rewards, advantages, returns, into the batch; numbers to log."""
-    mask = batch["mask"]
-    old, ref, values, log = score_rollout(args, policy, critic, batch, epochs)
-    rewards = token_rewards(r, old, ref, mask, args.kl_coef)
-    advantages, returns = gae(rewards, values, mask, GAMMA, args.gae_lambda)
-    white = whiten(advantages, mask, training.all_gather_rows(advantages[mask]))
-    batch |= dict(logp_old=old, returns=returns, advantages=white, weight=mask.to(old.dtype))
-    return log | {"explained_variance": training.explained_variance(values, returns, mask)}
-
-
 # ---- 7. Training: roll out, score, update ----
 
 @torch.no_grad()
@@ -479,7 +464,7 @@ def collect(args, policy, clips, composed, iteration):
                                      args.temperature)
     mask = F.pad(tokens[:, :-1] < policy.gpt.end, (1, 0), value=True)  # codes and the end
     return dict(captions=captions, clips=pairs, numbers=numbers, motion=motion, lengths=lengths,
-                tokens=tokens, text=text, mask=mask)
+                tokens=tokens, text=text, mask=mask, weight=mask.float())
 
 
 def score(args, asked, batch, iteration):
@@ -497,10 +482,8 @@ def score(args, asked, batch, iteration):
 
 
 LOOKS = ("reward", "judge", "oracle", "foot_skate", "jerk")  # at val prompts, as val_reward ...
-FIELDS = ("iteration", "reward", "text_term", "motion_term", "pseudo_score", "kl_ref", "entropy",
-          "length", "truncated", "distinct", "explained_variance", "pg_loss", "vf_loss",
-          "approx_kl", "clipfrac", "grad_norm", "vf_grad_norm", "first_ratio_error",
-          "ratio_min", "ratio_max", *(f"val_{name}" for name in LOOKS))
+FIELDS = ("iteration", "reward", "text_term", "motion_term", "pseudo_score",
+          *training.PPO_FIELDS, *(f"val_{name}" for name in LOOKS))
 CURVES = ("reward", "val_reward", "val_judge", "val_oracle", "kl_ref", "val_jerk")
 
 
@@ -536,11 +519,13 @@ def train(start, policy, asked, data, composed, scorers, folder):
                 kept = strongest(merit, args.kept_samples)
             watch.lap("reward")
             # 3. Update: judge every action of the kept motions, then learn from them.
+            batch["r"] = merit[batch["numbers"]]
             batch = training.select_rows(batch, kept)
             epochs = training.epochs(args, kept, batch["numbers"], iteration)
             factor = training.rise_and_fall(iteration, args.iterations, WARMUP)
             optimizer.param_groups[0]["lr"] = factor * args.lr  # of the GPT
-            log |= assess(args, policy, critic, batch, merit[batch["numbers"]], epochs)
+            everyone = torch.ones_like(batch["r"], dtype=torch.bool)
+            log |= assess(args, policy, critic, batch, [everyone], epochs)
             log |= update(args, policy, critic, batch, epochs, optimizer, iteration, loop)
             watch.lap("update")
             # 4. Log, now and then look at validation prompts, save.

@@ -52,6 +52,18 @@ def normal(shape, seed, iteration, purpose, numbers):
     return torch.stack([torch.randn(shape, generator=g) for g in streams])
 
 
+def uniforms(n, seed, iteration, purpose, numbers):
+    """Uniform numbers (b n) in [0, 1), each row from a stream of its own that its number names."""
+    streams = (generator(seed, iteration, purpose, number) for number in numbers)
+    return torch.stack([torch.rand(n, generator=g) for g in streams])
+
+
+def pick(logits, uniform):
+    """Inverse transform sampling: logits (b v), uniform (b) in [0, 1) -> choice (b)"""
+    cumulative = logits.double().softmax(-1).cumsum(-1)  # b v
+    return (cumulative < uniform[:, None] * cumulative[:, -1:]).sum(-1)
+
+
 def length_mask(lengths, t):
     """lengths (b) -> mask (b t), True = real frame."""
     return torch.arange(t, device=lengths.device) < lengths[:, None]

@@ -180,6 +180,11 @@ def token_stats(tokens, mask, lengths, end, kl, entropy):
             "distinct": len(torch.unique(made, dim=0)) / len(made)}
 
 
+PPO_FIELDS = ("kl_ref", "entropy", "length", "truncated", "distinct", "explained_variance", "pg_loss",
+              "vf_loss", "approx_kl", "clipfrac", "grad_norm", "vf_grad_norm", "first_ratio_error",
+              "ratio_min", "ratio_max")  # what PPO on tokens logs
+
+
 def explained_variance(values, returns, mask):
     """Share of the returns' variance that a critic foresees, over the valid tokens of all processes: 1 at
     best, 0 for a constant. All (b n)."""
