@@ -23,16 +23,9 @@ REPRESENTATIONS = ("features", "joints", "rotations")
 TILT = 1e-4  # metres, added to every joint where a bone of a generated motion has no direction
 
 
-def _known(representation):
-    if representation not in REPRESENTATIONS:
-        raise InputError(f"representation {representation!r}: use {', '.join(REPRESENTATIONS)}")
-
-
 def width(representation, skeleton):
     """Numbers a frame: 263, 66 and 135 for HumanML3D's skeleton, 251, 63 and 129 for KIT-ML's."""
-    _known(representation)
-    return {"features": skeleton.feature_dim, "joints": 3 * skeleton.joints,
-            "rotations": 3 + 6 * skeleton.joints}[representation]
+    return max(part.stop for part in blocks(representation, skeleton).values())
 
 
 def blocks(representation, skeleton):
@@ -47,7 +40,6 @@ def blocks(representation, skeleton):
 
 def from_features(features, representation, skeleton):
     """Raw features (... t d) -> raw motion (... t w), differentiable. A frame depends on no later one."""
-    _known(representation)
     if representation == "features":
         return features
     if representation == "joints":
@@ -133,7 +125,6 @@ def to_features(motion, lengths, representation, skeleton):
 
     For evaluation: no gradient. Raises NonFiniteError if a real frame is NaN or infinite.
     """
-    _known(representation)
     out = torch.zeros(*motion.shape[:2], skeleton.feature_dim)                                     # b t d
     for row, one, n in zip(out, motion.detach().float().cpu(), lengths.tolist()):
         if not torch.isfinite(one[:n]).all():
