@@ -39,27 +39,24 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 
-from common import (InputError, NonFiniteError, compose, datasets, evaluate, features,
-                    generator, perception, pick, retrieval, runs, sinusoid, tokenizer, training,
-                    uniforms)
+from common import (NonFiniteError, compose, datasets, evaluate, features, generator, perception,
+                    pick, retrieval, runs, sinusoid, tokenizer, training, uniforms)
 from common.published import t2m_gpt
 from common.runs import arg
-
-REWARDS = ("text", "quality", "preference")  # [MRL] <mt>, <mm>, <perception>
 
 # ---- 2. Arguments ----
 
 @dataclass
 class Args(t2m_gpt.WeightArgs):
-    """Every field is a flag. The classes before it have --dataset, --seed, --vq-checkpoint ..."""
+    """Every field is a flag. The classes before it have --dataset, --seed ..."""
     perception_checkpoint: str = arg("", "published MotionCritic (.pth) for preference")
     selection: str = arg("per-token", "sets in which motions compete; weighted-sum: no tokens",
                          choices=("per-token", "union", "literal", "none", "weighted-sum"),
                          group="selection and tokens")
     weights: str = arg("", "of the weighted sum, as in --prefer; empty: equal")
-    alpha: float = arg(0.5, "share of the token in the text feature, Eq. (11) ([MRL]: unknown)")
+    alpha: float = arg(0.5, "share of the token, Eq. (11) ([MRL]: unknown)")
     prefer: str = arg("", "of a --prompt: text=0.7,quality=0.2,preference=0.1", shaping=False)
-    token_reward: str = arg("own", "what Eq. (7) sums: the token's own reward, or the mean",
+    token_reward: str = arg("own", "what Eq. (7) sums: the token's reward, or the mean",
                             choices=("own", "mean"))
     baseline: str = arg("all", "motions that spread, values and whitening are taken from",
                         choices=("all", "kept"))
@@ -84,10 +81,11 @@ class Args(t2m_gpt.WeightArgs):
 SIZE_ARGS = {  # what --size sets here; the sizes of networks are in common/tokenizer.py
     "tiny": dict(iterations=3, prompts=2, samples=4, eval_every=2, eval_repeats=2),
     "paper": dict(iterations=40_000, samples=32, lr=5e-6, temperature=1.5, eval_repeats=20)}
+REWARDS = ("text", "quality", "preference")  # [MRL] <mt>, <mm>, <perception>
 MARGIN = 1.4  # of Eq. (1): unit vectors are at most 2 apart ([MRL]: unknown)
 WARMUP, CRITIC_LR = 20, 1e-3  # iterations in which the rate rises; the critic's own rate
 GAMMA, VF_COEF, MAX_GRAD_NORM = 1.0, 0.5, 1.0  # episodes are finite, so there is no discount
-TOKEN_LENGTH = 12.0  # of a token, in text features: long enough to grow in some hundred steps
+TOKEN_LENGTH = 12.0  # of a token, in text features: it can grow in some hundred steps
 
 
 def check_args(args):
@@ -95,14 +93,15 @@ def check_args(args):
     t2m_gpt.check_weights(args)
     for flag, spec in (("--prefer", args.prefer), ("--weights", args.weights)):
         runs.parse_weights(spec, REWARDS, flag)
-    motions, weighted = args.prompts * args.samples * 3, args.selection == "weighted-sum"
+    motions, weighted = 3 * args.prompts * args.samples, args.selection == "weighted-sum"
     runs.refuse(
         (args.prompts < runs.process_count(), "--prompts: at least one for each process"),
         (motions % args.minibatches, f"--minibatches: must divide the {motions} motions"),
         (args.minibatches > 1 and args.baseline == "kept", "--minibatches: 1, as some are kept"),
         (args.alpha > 1, "--alpha: 0 to 1"),
         (args.weights and not weighted, "--weights: for --selection weighted-sum"),
-        (args.prefer and not args.prompt, "--prefer: steers a --prompt, and no training"))
+        (args.prefer and not args.prompt, "--prefer: steers a --prompt, and no training"),
+        (args.prefer and weighted, "--prefer: this policy was trained without tokens"))
 
 
 # ---- 3. The network ----
@@ -179,7 +178,7 @@ class MotionGPT(nn.Module):
 
 
 class Critic(nn.Module):
-    """V(s_t) from the base layers of the policy, or from a copy of its own ("separate")."""
+    """V(s_t) from the base layers of the policy, or from a copy that it trains ("separate")."""
 
     def __init__(self, gpt, kind, g):
         super().__init__()
@@ -188,7 +187,6 @@ class Critic(nn.Module):
         self.value = nn.Linear(width, 1)
         training.initialise(self, g)
         nn.init.zeros_(self.value.weight)  # V starts at 0
-        # "separate" reads a copy of the whole policy, which it trains with its own loss.
         self.trunk = copy.deepcopy(gpt).requires_grad_(True) if kind == "separate" else None
 
     def forward(self, hidden, tokens, text):
@@ -230,8 +228,7 @@ def ranking_loss(better, worse):
 
 
 def distance_reward(f_a, f_b, lambdas):
-    """Eq. (3), and Eq. (4): motion against text, or against the real motion, over encoders i;
-    f_a, f_b (i b c), lambdas (i) -> (b)"""
+    """Eq. (3) of texts, Eq. (4) of real motions: f_a, f_b (i b c), lambdas (i) -> (b)"""
     return -(lambdas[:, None] * (f_a - f_b).square().sum(-1)).sum(0)
 
 
@@ -242,9 +239,9 @@ def normalise(R, low, high):
 
 @torch.no_grad()
 def all_rewards(encoders, critic, scales, motion, lengths, captions, clips):
-    """Raw motions (b t d), lengths (b), captions and real clips of b -> R (b k), as in REWARDS."""
-    # Two encoders: by InfoNCE, Eq. (2), and by distances with a margin, Eq. (1). The critic has
-    # learnt by Eq. (6). scales: lambdas (i), low and high (k), see calibrate.
+    """Raw motions (b t d), lengths (b), captions, real clips -> R (b k), as in REWARDS."""
+    # encoders: by InfoNCE, Eq. (2), and by a margin, Eq. (1). critic.score is Eq. (6).
+    # scales: lambdas (i), low and high (k), see calibrate.
     embedded = [retrieval.embed_pairs(encoder, motion, lengths, captions, clips)
                 for encoder in encoders]
     f_text, f_motion, f_real = (torch.stack(parts) for parts in zip(*embedded))  # i b c
@@ -255,7 +252,7 @@ def all_rewards(encoders, critic, scales, motion, lengths, captions, clips):
 
 
 def calibrate(args, policy, count, encoders, critic, clips):
-    """The scales of the rewards, which never change, from motions of pi_ref, as a dict."""
+    """Scales of the rewards from motions of pi_ref, a dict; they never change."""
     g = generator(args.base_seed, 0, "calibration")
     captions, chosen = compose.draw(clips, [], count, 0.0, g)
     base = policy._replace(gpt=policy.reference, tokens=None)  # pi_ref reads the plain caption
@@ -263,12 +260,12 @@ def calibrate(args, policy, count, encoders, critic, clips):
                   range(count), args.temperature)[:2]
     embedded = (retrieval.embed_pairs(encoder, *made, captions, chosen) for encoder in encoders)
     distances = torch.stack([(text - motion).square().sum(-1) for text, motion, _ in embedded])
-    # lambda of Eqs. (3) and (4): all encoders count alike. Eq. (12): quantiles, not extremes.
+    # lambda of Eqs. (3), (4): all encoders count alike. Eq. (12): quantiles, not extremes.
     scales = {"lambdas": 1 / distances.std(1).clamp(min=1e-6), "low": 0.0, "high": 1.0}
     R = all_rewards(encoders, critic, scales, *made, captions, chosen)
     low, high = (R.quantile(q, dim=0) for q in (0.01, 0.99))
     for name, a, b in zip(REWARDS, low.tolist(), high.tolist()):
-        print(f"  reward {name}: {a:.2f} to {b:.2f}, 1 % and 99 % of the supervised GPT's motions")
+        print(f"  reward {name}: {a:.2f} to {b:.2f} for 98 % of pi_ref's motions")
         if not b > a:  # NaN fails too
             raise NonFiniteError(f"reward {name} is {b:.3g} for all {count} motions")
     return scales | {"low": low, "high": high}
@@ -282,11 +279,11 @@ class Policy(NamedTuple):
     text: object          # captions -> (b d), frozen
     gpt: MotionGPT        # pi_theta, the only one that PPO changes
     reference: MotionGPT  # pi_ref: the supervised GPT, which shares no weight with it
-    tokens: torch.Tensor | None = None  # (k d), what a reward's token adds to a text feature
+    tokens: torch.Tensor | None = None  # (k d), added to a text feature
 
 
 def mix(f_t, f_tk, alpha):
-    """Eq. (11): the text feature that is read, between that without and that with the token."""
+    """Eq. (11): the text feature between that without and that with the token."""
     return (1 - alpha) * f_t + alpha * f_tk
 
 
@@ -294,14 +291,14 @@ def mix(f_t, f_tk, alpha):
 def read_text(policy, captions, weights=None, alpha=0.0):
     """Text features (b d) of captions, mixed with tokens by weights (k) or (b k), if any."""
     f_t = retrieval.once(policy.text, captions)
-    f_t = F.pad(f_t, (0, policy.gpt.trans_base["cond_emb"].weight.shape[1] - f_t.shape[1]))
+    f_t = F.pad(f_t, (0, policy.gpt.sizes["text_dim"] - f_t.shape[1]))
     if policy.tokens is None:
         return f_t
-    return mix(f_t, f_t + torch.as_tensor(weights).to(f_t) @ policy.tokens.to(f_t), alpha)
+    return mix(f_t, f_t + torch.as_tensor(weights).to(f_t) @ policy.tokens, alpha)
 
 
 def with_tokens(policy, clips):
-    """The policy with a token for each reward: an extra dimension of the text feature each."""
+    """The policy with a token for each reward, an extra dimension of the text feature."""
     # [MRL] appends words to the caption. Here the weights of the GPT for the new dimensions
     # start at zero: random directions would cost some text reward at once.
     count, text = len(REWARDS), read_text(policy, [clip.captions[0] for clip in clips[:512]])
@@ -342,8 +339,8 @@ def rollout(gpt, text, uniform, shortest, temperature):
 
 def score_actions(gpt, critic, tokens, text, shortest, temperature, grad=True):
     """tokens (b n), text (b d) -> their logp (b n), logps of all actions (b n v), values (b n)."""
-    # One pass over the whole sequence, for the new, the old and the reference policy alike; that
-    # one has no critic. grad: whether the GPT learns.
+    # One pass over the whole sequence, for the new, the old and the reference policy, which has
+    # no critic. grad: whether the GPT learns.
     with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
         logits, hidden = gpt(tokens[:, :-1], text)
     values = None if critic is None else critic(hidden, tokens[:, :-1], text)
@@ -356,12 +353,11 @@ def score_actions(gpt, critic, tokens, text, shortest, temperature, grad=True):
 
 def sample(policy, text, seed, iteration, purpose, numbers, temperature):
     """A motion for each text feature (b d) -> raw motion (b t d), lengths (b), tokens (b n)."""
-    # Each sample has random numbers of its own: it does not depend on its batch or process.
+    # Each sample has its own random numbers: it does not depend on its batch or process.
     uniform = uniforms(policy.gpt.block_size - 1, seed, iteration, purpose, numbers)
     tokens, counts = rollout(policy.gpt, text, uniform.to(text.device), policy.vq.shortest,
                              temperature)
-    with torch.no_grad():
-        return *policy.vq.decode(tokens, counts), tokens
+    return *policy.vq.decode(tokens, counts), tokens
 # [/sync:policy]
 
 
@@ -375,7 +371,7 @@ def nondominated(R):
 
 
 def own_reward(R):
-    """Of each motion the reward that its token asks for: R (p c n k) with k = c -> (p c n)"""
+    """The reward that the token of a motion asks for: R (p c n k) with k = c -> (p c n)"""
     return rearrange(torch.diagonal(R, dim1=1, dim2=3), "p n c -> p c n")
 
 
@@ -385,7 +381,7 @@ def select(R, selection):
     if selection == "union":        # all motions of a prompt compete
         keep = nondominated(rearrange(R, "p c n k -> p (c n) k"))
         keep = rearrange(keep, "p (c n) -> p c n", c=R.shape[1])
-    elif selection == "literal":    # triples of i-th motions, each with its own reward
+    elif selection == "literal":    # word for word: triples of i-th motions
         keep = nondominated(rearrange(own_reward(R), "p c n -> p n c"))
         keep = repeat(keep, "p n -> p c n", c=R.shape[1])
     elif selection == "per-token":  # those of a prompt and token ([MRL] section 4.2)
@@ -411,7 +407,7 @@ def standardise(r, counted):
 
 
 def choose(args, R, sets, weights):
-    """R (p*c*n k) -> r and weight (p*c*n), lists of motions, counted and dominated, and log."""
+    """R (p*c*n k) -> r, weight (p*c*n), lists of motions, counted and dominated, log."""
     R = rearrange(R, "(p c n) k -> p c n k", p=args.prompts, c=sets)
     (keep, weight), flat = select(R, args.selection), R.flatten(0, 2)
     own = own_reward(R) if args.token_reward == "own" and sets > 1 else R.mean(-1)  # p c n
@@ -419,9 +415,8 @@ def choose(args, R, sets, weights):
         own = R @ weights
     # Beaten motions are no example, but the others are good in comparison with them.
     counted = keep if args.baseline == "kept" else torch.ones_like(keep)
-    r = standardise(own, counted)
     lists = (part.flatten().nonzero()[:, 0].tolist() for part in (counted, ~keep))
-    return r.flatten(), weight.flatten(), *lists, {
+    return standardise(own, counted).flatten(), weight.flatten(), *lists, {
         "reward": (flat @ weights).mean(), **dict(zip(REWARDS, flat.mean(0))), "own": own.mean(),
         "kept": keep.double().mean(), "text_quality": torch.corrcoef(flat[:, :2].T)[0, 1],
         "constant": (R.amax(2) == R.amin(2)).sum()}
@@ -468,7 +463,7 @@ def value_loss(values, returns):
 
 @torch.no_grad()
 def assess(args, policy, critic, batch, groups, epochs):
-    """Judge every action: what update needs, into the batch, which has "r" (b) -> numbers to log."""
+    """Judge every action: what update needs, into the batch -> numbers to log."""
     tokens, text, mask = batch["tokens"], batch["text"], batch["mask"]
     old, ref, values, entropy, kl = (torch.zeros_like(mask, dtype=text.dtype) for _ in range(5))
     # In the very chunks of the first update, so that its ratios are 1 to the last bit.
@@ -509,7 +504,7 @@ def update(args, policy, critic, batch, epochs, optimizer, iteration, loop):
             logratio = torch.where(mask, logp - logp_old, 0.0)
             ratio = logratio.exp()           # b n
             pg = clipped_loss(ratio, advantages, args.clip_range)
-            pg = (pg * share).sum() / (weight or 1.0)  # it can happen that no motion has a weight
+            pg = (pg * share).sum() / (weight or 1.0)  # perhaps no motion has a weight
             vf = (value_loss(values, returns) * mask).sum() / total
             loss = pg + VF_COEF * vf
             training.check_loss(loss, f"iteration {iteration}")
@@ -569,8 +564,8 @@ def train(start, policy, rewards, weights, data, scorers, folder):
     evaluate.check_names(LOOKS, data.splits["val"], scorers)
     critic = Critic(policy.gpt, args.critic, generator(args.seed, 0, "critic")).to(start.device)
     networks = nn.ModuleDict({"gpt": policy.gpt.requires_grad_(True), "critic": critic})
-    groups = [{"params": list(part.parameters())} for part in networks.values()]
-    optimizer = torch.optim.AdamW(groups, lr=CRITIC_LR, betas=(0.9, 0.99), weight_decay=1e-6)
+    parts = [{"params": list(part.parameters())} for part in networks.values()]
+    optimizer = torch.optim.AdamW(parts, lr=CRITIC_LR, betas=(0.9, 0.99), weight_decay=1e-6)
     same = {"starts from": runs.fingerprint(policy.reference.state_dict())}
     with runs.Loop("pareto", start, folder, FIELDS, same, networks) as loop:
         if loop.state:  # --resume
@@ -592,7 +587,7 @@ def train(start, policy, rewards, weights, data, scorers, folder):
             epochs = training.epochs(args, counted, batch["numbers"], iteration, dominated)
             factor = training.rise_and_fall(iteration, args.iterations, WARMUP)
             optimizer.param_groups[0]["lr"] = factor * args.lr  # of the GPT
-            # Whitened for each token apart: rewards keep different spreads, the widest would win.
+            # Whitened token by token: else the reward of the widest spread would win.
             groups = [batch["token"] == token for token in range(sets)]
             log |= assess(args, policy, critic, batch, groups, epochs)
             log |= update(args, policy, critic, batch, epochs, optimizer, iteration, loop)
@@ -618,9 +613,8 @@ def make_policy(args, data, size, options):
 
 
 def load_policy(args, stored, device):
-    """The policy of a finished run, frozen; its policy.pt holds all networks, and the tokens."""
-    parts = t2m_gpt.load_networks(MotionGPT, stored, args.text_features, device)
-    return Policy(**parts, tokens=stored["tokens"])
+    """The policy of a finished run, frozen; policy.pt holds all networks and tokens."""
+    return Policy(**t2m_gpt.load_networks(MotionGPT, stored, args.text_features, device))
 
 
 def policy_sampler(args, policy, weights=(1 / 3, 1 / 3, 1 / 3)):
@@ -649,13 +643,12 @@ def final_tables(args, policy, scorers, data, before, after):
 def write_motions(args, stored, folder, device):
     """--prompt: GIF, joints and BVH of every caption, from policy.pt alone."""
     policy = load_policy(args, stored, device)
-    if args.prefer and policy.tokens is None:
-        raise InputError(f"--prefer: {args.load} was trained without tokens; leave --prefer out")
-    weights = runs.parse_weights(args.prefer, REWARDS, "--prefer")
     base = policy._replace(gpt=policy.reference, tokens=None)
-    chosen = {"before": base, "after": policy} if args.compare else {"after": policy}
-    motions = {title: policy_sampler(args, one, weights) for title, one in chosen.items()}
-    evaluate.export(folder, args.prompt, 0, 0, features.SKELETONS[len(policy.vq.mean)], motions)
+    weights = runs.parse_weights(args.prefer, REWARDS, "--prefer")
+    motions = {"before": policy_sampler(args, base),
+               "after": policy_sampler(args, policy, weights)}
+    skeleton = features.SKELETONS[len(policy.vq.mean)]
+    evaluate.export(folder, args.prompt, 0, 0, skeleton, motions, args.compare)
 
 
 def main(argv):
@@ -677,7 +670,7 @@ def main(argv):
             policy = with_tokens(policy, data.splits["train"])
     watch.lap("supervised model")
 
-    # The judge sees no clip in common with what is optimised, and is never optimised itself.
+    # The judge shares no clip with what is optimised, and is never optimised.
     scoring = dict(options, iterations=size.scorer_iterations)
     nce, notes["reward"] = retrieval.reward_model([data], **scoring)
     margin, notes["reward 2"] = retrieval.reward_model(
@@ -691,7 +684,7 @@ def main(argv):
         args, policy, size.calibration, encoders, critic, data.splits["train"])
     scales = {name: value.to(device) for name, value in scales.items()}
     rewards = partial(all_rewards, encoders, critic, scales)
-    # The column `reward` of every table is the weighted sum; each reward has its own column, too.
+    # The column `reward` of a table is the weighted sum; each reward has its own, too.
     weights = torch.tensor(runs.parse_weights(args.weights, REWARDS, "--weights"), device=device)
     scorers = evaluate.Scorers(
         lambda *asked: rewards(*asked) @ weights, judge, data.skeleton,
@@ -703,8 +696,7 @@ def main(argv):
         train(start, policy, rewards, weights, data, scorers, folder)
         if start.rank:
             return  # the first process evaluates
-        start.save_product(folder, t2m_gpt.networks(policy) | {
-            "tokens": policy.tokens, "rewards": scales})
+        start.save_product(folder, t2m_gpt.networks(policy) | {"rewards": scales})
 
     before = policy_sampler(args, policy._replace(gpt=policy.reference, tokens=None))
     after = policy_sampler(args, policy)

@@ -51,7 +51,7 @@ from common.runs import arg
 
 @dataclass
 class Args(t2m_gpt.WeightArgs):
-    """Every field is a flag. The classes before it have --dataset, --seed, --vq-checkpoint ..."""
+    """Every field is a flag. The classes before it have --dataset, --seed ..."""
     composed: int = arg(3000, "sentences made of known captions", group="prompts")
     text_only_share: float = arg(0.5, "share of them in a rollout ([IM]: 0 or 1/2)")
     write_captions: str = arg("", "write them to this file and stop", shaping=False)
@@ -176,7 +176,7 @@ class MotionGPT(nn.Module):
 
 
 class Critic(nn.Module):
-    """V(s_t) from the base layers of the policy, or from a copy of its own ("separate")."""
+    """V(s_t) from the base layers of the policy, or from a copy that it trains ("separate")."""
 
     def __init__(self, gpt, kind, g):
         super().__init__()
@@ -185,7 +185,6 @@ class Critic(nn.Module):
         self.value = nn.Linear(width, 1)
         training.initialise(self, g)
         nn.init.zeros_(self.value.weight)  # V starts at 0
-        # "separate" reads a copy of the whole policy, which it trains with its own loss.
         self.trunk = copy.deepcopy(gpt).requires_grad_(True) if kind == "separate" else None
 
     def forward(self, hidden, tokens, text):
@@ -303,8 +302,8 @@ def rollout(gpt, text, uniform, shortest, temperature):
 
 def score_actions(gpt, critic, tokens, text, shortest, temperature, grad=True):
     """tokens (b n), text (b d) -> their logp (b n), logps of all actions (b n v), values (b n)."""
-    # One pass over the whole sequence, for the new, the old and the reference policy alike; that
-    # one has no critic. grad: whether the GPT learns.
+    # One pass over the whole sequence, for the new, the old and the reference policy, which has
+    # no critic. grad: whether the GPT learns.
     with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
         logits, hidden = gpt(tokens[:, :-1], text)
     values = None if critic is None else critic(hidden, tokens[:, :-1], text)
@@ -317,12 +316,11 @@ def score_actions(gpt, critic, tokens, text, shortest, temperature, grad=True):
 
 def sample(policy, text, seed, iteration, purpose, numbers, temperature):
     """A motion for each text feature (b d) -> raw motion (b t d), lengths (b), tokens (b n)."""
-    # Each sample has random numbers of its own: it does not depend on its batch or process.
+    # Each sample has its own random numbers: it does not depend on its batch or process.
     uniform = uniforms(policy.gpt.block_size - 1, seed, iteration, purpose, numbers)
     tokens, counts = rollout(policy.gpt, text, uniform.to(text.device), policy.vq.shortest,
                              temperature)
-    with torch.no_grad():
-        return *policy.vq.decode(tokens, counts), tokens
+    return *policy.vq.decode(tokens, counts), tokens
 # [/sync:policy]
 
 
@@ -387,7 +385,7 @@ def value_loss(values, returns):
 
 @torch.no_grad()
 def assess(args, policy, critic, batch, groups, epochs):
-    """Judge every action: what update needs, into the batch, which has "r" (b) -> numbers to log."""
+    """Judge every action: what update needs, into the batch -> numbers to log."""
     tokens, text, mask = batch["tokens"], batch["text"], batch["mask"]
     old, ref, values, entropy, kl = (torch.zeros_like(mask, dtype=text.dtype) for _ in range(5))
     # In the very chunks of the first update, so that its ratios are 1 to the last bit.
@@ -428,7 +426,7 @@ def update(args, policy, critic, batch, epochs, optimizer, iteration, loop):
             logratio = torch.where(mask, logp - logp_old, 0.0)
             ratio = logratio.exp()           # b n
             pg = clipped_loss(ratio, advantages, args.clip_range)
-            pg = (pg * share).sum() / (weight or 1.0)  # it can happen that no motion has a weight
+            pg = (pg * share).sum() / (weight or 1.0)  # perhaps no motion has a weight
             vf = (value_loss(values, returns) * mask).sum() / total
             loss = pg + VF_COEF * vf
             training.check_loss(loss, f"iteration {iteration}")
@@ -494,8 +492,8 @@ def train(start, policy, asked, data, composed, scorers, folder):
     evaluate.check_names(LOOKS, data.splits["val"], scorers)
     critic = Critic(policy.gpt, args.critic, generator(args.seed, 0, "critic")).to(start.device)
     networks = nn.ModuleDict({"gpt": policy.gpt.requires_grad_(True), "critic": critic})
-    groups = [{"params": list(part.parameters())} for part in networks.values()]
-    optimizer = torch.optim.AdamW(groups, lr=CRITIC_LR, betas=(0.9, 0.99), weight_decay=1e-6)
+    parts = [{"params": list(part.parameters())} for part in networks.values()]
+    optimizer = torch.optim.AdamW(parts, lr=CRITIC_LR, betas=(0.9, 0.99), weight_decay=1e-6)
     same = {"starts from": runs.fingerprint(policy.reference.state_dict())}
     with runs.Loop("ppo", start, folder, FIELDS, same, networks) as loop:
         if loop.state:  # --resume
@@ -583,9 +581,9 @@ def write_motions(args, stored, folder, device):
     """--prompt: GIF, joints and BVH of every caption, from policy.pt alone."""
     policy = load_policy(args, stored, device)
     base = policy._replace(gpt=policy.reference)
-    chosen = {"before": base, "after": policy} if args.compare else {"after": policy}
-    motions = {title: policy_sampler(args, one) for title, one in chosen.items()}
-    evaluate.export(folder, args.prompt, 0, 0, features.SKELETONS[len(policy.vq.mean)], motions)
+    motions = {"before": policy_sampler(args, base), "after": policy_sampler(args, policy)}
+    skeleton = features.SKELETONS[len(policy.vq.mean)]
+    evaluate.export(folder, args.prompt, 0, 0, skeleton, motions, args.compare)
 
 
 def main(argv, reward=None):

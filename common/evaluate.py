@@ -344,30 +344,20 @@ def draw(folder, clips, scorers, samplers, curves=(), count=4):
         render.safely(render.render_gif, folder / name, parts, scorers.skeleton, caption)
     render.safely(render.storyboard, folder / "storyboard.png", list(zip(captions, panels)), scorers.skeleton)
     if curves:
-        render.safely(draw_curves, folder / "curves.png", [folder / "logs.csv"], curves)
+        render.safely(render.curves, folder / "curves.png", folder / "logs.csv", curves, peak="val_judge")
 
 
-def draw_curves(path, logs, groups):
-    """Learning curves of one or several runs of a script (paths of logs.csv) in one PNG: a panel for each
-    group of columns that has values."""
-    known = [name for name, values in render.read_csv(logs[0]).items() if np.isfinite(values).any()]
-    groups = [(names,) if isinstance(names, str) else names for names in groups]
-    groups = [tuple(name for name in names if name in known) for names in groups]
-    peak = "val_judge" if "val_judge" in known else None
-    render.curves(path, logs, [names for names in groups if names], peak=peak)
-
-
-def export(folder, prompts, frames, limit, skeleton, samplers):
+def export(folder, prompts, frames, limit, skeleton, samplers, compare=True):
     """--prompt: for every caption a GIF, and joints (.npy) and BVH of each motion in it.
 
     frames: of each motion, a multiple of 4 and at most `limit` (InputError), 0 where the sampler chooses;
-    samplers: title -> sampler.
+    samplers: title -> sampler; compare: whether the one called "before" is shown.
     """
     if frames % 4 or frames > limit:
         raise InputError(f"--length {frames}: a multiple of 4 frames (20 a second), at most {limit}")
     lengths = torch.full((len(prompts),), frames)
     made = {title: to_joints(*sampler(prompts, lengths, "prompt", 0), skeleton)
-            for title, sampler in samplers.items()}
+            for title, sampler in samplers.items() if compare or title != "before"}
     for k, caption in enumerate(prompts):
         for title, joints in made.items():
             render.write_npy(folder / f"prompt{k:02d}_{title}.npy", joints[k])

@@ -145,7 +145,6 @@ def floating(joints, grade, g, skeleton):
     return joints + sign * (0.05, 0.12, 0.25)[grade - 1] * joints.new_tensor([0.0, 1.0, 0.0])
 
 
-@torch.no_grad()
 def swap_codes(motion, grade, g, skeleton, vq):
     """Through the tokenizer with a tenth, a quarter or half of the codes drawn anew: raw features (t d) ->
     joints (t j 3). The only damage that starts from features."""
@@ -175,7 +174,6 @@ def damaged(name, motion, grade, g, skeleton, vq):
 GRADES = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))  # of the better and the worse side; 0 = real
 
 
-@torch.no_grad()
 def decoded(motions, vq, chunk=128):
     """Motions (t d) through the tokenizer and back, a list."""
     out = []

@@ -233,10 +233,10 @@ def prepare(cls, sizes, argv, description, method, product, check):
     fix = f"name the {product.partition('-')[2]}.pt of a finished run" if modes else "add one of them"
     refuse((modes != bool(args.load), f"--load: goes with --prompt or --eval-only; {fix}"),
            (any(not caption.strip() for caption in args.prompt), "--prompt: the caption is empty"))
-    check(args)
     stored = load_checkpoint(args.load, kind=product) if args.load else None
     if stored:
         args = adopt_args(args, cls(**sizes.get(args.size, {}), size=args.size), stored["args"], args.load)
+    check(args)
     ending = "_prompt" if args.prompt else "_eval" if args.eval_only else ""
     name = re.sub(r"[^A-Za-z0-9_-]", "_", Path(args.dataset).name)
     path = Path(args.out_dir or f"runs/{method}_{name}_seed{args.seed}{ending}")

@@ -163,11 +163,13 @@ class VQVAE(nn.Module):
         x, lengths = self.decoder(rearrange(latents, "b n c -> b c n"), counts)
         return rearrange(x, "b d t -> b t d") * length_mask(lengths, x.shape[2])[..., None]
 
+    @torch.no_grad()
     def tokenise(self, motion, lengths):
         """motion (b t d) raw, lengths (b) -> codes (b n), counts (b)"""
         latents, counts = self.encode((motion - self.mean) / self.std, lengths)
         return self.nearest(latents), counts
 
+    @torch.no_grad()
     def decode(self, codes, counts):
         """codes (b n), any number after the end, counts (b) -> motion (b t d) raw, lengths (b) in frames"""
         x = self.reconstruct(self.quantizer.codebook[codes * length_mask(counts, codes.shape[1])], counts)
@@ -283,7 +285,6 @@ def fit_tokenizer(dataset, size, *, seed, device, cache_dir, use_cache):
 
 def reconstruction(vq, clips):
     """A sampler (common/evaluate.py) that gives the clips themselves, through the tokenizer: the ceiling."""
-    @torch.no_grad()
     def sampler(captions, lengths, purpose, repeat):
         part = datasets.collate(clips)
         motion, _ = vq.decode(*vq.tokenise(part.motion.to(vq.mean.device), part.lengths.to(vq.mean.device)))

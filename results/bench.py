@@ -30,7 +30,7 @@ import torch
 import ddpo_motion as ddpo
 import pareto_motion as pareto
 import ppo_motion as ppo
-from common import (InputError, datasets, diffusion, features, generator, lora, runs, samplers,
+from common import (InputError, datasets, diffusion, features, generator, lora, pick, runs, samplers,
                     tokenizer, training)
 from results import pictures
 
@@ -170,7 +170,7 @@ def recompute(gpt, text, uniform, shortest, temperature):
     tokens = torch.full(uniform.shape, gpt.pad)
     for t in range(uniform.shape[1]):
         logits = ppo.action_logits(gpt(tokens[:, :t], text)[0], 0, shortest, temperature)[:, -1]
-        tokens[:, t] = ppo.pick(logits, uniform[:, t])
+        tokens[:, t] = pick(logits, uniform[:, t])
     return tokens
 
 
@@ -193,7 +193,8 @@ def time_cache(batch, tokens, rounds):
         return ppo.rollout(gpt, text, uniform, tokens, 1.0)[0]
 
     same = (whole() == cached()).float().mean().item()
-    print(f"\nbatch {batch}, {tokens} tokens; width {text.shape[1]}, {len(gpt.empty_cache(1))} layers; "
+    layers = len(gpt.trans_base["blocks"]) + len(gpt.trans_head["blocks"])
+    print(f"\nbatch {batch}, {tokens} tokens; width {text.shape[1]}, {layers} layers; "
           f"{math.floor(same * 1000) / 10} % of the tokens are the same")
     print("\n".join(report(("A whole sequence every time", "B with the cache"),
                            interleave((whole, cached), rounds))))
@@ -206,7 +207,7 @@ def time_selection(tokens, rounds):
     text, uniform = draws(gpt, motions, tokens)
 
     def select():
-        pareto.front_weights(pareto.select(R, "per-token"), "per-token")
+        pareto.select(R, "per-token")
 
     def sample():
         ppo.rollout(gpt, text, uniform, tokens, 1.0)

@@ -114,7 +114,7 @@ MUTANTS += [
         "gamma * values[:, t] - values[:, t]", "test_gae_is_the_weighted_sum_of_one_step_errors"), (
         "values behind the end", "F.pad(values * mask, (0, 1))", "F.pad(values, (0, 1))",
         "test_gae_is_the_weighted_sum_of_one_step_errors"), (
-        "whitened over padding", "valid = advantages[mask] if valid", "valid = advantages if valid",
+        "whitened over padding", "all_gather_rows(advantages[mask])", "all_gather_rows(advantages)",
         "test_whitening_is_over_the_valid_tokens_of_all_processes"), (
         "sign of the loss", "unclipped = -advantages", "unclipped = advantages",
         "test_token_loss_is_pessimistic"), (

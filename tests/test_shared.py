@@ -180,17 +180,17 @@ def test_gae_is_the_weighted_sum_of_one_step_errors(script):
 
 
 @holders("ppo")
-def test_whitening_is_over_the_valid_tokens_of_all_processes(script):
+def test_whitening_is_over_the_valid_tokens_of_all_processes(script, monkeypatch):
     advantages, mask = 3 * normal(6, 5) + 2, torch.arange(5) < torch.tensor([5, 1, 3, 2, 4, 5])[:, None]
     white = script.whiten(advantages, mask)
     assert white[mask].mean().item() == pytest.approx(0.0, abs=1e-6)
     assert white[mask].square().mean().item() == pytest.approx(1.0, abs=1e-5), "population variance"
     assert (white[~mask] == 0).all()
     assert torch.equal(script.whiten(advantages + 50.0 * ~mask, mask), white)
-    parts = [script.whiten(advantages[rows], mask[rows], advantages[mask])
-             for rows in (slice(0, 2), slice(2, 6))]
-    assert torch.equal(torch.cat(parts), white)
     assert script.whiten(torch.full((1, 1), 7.0), torch.ones(1, 1, dtype=torch.bool)).tolist() == [[0.0]]
+    monkeypatch.setattr(training, "all_gather_rows", lambda rows: advantages[mask])  # two processes
+    parts = [script.whiten(advantages[rows], mask[rows]) for rows in (slice(0, 2), slice(2, 6))]
+    assert torch.equal(torch.cat(parts), white)
 
 
 @holders("ppo")
@@ -271,8 +271,16 @@ def test_rollouts_are_scored_by_hand(script):
     """Old and reference log-probabilities, and KL(pi || pi_ref), not the reverse, over all actions."""
     args, policy, critic, batch = token_policy(script)
     epochs = [training.minibatches(list(range(8)), 2, list(range(8)), 3, generator(0, 0, "shuffle"))]
-    old, ref, values, log = script.score_rollout(args, policy, critic, batch, epochs)
-    mask = batch["mask"]
+    mask, batch["r"] = batch["mask"], normal(8, k=8)
+    halves = [torch.arange(8) < 3, torch.arange(8) >= 3]  # whitened apart
+    log = script.assess(args, policy, critic, batch, halves, epochs)
+    old, ref, values = batch["logp_old"], batch["logp_ref"], batch["values"]
+    rewards = script.token_rewards(batch["r"], old, ref, mask, args.kl_coef)
+    advantages, returns = script.gae(rewards, values, mask, script.GAMMA, args.gae_lambda)
+    assert torch.equal(batch["returns"], returns)
+    for own in halves:
+        white = script.whiten(advantages[own], mask[own])
+        torch.testing.assert_close(batch["advantages"][own], white)
     (pi, of_old), (pi_ref, of_ref) = (logps_of(part, batch, 1.5) for part in (policy.gpt, policy.reference))
     torch.testing.assert_close(old[mask], of_old[mask], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ref[mask], of_ref[mask], rtol=1e-4, atol=1e-5)

@@ -170,12 +170,13 @@ def fit_or_load(args, make_gpt, parts, data, size, *, device, **options):
 
 
 def networks(policy):
-    """What policy.pt holds of a policy, as plain data: its networks with their sizes."""
-    return {name: export(getattr(policy, name)) for name in ("vq", "text", "gpt", "reference")}
+    """What policy.pt holds of a policy (a NamedTuple), as plain data: networks with their sizes, tensors."""
+    return {name: part if part is None or torch.is_tensor(part) else export(part)
+            for name, part in policy._asdict().items()}
 
 
 def load_networks(make_gpt, stored, features, device):
-    """What `networks` has stored -> {"vq", "text", "gpt", "reference"}, frozen.
+    """What `networks` has stored -> {"vq", "text", "gpt", "reference"}, frozen, and tensors.
 
     features: path of text features, for a published GPT, which has no text encoder of its own.
     """
@@ -183,4 +184,4 @@ def load_networks(make_gpt, stored, features, device):
     found = {name: restore(kind, stored[name], device) for name, kind in kinds.items() if stored[name]}
     if not stored["text"]:
         found["text"], _ = text_features(features, device)
-    return found
+    return found | {name: part.to(device) for name, part in stored.items() if torch.is_tensor(part)}

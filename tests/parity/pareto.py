@@ -85,11 +85,11 @@ def check_selection(result, ref):
     R = ref["tok/rewards"][None]  # p c n k
     result.compare("tok/own_reward", pareto.own_reward(R)[0], ref["tok/own_reward"], 0)
     for selection, name in (("per-token", "per_token"), ("union", "union")):
-        keep = pareto.select(R, selection)
+        keep, weight = pareto.select(R, selection)
         result.compare(f"tok/mask_{name}", keep[0], ref[f"tok/mask_{name}"], 0)
-        result.compare(f"tok/weight_{name}", pareto.front_weights(keep, selection)[0],
+        result.compare(f"tok/weight_{name}", weight[0],
                        ref[f"tok/weight_{name}"], 1e-7)
-    literal = pareto.select(R, "literal")[0]
+    literal = pareto.select(R, "literal")[0][0]
     result.compare("tok/mask_literal_slot", literal, ref["tok/mask_literal_slot"].expand(3, -1), 0)
     result.compare("eq12/normalised", pareto.normalise(ref["eq12/rewards"], ref["eq12/min"], ref["eq12/max"]),
                    ref["eq12/normalised"], 1e-10)

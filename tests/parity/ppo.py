@@ -103,15 +103,11 @@ def check_gpt(result, ref):
     result.compare("base_hidden", hidden, ref["base_hidden"], 1e-5)
     result.compare("logits_empty", gpt(prefix[:, :0], text)[0], ref["logits_empty"], 1e-5)
     result.compare("logits_prefix4", gpt(prefix[:, :4], text)[0], ref["logits_prefix4"], 1e-5)
-    caches, steps = gpt.empty_cache(len(prefix)), []
-    x = gpt.trans_base["cond_emb"](text)[:, None] + gpt.positions[0]
-    for t in range(prefix.shape[1] + 1):
-        steps.append(gpt.run(x, caches, t)[0])
-        if t < prefix.shape[1]:
-            x = (gpt.trans_base["tok_emb"](prefix[:, t]) + gpt.positions[t + 1])[:, None]
+    cache = {}
+    steps = [gpt(prefix[:, :t], text, cache)[0] for t in range(prefix.shape[1] + 1)]
     result.compare("logits (cached)", torch.cat(steps, 1), ref["logits"], 1e-5)
     for field, temperature in (("logp_temp1", 1.0), ("logp_temp1p5", 1.5)):
-        logp, _ = ppo.action_logps(logits, ref["actions"], 0, temperature)
+        logp, _, _ = ppo.score_actions(lambda *asked: (logits, None), None, ref["actions"], None, 0, temperature)
         result.compare(field, logp, ref[field], 1e-5)
     tokens, lengths = greedy(ppo, gpt, ref["text_feature"], ref["greedy_tokens"].shape[1])
     result.compare("greedy_len", lengths, ref["greedy_len"], 0)
@@ -177,7 +173,8 @@ def check_extra(result, ref):
     taken, every = {}, {}
     for who in ("old", "new", "ref"):
         for name, temperature in (("temp1", 1.0), ("temp1p5", 1.5)):
-            logp, logps = ppo.action_logps(ref[f"logits_{who}"], actions, 0, temperature)
+            answer = ref[f"logits_{who}"], None
+            logp, logps, _ = ppo.score_actions(lambda *asked: answer, None, actions, None, 0, temperature)
             result.compare(f"logp_{who}_{name}", logp * mask, ref[f"logp_{who}_{name}"], 1e-10)
             if name == "temp1":
                 taken[who], every[who] = logp, logps
