@@ -90,10 +90,9 @@ def _centres(clips, follow):
     if not follow:
         ground = np.concatenate([clip.reshape(-1, 3) for clip in clips]) * [1, 0, 1]
         return [np.broadcast_to((ground.min(0) + ground.max(0)) / 2, (len(clip), 3)) for clip in clips]
-    window = 21             # frames; a camera that copies the sway of every step makes one seasick
-    edge = ((window // 2, window // 2), (0, 0))
-    paths = [np.pad(clip[:, 0] * [1, 0, 1], edge, mode="edge") for clip in clips]
-    return [np.lib.stride_tricks.sliding_window_view(path, window, axis=0).mean(-1) for path in paths]
+    # The mean of 21 frames: a camera that copies the sway of every step makes one seasick.
+    paths = [np.pad(clip[:, 0] * [1, 0, 1], ((10, 10), (0, 0)), mode="edge") for clip in clips]
+    return [np.lib.stride_tricks.sliding_window_view(path, 21, axis=0).mean(-1) for path in paths]
 
 
 def _limits(clips, centres, aspect):
@@ -188,19 +187,17 @@ class _Stage:
 
 # ---- 3. GIF and storyboard ---------------------------------------------------------------------
 
-def clip_note(reward=None, oracle=None, skate=None):
+def clip_note(reward, oracle, skate):
     """Line under a panel: reward, tick or cross per attribute asked for, share of contacts that slide."""
-    ticks = " ".join(f"{name} {chr(0x2713 if holds else 0x2717)}" for name, holds in (oracle or {}).items())
-    return " | ".join(filter(None, [reward is not None and f"reward {reward:.2f}", ticks,
-                                    skate is not None and f"skate {skate:.2f}"]))
+    ticks = " ".join(f"{name} {chr(0x2713 if holds else 0x2717)}" for name, holds in oracle.items())
+    return " | ".join(filter(None, [f"reward {reward:.2f}", ticks, f"skate {skate:.2f}"]))
 
 
 def _clips(panels, skeleton):
     """Joints of every panel in metres, so that one camera fits both formats."""
     clips = [np.asarray(panel["joints"], dtype=np.float64) / skeleton.units_per_metre for panel in panels]
     for clip in clips:
-        shaped = clip.ndim == 3 and clip.shape[1:] == (skeleton.joints, 3) and len(clip)
-        if not shaped or not np.isfinite(clip).all():
+        if clip.shape[1:] != (skeleton.joints, 3) or not clip.size or not np.isfinite(clip).all():
             raise InputError(f"joints to draw must be finite and (t {skeleton.joints} 3), not {clip.shape}")
     return clips
 
@@ -326,33 +323,19 @@ def plain_axes(axes):
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def curves(path, runs, groups, x="iteration", peak=None):
-    """Small axes in one PNG, one per group of columns.
+def curves(path, log, groups, x="iteration", peak="", bands=None, note=""):
+    """Learning curves in one PNG: small axes for each group of columns, those without any value left out.
 
-    runs: a log or a list of logs (seeds): CSV paths or dicts of arrays. groups: tuples of columns. Several
-    runs are matched by x: mean, shaded from lowest to highest. peak: a column; where it is highest, a line
-    crosses all axes. Raises InputError if a column is missing.
+    log: path of a CSV, or {column: values}. groups: columns or tuples of them. peak: a column; where it is
+    highest, a line crosses all axes. bands: {column: (lowest, highest)}, shaded; note: what they are.
     """
-    runs = runs if isinstance(runs, (list, tuple)) else [runs]
-    logs = [run if isinstance(run, dict) else read_csv(run) for run in runs]
-    for name in (x, *filter(None, [peak]), *(name for names in groups for name in names)):
-        if any(name not in log for log in logs):
-            raise InputError(f"no column {name!r} to draw; the log has {', '.join(logs[0])}")
-    steps = np.unique(np.concatenate([log[x] for log in logs]))
-
-    def table(name):
-        """Where a column has values, and these, runs n."""
-        filled = np.full((len(logs), len(steps)), np.nan)
-        for row, log in zip(filled, logs):
-            row[np.searchsorted(steps, log[x])] = log[name]
-        there = np.isfinite(filled).any(0)
-        return steps[there], filled[:, there]
-
-    notes = [f"mean of {len(logs)} runs, shaded: lowest to highest"] * (len(logs) > 1)
-    if peak:
-        where, values = table(peak)
-        turn = where[np.nanmean(values, 0).argmax()]
-        notes.append(f"dotted: {peak.replace('_', ' ')} is highest")
+    log = log if isinstance(log, dict) else read_csv(log)
+    measured = {name: np.isfinite(values) for name, values in log.items() if np.isfinite(values).any()}
+    groups = [(names,) if isinstance(names, str) else names for names in groups]
+    groups = [tuple(name for name in names if name in measured) for names in groups]
+    groups = [names for names in groups if names]
+    notes = [note, f"dotted: {peak.replace('_', ' ')} is highest" if peak in measured else ""]
+    notes = "; ".join(filter(None, notes))
     lines = math.ceil(len(groups) / 4)
     columns = math.ceil(len(groups) / lines)
     width, height = 270 * columns, 200 * lines + 14 * bool(notes)
@@ -360,19 +343,21 @@ def curves(path, runs, groups, x="iteration", peak=None):
     for i, names in enumerate(groups):
         axes = figure.add_subplot(lines, columns, i + 1)
         for name in names:
-            where, values = table(name)
-            curve, = axes.plot(where, np.nanmean(values, 0), ".-", linewidth=1.5,
-                               label=name.replace("_", " "), markersize=5 if len(where) < 30 else 0)
-            axes.fill_between(where, np.nanmin(values, 0), np.nanmax(values, 0),
-                              color=curve.get_color(), alpha=0.2, linewidth=0)
-        if peak:
-            axes.axvline(turn, color=GREY, linewidth=1, linestyle=":")
+            rows = measured[name]
+            curve, = axes.plot(log[x][rows], log[name][rows], ".-", linewidth=1.5,
+                               label=name.replace("_", " "), markersize=5 if rows.sum() < 30 else 0)
+            if bands:
+                lowest, highest = bands[name]
+                axes.fill_between(log[x][rows], lowest[rows], highest[rows], color=curve.get_color(),
+                                  alpha=0.2, linewidth=0)
+        if peak in measured:
+            axes.axvline(log[x][np.nanargmax(log[peak])], color=GREY, linewidth=1, linestyle=":")
         axes.set_title(", ".join(names).replace("_", " "), fontsize=9, loc="left", weight="bold")
         axes.set_xlabel(x, fontsize=7, color=GREY)
         plain_axes(axes)
         if len(names) > 1:
             axes.legend(fontsize=7, frameon=False)
-    write_text(figure, width - 8, height - 4, "; ".join(notes), 6, ha="right", va="bottom", color=GREY)
+    write_text(figure, width - 8, height - 4, notes, 6, ha="right", va="bottom", color=GREY)
     figure.tight_layout(pad=0.9, rect=(0, 1 - 200 * lines / height, 1, 1))
     save_png(path, figure)
 
@@ -413,10 +398,7 @@ def write_bvh(path, joints, skeleton):
     angle = np.arctan2(-across[:, 2], across[:, 0])
     sine, cosine, zero, one = np.sin(angle), np.cos(angle), np.zeros_like(angle), np.ones_like(angle)
     heading = np.stack([cosine, zero, sine, zero, one, zero, -sine, zero, cosine], -1).reshape(-1, 3, 3)
-    text, motion = ["HIERARCHY"], [joints[:, 0]]
-
-    def numbers(row):
-        return " ".join(f"{value:.6f}" for value in row)
+    nodes = []          # (depth, head line, offset (3), rotation (t 3 3) or None) in the order of the file
 
     def bone(a, b, world):
         """Offset (3) of joint b from a, and the rotation (t 3 3) in a's frame that points it where b is."""
@@ -427,31 +409,32 @@ def write_bvh(path, joints, skeleton):
         rest = -skeleton.rest[b] if crossed else skeleton.rest[b]
         return rest * length.mean(), _between(rest, local)
 
-    def begin(name, offset, turn, pad):
-        """Open a node; pad is its indentation, empty for the root."""
-        channels = "CHANNELS 3" if pad else "CHANNELS 6 Xposition Yposition Zposition"
-        text.extend([f"{pad}{'JOINT' if pad else 'ROOT'} {name}", pad + "{",
-                     f"{pad}  OFFSET {numbers(offset)}", f"{pad}  {channels} Zrotation Xrotation Yrotation"])
-        motion.append(_euler(turn))
-
-    def visit(joint, offset, world, pad):
-        own = still if pad else heading
+    def visit(joint, offset, world, depth):
+        own = heading if joint == 0 else still
         world, kids = world @ own, [kid for kid, parent in enumerate(skeleton.parents) if parent == joint]
-        bones = [bone(joint, kid, world) for kid in kids]
-        begin(names[joint], offset, own @ bones[0][1] if len(kids) == 1 else own, pad)
+        bones, forks = [bone(joint, kid, world) for kid in kids], len(kids) > 1
+        kind = "JOINT" if depth else "ROOT"
+        turn = own @ bones[0][1] if len(kids) == 1 else own
+        nodes.append((depth, f"{kind} {names[joint]}", offset, turn))
         for kid, (vector, turn) in zip(kids, bones):
-            if len(kids) == 1:
-                visit(kid, vector, world @ turn, pad + "  ")
-            else:
-                begin(names[kid] + "_pivot", np.zeros(3), turn, pad + "  ")
-                visit(kid, vector, world @ turn, pad + "    ")
-                text.append(pad + "  }")
+            if forks:
+                nodes.append((depth + 1, f"JOINT {names[kid]}_pivot", np.zeros(3), turn))
+            visit(kid, vector, world @ turn, depth + 1 + forks)
         if not kids:
-            end = f"OFFSET {numbers(offset * 0.3)}"
-            text.extend([pad + "  End Site", pad + "  {", f"{pad}    {end}", pad + "  }"])
-        text.append(pad + "}")
+            nodes.append((depth + 1, "End Site", offset * 0.3, None))
 
-    visit(0, np.zeros(3), still, "")
+    def numbers(row):
+        return " ".join(f"{value:.6f}" for value in row)
+
+    visit(0, np.zeros(3), still, 0)
+    text, motion = ["HIERARCHY"], [joints[:, 0]]
+    for (depth, head, offset, turn), (following, *_) in zip(nodes, [*nodes[1:], (0,)]):
+        text += ["  " * depth + line for line in (head, "{", f"  OFFSET {numbers(offset)}")]
+        if turn is not None:
+            channels = "CHANNELS 3" if depth else "CHANNELS 6 Xposition Yposition Zposition"
+            text.append("  " * depth + f"  {channels} Zrotation Xrotation Yrotation")
+            motion.append(_euler(turn))
+        text += ["  " * k + "}" for k in range(depth, following - 1, -1)]
     text += ["MOTION", f"Frames: {len(joints)}", f"Frame Time: {1 / skeleton.fps:.8f}",
              *map(numbers, np.concatenate(motion, -1))]
     save(path, lambda temporary: Path(temporary).write_text("\n".join(text) + "\n"))

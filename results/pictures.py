@@ -4,7 +4,8 @@ import itertools
 import numpy as np
 from matplotlib.ticker import LogLocator
 
-from common.render import GREY, new_figure, plain_axes, save_png, write_text
+from common import InputError
+from common.render import GREY, curves, new_figure, plain_axes, save_png, write_text
 
 
 def lines(path, x, label, panels, scale="log"):
@@ -31,6 +32,27 @@ def lines(path, x, label, panels, scale="log"):
                   bbox_to_anchor=(width, 0.5))
     figure.tight_layout(pad=0.9, rect=(0, 0, width, 1))
     save_png(path, figure)
+
+
+def seeds(path, logs, groups, x="iteration", peak="val_judge"):
+    """Learning curves of one or several runs of a script in one PNG. Several are matched by x: mean, shaded
+    from lowest to highest. logs: list of {column: values}. Raises InputError if one lacks a column."""
+    steps = np.unique(np.concatenate([log[x] for log in logs]))
+    mean, bands = {x: steps}, {}
+    wanted = [name for names in groups for name in ([names] if isinstance(names, str) else names)]
+    for name in sorted({peak, *wanted} & logs[0].keys()):
+        if not np.isfinite(logs[0][name]).any():
+            continue
+        if any(name not in log for log in logs):
+            raise InputError(f"no column {name!r} to draw; the log has {', '.join(logs[0])}")
+        filled = np.full((len(logs), len(steps)), np.nan)
+        for row, log in zip(filled, logs):
+            row[np.searchsorted(steps, log[x])] = log[name]
+        known, values = np.isfinite(filled).any(0), np.full((3, len(steps)), np.nan)
+        values[:, known] = [part(filled[:, known], 0) for part in (np.nanmean, np.nanmin, np.nanmax)]
+        mean[name], *bands[name] = values
+    note = f"mean of {len(logs)} runs, shaded: lowest to highest" if len(logs) > 1 else ""
+    curves(path, mean, groups, x, peak, bands, note)
 
 
 def fronts(path, clouds, names, groups=1):

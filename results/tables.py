@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from common import InputError, evaluate, render, runs
+from results import pictures
 
 CURVES = ("reward", "text", "quality", "preference", "val_reward", "val_judge", "val_oracle",
           "val_preference", "val_authenticity", "val_fid", "anchor", "kl_base", "kl_ref", "val_jerk",
@@ -265,7 +266,7 @@ def main(argv=None):
           else at_equal(args.runs, args.at) if args.at
           else costs(args.runs) if args.costs else summary(args.runs))
     if args.curves:
-        evaluate.draw_curves(args.curves, [Path(run) / "logs.csv" for run in args.runs], CURVES)
+        pictures.seeds(args.curves, [render.read_csv(Path(run) / "logs.csv") for run in args.runs], CURVES)
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ def test_captions_cannot_break_a_picture(tmp_path, caption):
 def test_note_names_ticks_and_numbers():
     note = render.clip_note(0.5, {"wave": True, "steps": False}, 0.125)
     assert note == "reward 0.50 | wave \u2713 steps \u2717 | skate 0.12"
-    assert render.clip_note(reward=0.0) == "reward 0.00" and render.clip_note() == ""
+    assert render.clip_note(0.0, {}, 0.0) == "reward 0.00 | skate 0.00"
 
 
 @pytest.mark.parametrize("joints", [np.zeros((5, 21, 3)), np.zeros((0, 22, 3)), np.full((5, 22, 3), np.nan)])
@@ -181,8 +181,8 @@ def drawn(monkeypatch):
 def test_curves_of_seeds_are_matched_by_iteration(tmp_path, drawn):
     (tmp_path / "a.csv").write_text("# args 1234\niteration,reward,kl,note\n0,1,0.1,x\n1,2,,y\n2,6,0.3,z\n")
     (tmp_path / "b.csv").write_text("# args 1234\niteration,reward,kl,note\n2,2,0.5,x\n0,3,0.1,x\n")
-    logs = [tmp_path / "a.csv", tmp_path / "b.csv"]
-    render.curves(tmp_path / "c.png", logs, (("reward",), ("kl", "reward")))
+    logs = [render.read_csv(tmp_path / name) for name in ("a.csv", "b.csv")]
+    pictures.seeds(tmp_path / "c.png", logs, ("reward", ("kl", "reward")))
     reward, pair = drawn[0].axes
     assert reward.lines[0].get_xydata().tolist() == [[0, 2], [1, 2], [2, 4]]
     assert pair.lines[0].get_xydata().tolist() == [[0, 0.1], [2, 0.4]]       # nothing was measured at 1
@@ -195,19 +195,22 @@ def test_the_peak_of_a_curve_is_marked_in_all(tmp_path, drawn):
     """Of the mean over runs, where there is a value."""
     logs = [{"iteration": np.arange(4), "reward": np.arange(4.0), "judge": np.array(judge)}
             for judge in ([np.nan, 3, 1, np.nan], [np.nan, 0, 2.5, np.nan])]
-    render.curves(tmp_path / "c.png", logs, [("reward",), ("judge",)], peak="judge")
+    pictures.seeds(tmp_path / "c.png", logs, [("reward",), ("judge",)], peak="judge")
     for axes in drawn[0].axes:
         assert axes.lines[-1].get_xdata() == [2, 2] and axes.lines[-1].get_linestyle() == ":"
     assert drawn[0].texts[-1].get_text().endswith("lowest to highest; dotted: judge is highest")
     render.curves(tmp_path / "c.png", logs[0], [("reward",)], peak="judge")
     assert drawn[1].axes[0].lines[-1].get_xdata() == [1, 1]
-    with pytest.raises(InputError, match="'kl'"):
-        render.curves(tmp_path / "c.png", logs, [("reward",)], peak="kl")
 
 
-def test_curves_name_what_is_missing(tmp_path):
-    with pytest.raises(InputError, match="'kl'"):
-        render.curves(tmp_path / "c.png", {"iteration": [0], "reward": [1]}, [("reward", "kl")])
+def test_curves_leave_out_what_has_no_value_and_name_what_one_run_lacks(tmp_path, drawn):
+    log = {"iteration": np.arange(2), "reward": np.arange(2.0), "judge": np.full(2, np.nan)}
+    groups = ["reward", "judge", ("kl", "judge"), ("reward", "kl")]
+    render.curves(tmp_path / "c.png", log, groups, peak="judge")
+    assert [axes.get_title("left") for axes in drawn[0].axes] == ["reward"] * 2
+    (tmp_path / "c.png").unlink()
+    with pytest.raises(InputError, match="'reward'"):
+        pictures.seeds(tmp_path / "c.png", [log, {"iteration": np.arange(2)}], ["reward"])
     (tmp_path / "empty.csv").write_text("iteration,reward\n")
     with pytest.raises(InputError, match="empty.csv"):
         render.curves(tmp_path / "c.png", tmp_path / "empty.csv", [("reward",)])
@@ -239,9 +242,10 @@ def test_a_failed_drawing_warns_and_leaves_the_old_file(tmp_path, monkeypatch):
     panels = [{"joints": person(T2M, 3)}]
     monkeypatch.setattr(Figure, "savefig", half)
     monkeypatch.setattr(Image.Image, "save", half)
+    log = {"iteration": np.arange(2), "r": np.arange(2)}
     for draw, name, arguments in ((render.render_gif, "a.gif", (panels, T2M)),
                                   (render.storyboard, "b.png", ([("a", panels)], T2M)),
-                                  (render.curves, "c.png", ({"iteration": [0, 1], "r": [0, 1]}, [("r",)]))):
+                                  (render.curves, "c.png", (log, ["r"]))):
         (tmp_path / name).write_bytes(b"old")
         with pytest.warns(RuntimeWarning, match=f"{draw.__name__} failed.*no space left"):
             assert render.safely(draw, tmp_path / name, *arguments) is None
@@ -257,7 +261,8 @@ def test_safely_returns_the_result_and_lets_an_interrupt_through():
 
 def test_pyplot_stays_out(tmp_path):
     code = ("import sys, numpy; from common import render\n"
-            f"render.curves({str(tmp_path / 'c.png')!r}, dict(iteration=[0, 1], r=[0, 1]), [('r',)])\n"
+            "log = dict(iteration=numpy.arange(2), r=numpy.arange(2))\n"
+            f"render.curves({str(tmp_path / 'c.png')!r}, log, [('r',)])\n"
             "sys.exit('matplotlib.pyplot' in sys.modules)")
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
