@@ -21,8 +21,8 @@ from einops import rearrange, repeat
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from common import (TransformerLayer, datasets, features, generator, length_mask, lora, padded, perception,
-                    representations, retrieval, sinusoid)
+from common import (Attention, TransformerLayer, datasets, features, generator, length_mask, lora, padded,
+                    perception, representations, retrieval, sinusoid)
 from common.patches import PatchCodec
 from common.representations import REPRESENTATIONS, convert_clips, features_of_joints, from_features
 from common.training import cached, initialise, source_of, supervised
@@ -533,9 +533,9 @@ def fit_motion_reward(domains, generated, losses, size, *, representation="featu
         return {"model": model.export(), "notes": notes}
 
     functions = [part for part in (*losses[:5], *losses.parts) if part is not None]
-    code = source_of(PatchCodec, Skips, TransformerLayer, LatentEncoder, Backbone, Decoder, MotionReward,
-                     Library, train_semantics, supervised, retrieval.Captions, retrieval.duplicate_pairs,
-                     retrieval.info_nce, gaussian_kl, from_features, *functions)
+    code = source_of(PatchCodec, Skips, TransformerLayer, Attention, LatentEncoder, Backbone, Decoder,
+                     MotionReward, Library, train_semantics, supervised, retrieval.Captions,
+                     retrieval.duplicate_pairs, retrieval.info_nce, gaussian_kl, from_features, *functions)
     key = [[domain.fingerprint for domain in (*domains, target)], iterations, spl_iterations, seed, batch,
            sizes, [saw, representation] if noise else [], code, PATCH, TARGETS, ROOT_BIAS,
            WHITENING, PARTNER, DECODED, SPL_WEIGHT, LR, TOKEN_NOISE, WORD_DROP]

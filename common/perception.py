@@ -2,11 +2,7 @@
 
 It stands in for a model of human preference such as MotionCritic. Nobody judged anything here, so the score
 must not be called human judgement. No text enters it: a motion that does not do what was asked can raise it,
-for instance by standing still.
-
-  1. the critic    the network of MotionCritic on joints, masked, small and cheap
-  2. damages       a real motion looks better than its damaged copy, and the more the stronger the damage
-  3. training      on pairs of motions, with a loss that the caller hands in
+for instance by standing still. It has learnt that a real motion looks better than its damaged copy.
 
 Letters: b batch, t frames, n patches of frames, j joints, d features, r rows.
 """
@@ -57,10 +53,8 @@ class PerceptionCritic(nn.Module):
         return torch.cat([joints, velocity], -1)
 
     def score_joints(self, joints, lengths):
-        """joints (b t j 3) in metres, anything after the ends, lengths (b) in frames -> scores (b).
-
-        The frames that fill no patch of four are left out; InputError for a motion shorter than a patch.
-        """
+        """joints (b t j 3) in metres, anything after the ends, lengths (b) -> scores (b). Frames that fill no
+        patch of four are left out; InputError for a motion shorter than a patch."""
         if (lengths < PATCH).any():
             raise InputError(f"a motion of {int(lengths.min())} frames is too short for a perception score")
         n = joints.shape[1] // PATCH
@@ -87,8 +81,7 @@ def jitter(joints, grade, g, skeleton):
 
 
 def slide(joints, grade, g, skeleton):
-    """The whole body glides over the floor while a foot stands: in the half of the frames where the slower
-    foot is slowest."""
+    """The body glides over the floor while a foot stands: where the slower foot is slowest."""
     feet = joints[:, list(skeleton.feet)]
     speed = feet.diff(dim=0, prepend=feet[:1]).norm(dim=-1).amin(1)  # t
     angle = 2 * math.pi * torch.rand((), generator=g)
@@ -120,8 +113,8 @@ def warp(joints, grade, g, skeleton):
 
 
 def rush(joints, grade, g, skeleton):
-    """Everything is 1.3, 1.6 or 2.2 times as fast, and goes backwards when it is over. Without this damage
-    haste raised the score: it had learnt that standing still is bad, and nothing about the contrary."""
+    """Everything is 1.3, 1.6 or 2.2 times as fast, and goes backwards when it is over: without this damage
+    haste raised the score."""
     t = len(joints)
     at = torch.arange(t) * (1.3, 1.6, 2.2)[grade - 1] % (2 * t - 2)
     at = torch.minimum(at, 2 * t - 2 - at)
@@ -188,10 +181,8 @@ def decoded(motions, vq, chunk=128):
 
 def make_pairs(motions, count, names, grades, skeleton, vq, seed, purpose):
     """`count` pairs of raw motions (t d) -> lists of joints (t j 3) in metres, the better and the worse ones.
-
-    Motions come in turn. Both sides show the same random part of one, a multiple of 4 frames and no less than
-    1.6 s: neither length nor content tells them apart. Two damaged sides differ in strength alone.
-    """
+    Both sides show the same random part of one, a multiple of 4 frames and no less than 1.6 s: neither length
+    nor content tells them apart. Two damaged sides differ in strength alone."""
     better, worse, shortest = [], [], math.ceil(1.6 * skeleton.fps / PATCH)
     for k in range(count):
         motion, g = motions[k % len(motions)], generator(seed, 0, purpose, k)
@@ -217,10 +208,7 @@ def rank(critic, better, worse, device):
 
 def train_perception(critic, clips, clips_val, vq, loss, *, iterations, batch, lr, seed, device):
     """Learn to rank -> {"accuracy": {damage: share of held-out pairs where the real motion scores higher}}.
-
-    loss(better, worse): scores (r) of the better and of the worse motions of pairs -> scalar. The weights
-    kept are those with the lowest loss on held-out clips.
-    """
+    loss(better, worse): scores (r) of pairs -> scalar. The weights with the lowest held-out loss are kept."""
     skeleton, known = critic.skeleton, [name for name in DAMAGES if name != HELD_OUT]
     real, real_val = ([torch.from_numpy(clip.features) for clip in part[::math.ceil(len(part) / most)]]
                       for part, most in ((clips, 2000), (clips_val, 200)))  # enough, even of large data sets
@@ -266,11 +254,9 @@ def train_perception(critic, clips, clips_val, vq, loss, *, iterations, batch, l
 
 def fit_perception(dataset, vq, loss, checkpoint="", *, iterations, seed, cache_dir, use_cache, device,
                    batch=32, lr=3e-3):
-    """A trained critic, or its copy in the cache -> frozen PerceptionCritic, notes.
-
-    It learns from the half of the train split that the judge never sees; vq: the tokenizer whose motions it
-    will score; loss: see train_perception. checkpoint: a published MotionCritic is taken in its place.
-    """
+    """A trained critic, or its copy in the cache -> frozen PerceptionCritic, notes. It learns from the half
+    of the train split that the judge never sees. vq: the tokenizer whose motions it will score; loss: see
+    train_perception; checkpoint: a published MotionCritic is taken in its place."""
     if checkpoint:
         return motion_critic.fit_published(
             checkpoint, dataset, iterations=iterations, seed=seed, cache_dir=cache_dir, use_cache=use_cache,

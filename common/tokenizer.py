@@ -1,29 +1,23 @@
 """What the token scripts start from: T2M-GPT (Zhang et al. 2023, arXiv 2301.06052) but for its GPT.
 
-  1. sizes          --size: networks, clips, supervised iterations
-  2. the VQ-VAE     motion <-> tokens; names of layers follow the published weights
-  3. its training   codebook and loss
-  4. text           captions as vectors, learnt with the GPT
-  5. the GPT        its supervised training; the network is the scripts'
-
-Reinforcement learning changes the GPT alone. Letters: b batch, t frames, d features, n tokens, c width of a
-code, v codebook entries or actions, r rows.
+Sizes, the VQ-VAE with the names of the published weights, text as vectors, and the supervised training of
+these and of a GPT that is handed in. Reinforcement learning changes the GPT alone. Letters: b batch,
+t frames, d features, n tokens, c width of a code, v codebook entries or actions, r rows.
 """
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
-from common import TransformerLayer, datasets, features, generator, length_mask
+from common import Attention, TransformerLayer, datasets, features, generator, length_mask
 from common.patches import PatchCodec
 from common.retrieval import TMREncoder, freeze
 from common.training import cached, initialise, source_of, supervised
 
 # ---- 1. Sizes ------------------------------------------------------------------------------------
-
 
 class Size(NamedTuple):
     """What --size decides: the networks, their supervised training, the embedded data."""
@@ -60,21 +54,7 @@ SIZES = {
                   gpt_lr=1e-4, keep=0.5, batch=128)}
 
 
-def export(part):
-    """Sizes and weights of a network as plain data, for a checkpoint; {} of anything else."""
-    return {"sizes": part.sizes, "weights": part.state_dict()} if isinstance(part, nn.Module) else {}
-
-
-def restore(kind, stored, device):
-    """The network of class `kind` that `export` has stored, frozen."""
-    part = kind(**stored["sizes"])
-    part.load_state_dict(stored["weights"])
-    part.sizes = stored["sizes"]
-    return freeze(part.to(device))
-
-
 # ---- 2. The VQ-VAE -------------------------------------------------------------------------------
-
 
 class ResidualBlock(nn.Module):
     """x + conv1x1(relu(dilated conv(relu(x)))), applied by `walk`."""
@@ -119,9 +99,7 @@ def walk(layers, x, lengths):
 
 class VQVAE(nn.Module):
     """Motion <-> codes (T2M-GPT section 3.1). Raw features go in and come out; it owns its statistics.
-
-    halvings: 2 for four frames a token as in T2M-GPT, 1 for two.
-    """
+    halvings: 2 for four frames a token as in T2M-GPT, 1 for two."""
 
     def __init__(self, feature_dim, width, code_dim, codes, halvings):
         super().__init__()
@@ -178,10 +156,9 @@ class VQVAE(nn.Module):
 
 # ---- 3. Its codebook, loss and training ---------------------------------------------------------
 
-
 class EMACodebook:
-    """Running sums from which the codebook is made (T2M-GPT section 3.1): a code is the mean of the latents
-    that chose it; a code that hardly any latent chose moves to a latent of the batch."""
+    """Running sums (T2M-GPT section 3.1): a code is the mean of the latents that chose it; one that hardly
+    any latent chose moves to a latent of the batch."""
 
     def __init__(self, codebook, rows):
         self.codebook = codebook
@@ -199,9 +176,8 @@ class EMACodebook:
 
 
 def vq_loss_parts(x, recon, latents, codes, counts, positions):
-    """Smooth L1 of all features, again of the positions alone (T2M-GPT calls it velocity), and how far the
-    latents are from their codes; over real frames. x, recon (b t d), zero after the ends; latents, codes
-    (b n c); positions: slice of features -> three scalars"""
+    """Smooth L1 of all features, of the positions alone (T2M-GPT calls it velocity), and how far latents are
+    from codes. x, recon (b t d), zero after the ends; latents, codes (b n c) -> three scalars"""
     frames = counts.sum() * (x.shape[1] // latents.shape[1])
     error = F.smooth_l1_loss(recon, x, reduction="none").sum((0, 1)) / frames  # d
     inside = length_mask(counts, latents.shape[1])
@@ -220,11 +196,8 @@ def perplexity(codes, codebook_size):
 
 
 def train_tokenizer(vq, clips, skeleton, *, iterations, lr, batch, seed, device, patch_weight=2.0):
-    """Learn codes for the clips -> {"loss", "dead", "perplexity"}, see training.supervised: codes that were
-    dead and replaced in an update, and how many are in even use.
-
-    patch_weight: of the error in whitened patches, beside the loss of T2M-GPT.
-    """
+    """Learn codes for the clips -> {"loss", "dead", "perplexity"}: means of training.supervised; dead codes
+    are replaced. patch_weight: of the error in whitened patches, beside the loss of T2M-GPT."""
     count = sum(len(clip.features) // 4 for clip in clips)  # components of few patches would have no spread
     whitened = PatchCodec(4, skeleton.feature_dim, min(64, max(1, count // 4))).to(device)
     statistics = datasets.Statistics.from_clips(clips, role="generator")
@@ -294,7 +267,6 @@ def reconstruction(vq, clips):
 
 # ---- 4. Text -------------------------------------------------------------------------------------
 
-
 class TextEncoder(nn.Module):
     """Captions -> one vector each; learnt with the supervised GPT in place of CLIP, frozen afterwards."""
 
@@ -316,7 +288,6 @@ class TextEncoder(nn.Module):
 
 # ---- 5. The GPT ----------------------------------------------------------------------------------
 
-
 def sequence_loss(logits, target, counts):
     """Mean over samples of the mean cross-entropy over tokens and end (T2M-GPT). logits (b n v), target
     (b n) with end and padding, counts (b)."""
@@ -327,21 +298,16 @@ def sequence_loss(logits, target, counts):
 
 def token_table(vq, clips, end, device):
     """Codes of all clips with end and padding (m n), and their counts (m)."""
-    rows = []
-    for clip in clips:
-        motion = torch.from_numpy(clip.features)[None].to(device)
-        rows.append(vq.tokenise(motion, torch.tensor([motion.shape[1]], device=device))[0][0])
+    motions = [torch.from_numpy(clip.features)[None].to(device) for clip in clips]
+    rows = [vq.tokenise(x, torch.tensor([x.shape[1]], device=device))[0][0] for x in motions]
     counts = torch.tensor([len(row) for row in rows], device=device)
-    table = torch.full((len(rows), int(counts.max()) + 1), end + 1, device=device)
-    for k, row in enumerate(rows):
-        table[k, :len(row) + 1] = torch.cat([row, row.new_tensor([end])])
-    return table, counts
+    rows = [F.pad(row, (0, 1), value=end) for row in rows]
+    return pad_sequence(rows, batch_first=True, padding_value=end + 1), counts
 
 
 def train_gpt(gpt, text_encoder, vq, clips, *, iterations, lr, keep, batch, seed, device):
-    """Learn to predict the next token from the caption and the tokens so far -> {"loss"} (T2M-GPT section
-    3.2). A share 1 - keep of the input tokens is replaced by random ones, so that the model learns to go on
-    from its own mistakes."""
+    """Learn to predict the next token -> {"loss"} (T2M-GPT section 3.2). A share 1 - keep of the input tokens
+    is replaced by random ones, so that the model learns to go on from its own mistakes."""
     table, counts = token_table(vq, clips, gpt.end, device)
 
     def loss(iteration):
@@ -361,10 +327,7 @@ def train_gpt(gpt, text_encoder, vq, clips, *, iterations, lr, keep, batch, seed
 
 def fit_gpt(make_gpt, parts, vq, dataset, size, *, seed, device, cache_dir, use_cache):
     """GPT and text encoder, trained on the data set's train split or from the cache -> both frozen, notes.
-
-    make_gpt(codes=, text_dim=, width=, heads=, base_layers=, head_layers=, block_size=) -> the network with
-    any weights, which gets these as its `sizes`; parts: the classes that it is made of.
-    """
+    make_gpt(codes=, ..., block_size=), see `sizes`: the network; parts: the classes that it is made of."""
     clips = dataset.splits["train"]
     words = datasets.Vocabulary.from_captions([c for clip in clips for c in clip.captions]).words
     text_encoder = TextEncoder(words, size.width, size.text_layers, size.heads)
@@ -383,8 +346,8 @@ def fit_gpt(make_gpt, parts, vq, dataset, size, *, seed, device, cache_dir, use_
         notes = train_gpt(gpt.to(device), text_encoder.to(device), vq, clips, device=device, **training)
         return {"gpt": gpt.state_dict(), "text": text_encoder.state_dict(), **notes}
 
-    code = source_of(TextEncoder, TMREncoder, TransformerLayer, datasets.Vocabulary, sequence_loss, train_gpt,
-                     supervised, *parts)
+    code = source_of(TextEncoder, TMREncoder, TransformerLayer, Attention, datasets.Vocabulary, sequence_loss,
+                     train_gpt, supervised, *parts)
     key = [dataset.fingerprint, sizes, text_encoder.sizes, vq.state_dict(), training, code,
            [datasets.WORD_DROP, datasets.WORD_SWAP]]
     stored = cached(cache_dir, key, build, "gpt", use_cache)

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from common import InputError
 from common.published import load_strict, read_state, size
 from common.retrieval import freeze
 from common.runs import RunArgs, arg, refuse
-from common.tokenizer import VQVAE, TextEncoder, export, fit_gpt, fit_tokenizer, restore
+from common.tokenizer import VQVAE, TextEncoder, fit_gpt, fit_tokenizer
 
 PUBLISHED_BLOCK = 51  # positions of its GPT: the text and 50 tokens
 
@@ -167,6 +168,19 @@ def fit_or_load(args, make_gpt, parts, data, size, *, device, **options):
     else:
         gpt, text, more = fit_gpt(make_gpt, parts, vq, data, size, device=device, **options)
     return vq, text, gpt, {"tokenizer": notes, "gpt": more}
+
+
+def export(part):
+    """Sizes and weights of a network as plain data, for a checkpoint; {} of anything else."""
+    return {"sizes": part.sizes, "weights": part.state_dict()} if isinstance(part, nn.Module) else {}
+
+
+def restore(kind, stored, device):
+    """The network of class `kind` that `export` has stored, frozen."""
+    part = kind(**stored["sizes"])
+    part.load_state_dict(stored["weights"])
+    part.sizes = stored["sizes"]
+    return freeze(part.to(device))
 
 
 def networks(policy):

@@ -107,7 +107,8 @@ def check_gpt(result, ref):
     steps = [gpt(prefix[:, :t], text, cache)[0] for t in range(prefix.shape[1] + 1)]
     result.compare("logits (cached)", torch.cat(steps, 1), ref["logits"], 1e-5)
     for field, temperature in (("logp_temp1", 1.0), ("logp_temp1p5", 1.5)):
-        logp, _, _ = ppo.score_actions(lambda *asked: (logits, None), None, ref["actions"], None, 0, temperature)
+        answer = logits, None
+        logp, _, _ = ppo.score_actions(lambda *asked: answer, None, ref["actions"], None, 0, temperature)
         result.compare(field, logp, ref[field], 1e-5)
     tokens, lengths = greedy(ppo, gpt, ref["text_feature"], ref["greedy_tokens"].shape[1])
     result.compare("greedy_len", lengths, ref["greedy_len"], 0)
