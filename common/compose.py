@@ -56,20 +56,6 @@ class Prompt(NamedTuple):
 
 # ---- 1. From a caption to its parts ------------------------------------------------------------
 
-def _starts_part(words, before, comma, verbs):
-    """Whether what follows "and" or a comma is a part of its own, and not "left AND RIGHT"."""
-    head, first = english.head_of(words, verbs), english.head_of(before, verbs)
-    if head is None or first is None or head.named:
-        return head is not None
-    if head.form == "present":                      # but "does squats and kicks" goes on with a noun
-        return first.lemma not in ("do", "perform") or words[head.at + 1:head.at + 2] not in ([], ["with"])
-    if head.form == "ing":
-        return comma or first.form == "ing" or words[0] in english.BE
-    if head.form == "past":
-        return first.form == "past" or "with" not in before
-    return comma or first.form == "base" or before[first.at - 1:first.at] == ["to"]
-
-
 def _split(caption, verbs):
     """(parts of a caption as lists of words, whether each follows the one before in time)."""
     found = re.findall(r"[a-z0-9]+(?:-[a-z0-9]+)*|[^\s\"]", caption.lower())
@@ -82,7 +68,7 @@ def _split(caption, verbs):
             words = chunk.split()
             while words and words[0] in english.TIMES:
                 words.pop(0)
-            if words and (not new or _starts_part(words, new[-1], "," in joint, verbs)):
+            if words and (not new or english.starts_part(words, new[-1], "," in joint, verbs)):
                 new.append(words)
             elif words:
                 new[-1] += joint.split() + words
@@ -187,15 +173,6 @@ def _verbs_of(meta):
     return {words[_verb_at(meta)]} | english.MOSTLY_VERBS & set(words)
 
 
-def limbs(meta):
-    """"feet" or "hands" if a meta motion speaks of these alone, else ""."""
-    words = {part for word in meta.key.split() for part in (word, word.removesuffix("s"))}
-    feet, hands = bool(words & english.FEET), bool(words & english.HANDS)
-    if words & english.WHOLE or feet == hands:
-        return ""
-    return "feet" if feet else "hands"
-
-
 def _possible(metas):
     """What the person of the paper would let pass: no verb twice, and only who is down gets up."""
     if any(_verbs_of(a) & _verbs_of(b) for a, b in combinations(metas, 2)):
@@ -208,7 +185,8 @@ def _at_once(a, b):
     if "count" in both and sum(key in COUNTED for key in both) > 1:
         return False                                                # the oracle counts one action
     # What speaks of both, or of the whole body, takes its turn: nobody walks while sitting down.
-    return {limbs(a), limbs(b)} == {"feet", "hands"} and not a.attributes.keys() & b.attributes.keys()
+    apart = {english.limbs(a.key), english.limbs(b.key)} == {"feet", "hands"}
+    return apart and not a.attributes.keys() & b.attributes.keys()
 
 
 def _sentence(template, subject, metas, tags):

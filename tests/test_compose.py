@@ -282,11 +282,11 @@ def test_limbs():
                 "waves": "hands", "raises both arms": "hands", "lifts the left hand": "hands",
                 "walks with both arms raised": "", "claps over the knee": "", "bows": "", "swims": "",
                 "crawls on the hands": "", "sits down": "", "picks something up with the left hand": ""}
-    assert {meta.text: composing.limbs(meta) for meta in metas(*expected)} == expected
+    assert {meta.text: english.limbs(meta.key) for meta in metas(*expected)} == expected
 
 
 def test_at_once_only_hands_and_feet(pool, many):
-    limbs = {meta.key: composing.limbs(meta) for meta in pool}
+    limbs = {meta.key: english.limbs(meta.key) for meta in pool}
     at_once = [prompt for prompt in many if " then " not in prompt.caption]
     assert 100 < len(at_once) < 180                                 # 2/3 of what has two parts, if found
     assert {" while " in prompt.caption for prompt in at_once} == {True, False}

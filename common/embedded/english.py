@@ -214,6 +214,20 @@ def head_of(words, verbs, bare=True):
             break
 
 
+def starts_part(words, before, comma, verbs):
+    """Whether what follows "and" or a comma is a part of its own, and not "left AND RIGHT"."""
+    head, first = head_of(words, verbs), head_of(before, verbs)
+    if head is None or first is None or head.named:
+        return head is not None
+    if head.form == "present":                      # but "does squats and kicks" goes on with a noun
+        return first.lemma not in ("do", "perform") or words[head.at + 1:head.at + 2] not in ([], ["with"])
+    if head.form == "ing":
+        return comma or first.form == "ing" or words[0] in BE
+    if head.form == "past":
+        return first.form == "past" or "with" not in before
+    return comma or first.form == "base" or before[first.at - 1:first.at] == ["to"]
+
+
 def two_verbs(words, head, verbs):
     """Whether a second verb follows the head, and not the noun in "takes a few large STEPS"."""
     light = head.lemma in LIGHT
@@ -247,3 +261,12 @@ def incomplete(words, head):
     return (head.lemma in ("use", "try") and not {"to", "for"} & set(rest)
             or head.lemma in ("go", "come") and not rest
             or head.lemma == "get" and after not in ("up", "down", "on", "into", "onto"))
+
+
+def limbs(key):
+    """"feet" or "hands" if the lemmas of a phrase speak of these alone, else ""."""
+    words = {part for word in key.split() for part in (word, word.removesuffix("s"))}
+    feet, hands = bool(words & FEET), bool(words & HANDS)
+    if words & WHOLE or feet == hands:
+        return ""
+    return "feet" if feet else "hands"
