@@ -635,8 +635,8 @@ def final_tables(args, policy, scorers, data, before, after):
             rows["plain"] = policy_sampler(args, policy._replace(tokens=None))
             for k, one in enumerate(torch.eye(len(REWARDS))):
                 rows[f"token {REWARDS[k]}"] = policy_sampler(args, policy, one)
-        tables[f"paired_{name}"] = evaluate.compare(name, clips, scorers, rows,
-                                                    repeats=args.eval_repeats)
+        title, repeats = f"paired_{name}", args.eval_repeats
+        tables[title] = evaluate.compare(title, clips, scorers, rows, repeats=repeats, purpose=name)
     return tables
 
 
