@@ -410,7 +410,8 @@ def choose(args, R, sets, weights):
     """R (p*c*n k) -> r, weight (p*c*n), lists of motions, counted and dominated, log."""
     R = rearrange(R, "(p c n) k -> p c n k", p=args.prompts, c=sets)
     (keep, weight), flat = select(R, args.selection), R.flatten(0, 2)
-    own = own_reward(R) if args.token_reward == "own" and sets > 1 else R.mean(-1)  # p c n
+    # Eq. (7): what a motion is paid for, (p c n).
+    own = own_reward(R) if args.token_reward == "own" and sets > 1 else R.mean(-1)
     if args.selection == "weighted-sum":
         own = R @ weights
     # Beaten motions are no example, but the others are good in comparison with them.
