@@ -90,7 +90,8 @@ def check_extra(result, ref):
     loss = sw.cross_loss(za, zb, gauss_a, gauss_b, nce=0.1)  # as much as in the public code
     nce = sw.cross_loss(za, zb, gauss_a, gauss_b) - sw.cross_loss(za, zb, gauss_a, gauss_b, nce=0)
     result.compare("cross_nce", nce, ref["cross_nce"], TOLERANCE)
-    result.compare("cross_kl", sw.cross_loss(za, za, gauss_a, gauss_b, nce=0) / 1e-5, ref["cross_kl"], TOLERANCE)
+    kl = sw.cross_loss(za, za, gauss_a, gauss_b, nce=0) / 1e-5
+    result.compare("cross_kl", kl, ref["cross_kl"], TOLERANCE)
     result.compare("cross_loss", loss, ref["cross_loss"], TOLERANCE)
     for name, gradient in zip("ab", torch.autograd.grad(loss, (za, zb))):
         result.compare(f"cross_grad_z{name}", gradient, ref[f"cross_grad_z{name}"], TOLERANCE)
@@ -108,13 +109,15 @@ def check_extra(result, ref):
     result.compare("spl_grad_m", gradient, ref["spl_grad_m"], TOLERANCE)
 
     scores = {"preference": ref["combo_critic"], "authenticity": p_real(ref["combo_auth"])}
-    model = SimpleNamespace(tokenise=lambda *motion: (None, None), encode=lambda *tokens: (ref["combo_zm"], None),
+    model = SimpleNamespace(skeleton=None, tokenise=lambda *motion: (None, None),
+                            encode=lambda *tokens: (ref["combo_zm"], None),
                             embed_text=lambda captions: ref["combo_zt"],
-                            embed_motion=lambda *real: ref["combo_zgt"], score=lambda head, *tokens: scores[head])
+                            embed_motion=lambda *real: ref["combo_zgt"],
+                            score=lambda head, *tokens: scores[head])
     weights = dict(zip(sw.TERMS, ref["combo_weights"].tolist()))
     with mock.patch.object(datasets, "collate"):
-        reward = sw.weighted_reward(model, "features", weights, torch.zeros(len(ref["combo_zt"]), 4, 1), None, [],
-                                    [])
+        motion = torch.zeros(len(ref["combo_zt"]), 4, 1)
+        reward = sw.weighted_reward(model, "features", weights, motion, None, [], [])
     result.compare("combo_reward", reward, ref["combo_reward"], TOLERANCE)
 
 

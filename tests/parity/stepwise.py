@@ -91,7 +91,7 @@ def draft(steps, last):
 
 
 def drtune(steps, chosen, k):
-    """As drawn; where the reference's steps are none that DRTune draws, they take the place of those drawn."""
+    """As drawn; where DRTune draws no such steps, those of the reference take their place."""
     route = drawn("drtune", steps, len(chosen), lambda route: True)
     return route._replace(graph=tuple(i in chosen for i in range(steps)), rewarded={k: "x0hat"})
 
