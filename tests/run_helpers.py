@@ -17,7 +17,7 @@ from unittest import mock
 import pytest
 import torch
 
-from common import datasets, diffusion, evaluate, render, runs, tokenizer, training
+from common import datasets, diffusion, evaluate, motion_reward, render, runs, tokenizer, training
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -36,6 +36,8 @@ LITTLE = {"iterations": 30, "scorer_iterations": 10, "vae_iterations": 20, "clip
           "latent_dims": 8}
 LITTLE_TOKENS = {"vq_iterations": 20, "gpt_iterations": 20, "scorer_iterations": 15, "clips": 160,
                  "perception_iterations": 4, "calibration": 32}
+LITTLE_REWARD = motion_reward.Training(spl_iterations=4, head_iterations=10, generated=40)
+PAIRS = motion_reward.fit_motion_reward.__kwdefaults__  # has how many pairs its preference head learns from
 
 
 @contextlib.contextmanager
@@ -51,6 +53,9 @@ def smaller(**changes):
             stack.enter_context(mock.patch.dict(sizes, tiny=sizes["tiny"]._replace(**little)))
         tiny = tokenizer.SIZES["tiny"]._replace(**LITTLE_TOKENS)
         stack.enter_context(mock.patch.dict(tokenizer.SIZES, tiny=tiny))
+        stack.enter_context(mock.patch.dict(motion_reward.TRAINING, tiny=LITTLE_REWARD))
+        stack.enter_context(mock.patch.dict(PAIRS, pairs=60))
+        stack.enter_context(mock.patch.dict(motion_reward.SIZES, width=32, latent=32, ff=64, components=48))
         yield
 
 
