@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from common import InputError, generator, published, retrieval, runs, text, tokenizer, training
-from common.motion_gpt import MotionGPT
+from common import InputError, generator, published, retrieval, tokenizer, training
 from common.published import t2m_gpt
+from ppo_motion import MotionGPT
 
 WIDTH = 9
 
@@ -68,7 +68,7 @@ def test_a_tokenizer_comes_back_with_its_sizes(halvings, prefix, tmp_path):
     path = save(tmp_path / "vq.pth", net={prefix + key: value for key, value in vq_state(vq).items()})
     sizes = t2m_gpt.tokenizer_sizes(published.read_state(path, "net"), path)
     assert sizes == dict(feature_dim=WIDTH, width=6, halvings=halvings, code_dim=5, codes=7)
-    loaded, notes = tokenizer.load_published(path, statistics(tmp_path), WIDTH, torch.device("cpu"))
+    loaded, notes = t2m_gpt.load_tokenizer(path, statistics(tmp_path), WIDTH, torch.device("cpu"))
     vq.mean.copy_(torch.arange(WIDTH))
     vq.std.copy_(torch.arange(1, WIDTH + 1))
     assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in vq.state_dict().items())
@@ -142,13 +142,13 @@ def test_a_tokenizer_with_a_layer_changed_is_refused(tmp_path):
     state = vq_state(own_vq())
     del state["vqvae.decoder.model.5.bias"]
     path = save(tmp_path / "vq.pth", net=state)
-    found = message(tokenizer.load_published, path, statistics(tmp_path), WIDTH, torch.device("cpu"))
+    found = message(t2m_gpt.load_tokenizer, path, statistics(tmp_path), WIDTH, torch.device("cpu"))
     assert found == f"{path}: decoder.model.5.bias is missing, wanted (9,)"
 
 
 def test_a_tokenizer_of_another_data_set_is_refused(tmp_path):
     path = save(tmp_path / "vq.pth", net=vq_state(own_vq()))
-    found = message(tokenizer.load_published, path, statistics(tmp_path), 263, torch.device("cpu"))
+    found = message(t2m_gpt.load_tokenizer, path, statistics(tmp_path), 263, torch.device("cpu"))
     assert "width 9" in found and "263" in found
 
 
@@ -190,7 +190,7 @@ def test_missing_files_and_folders(tmp_path):
     {**vq_state(own_vq()), "epoch": 3}])
 def test_weights_that_are_none(tmp_path, content):
     path = save(tmp_path / "vq.pth", net=content)
-    assert str(path) in message(tokenizer.load_published, path, statistics(tmp_path), WIDTH, "cpu")
+    assert str(path) in message(t2m_gpt.load_tokenizer, path, statistics(tmp_path), WIDTH, "cpu")
 
 
 def test_a_truncated_file(tmp_path):
@@ -213,7 +213,7 @@ def test_code_in_a_file_is_refused_and_not_executed(tmp_path):
     np.save(tmp_path / "Std.npy", np.ones(1))
     message(t2m_gpt.read_statistics, tmp_path, 1)
     np.savez(tmp_path / "text.npz", captions=np.array([Payload()], dtype=object), vectors=np.ones((1, 2)))
-    message(text.file_features, tmp_path / "text.npz")
+    message(t2m_gpt.file_features, tmp_path / "text.npz")
     assert not marker.exists()
 
 
@@ -260,7 +260,7 @@ def features(path, captions=LINES, vectors=None):
 
 def test_a_file_of_vectors_is_a_text_function(tmp_path):
     vectors = normal(3, 4).double().numpy()
-    function, width = text.text_features(str(features(tmp_path / "text.npz", vectors=vectors)))
+    function, width = t2m_gpt.text_features(str(features(tmp_path / "text.npz", vectors=vectors)))
     assert width == 4
     given = function([LINES[k] for k in (2, 0, 0, 1)])
     assert given.dtype == torch.float32
@@ -269,7 +269,7 @@ def test_a_file_of_vectors_is_a_text_function(tmp_path):
 
 
 def test_a_caption_without_a_vector_is_named(tmp_path):
-    function, _ = text.file_features(features(tmp_path / "text.npz"))
+    function, _ = t2m_gpt.file_features(features(tmp_path / "text.npz"))
     found = message(function, ["a man waves", "a woman waves", "a dog runs"])
     assert "no vector for 'a woman waves'" in found
     assert "'A man waves'" in message(function, ["A man waves"]), "as it is written"
@@ -280,20 +280,20 @@ def test_a_caption_without_a_vector_is_named(tmp_path):
     (LINES, np.full((3, 4), np.nan)), (LINES, np.full((3, 4), np.inf)), (LINES, np.array([["x"] * 4] * 3))])
 def test_arrays_that_do_not_fit(tmp_path, captions, vectors):
     path = features(tmp_path / "text.npz", captions, vectors)
-    assert str(path) in message(text.file_features, path)
+    assert str(path) in message(t2m_gpt.file_features, path)
 
 
 def test_files_that_are_no_text_features(tmp_path):
     path = tmp_path / "text.npz"
-    assert str(path) in message(text.file_features, path)  # there is none
+    assert str(path) in message(t2m_gpt.file_features, path)  # there is none
     np.savez(path, captions=np.array(LINES))
-    assert "vectors" in message(text.file_features, path)
+    assert "vectors" in message(t2m_gpt.file_features, path)
     np.savez(path, vectors=np.ones((3, 4)))
-    assert "captions" in message(text.file_features, path)
+    assert "captions" in message(t2m_gpt.file_features, path)
     for content in (b"", b"no archive"):
         path.write_bytes(content)
-        assert str(path) in message(text.file_features, path)
-    assert str(tmp_path) in message(text.file_features, tmp_path)
+        assert str(path) in message(t2m_gpt.file_features, path)
+    assert str(tmp_path) in message(t2m_gpt.file_features, tmp_path)
 
 
 def damaged(path, how):
@@ -315,10 +315,10 @@ def damaged(path, how):
 @pytest.mark.parametrize("how", ("truncated", "one byte", "one array", "one number"))
 def test_damaged_text_features(tmp_path, how):
     path = damaged(tmp_path / "text.npz", how)
-    assert str(path) in message(text.file_features, path)
+    assert str(path) in message(t2m_gpt.file_features, path)
 
 
 def test_without_clip_one_line_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "clip", None)
-    found = message(text.text_features, "")
+    found = message(t2m_gpt.text_features, "")
     assert "--text-features" in found and "CLIP is not installed" in found
