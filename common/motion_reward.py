@@ -11,7 +11,8 @@ anything here: "preferred" means "less damaged", learned from pairs that common/
 Letters: b batch, t frames, n tokens of four frames, k components, w width of a representation, c latent.
 """
 import copy
-import math
+from functools import partial
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -19,10 +20,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 
-from common import (Attention, TransformerLayer, datasets, features, generator, length_mask, lora, padded,
-                    perception, representations, retrieval, sinusoid)
+from common import (Attention, TransformerLayer, datasets, features, generator, lora, padded, perception,
+                    representations, retrieval, sinusoid)
 from common.patches import PatchCodec
 from common.representations import REPRESENTATIONS, convert_clips, features_of_joints, from_features
 from common.training import cached, initialise, source_of, supervised
@@ -47,7 +47,7 @@ class Losses(NamedTuple):
 SIZES = dict(width=64, latent=64, layers=3, heads=4, ff=128, components=64, max_words=32, rank=16, alpha=32)
 PATCH = 4                                           # frames of a token
 TARGETS = r"self_attn|linear1|linear2|projections"  # layers that get adapters, as in their code
-HEADS = ("preference", "authenticity")
+HEADS = {"preference": 1, "authenticity": 2}         # numbers that each answers with
 
 
 class Training(NamedTuple):
@@ -69,7 +69,6 @@ def mlp(*sizes):
 class LatentEncoder(Skips):
     """[global token, x (b n c)] and mask (b n) -> mean and log variance (b c) of a latent.
 
-    A transformer with skips like a U-Net's: the last layers also read what the first ones wrote.
     Not in the paper: sinusoidal positions instead of learned ones.
     """
 
@@ -124,54 +123,55 @@ class MotionReward(nn.Module):
     the mean latent is used, where their code samples one even in evaluation: a reward that is noisy.
     """
 
-    def __init__(self, vocabulary, skeleton, *, width, latent, layers, heads, ff, components, max_words, rank,
-                 alpha):
+    def __init__(self, vocabulary, skeleton, *, components, max_words, rank, alpha, **shape):
         super().__init__()
-        self.config = dict(width=width, latent=latent, layers=layers, heads=heads, ff=ff, rank=rank,
-                           alpha=alpha, components=components, max_words=max_words)
+        self.config = dict(shape, components=components, max_words=max_words, rank=rank, alpha=alpha)
         self.vocabulary, self.skeleton = vocabulary, skeleton
-        widths = {name: representations.width(name, skeleton) for name in REPRESENTATIONS}
-        self.codecs = nn.ModuleDict({name: PatchCodec(PATCH, w, components) for name, w in widths.items()})
-        self.backbone = Backbone(width, latent, layers, heads, ff, components)
+        width, latent = shape["width"], shape["latent"]
+        self.codecs = nn.ModuleDict({
+            name: PatchCodec(PATCH, representations.width(name, skeleton), components)
+            for name in REPRESENTATIONS})
+        self.backbone = Backbone(components=components, **shape)
         self.words = nn.Embedding(len(vocabulary), width)
-        self.text_encoder = LatentEncoder(width, latent, layers, heads, ff)
-        self.decoder = Decoder(width, latent, heads, ff, components)
-        self.heads = nn.ModuleDict({"preference": mlp(latent, 2 * latent, latent, latent // 2, 1),
-                                    "authenticity": mlp(latent, 2 * latent, latent, latent // 2, 2)})
+        self.text_encoder = LatentEncoder(**shape)
+        self.decoder = Decoder(width, latent, shape["heads"], shape["ff"], components)
+        self.heads = nn.ModuleDict({
+            head: mlp(latent, 2 * latent, latent, latent // 2, out) for head, out in HEADS.items()})
         self.adapted = nn.ModuleDict()  # head -> the backbone as it reads it
         self.register_buffer("preference_mean", torch.zeros(len(REPRESENTATIONS)))
         self.register_buffer("preference_std", torch.ones(len(REPRESENTATIONS)))
 
     def adapt(self, g=None):
-        """Give each head the backbone with LoRA adapters of its own, drawn from the generator g.
-
-        All of them share the backbone's weights, and nothing has to be switched on or off between calls.
-        """
+        """Give each head the backbone with LoRA adapters of its own, drawn from the generator g. All of them
+        share the backbone's weights, and nothing has to be switched on or off between calls."""
         shared = {id(parameter): parameter for parameter in self.backbone.parameters()}
-        for name in self.heads:
+        for head in HEADS:
             # deepcopy takes what its memo knows as already copied: here, the weights themselves.
-            self.adapted[name] = copy.deepcopy(self.backbone, dict(shared))
-        for own in self.adapted.values():
-            lora.inject(own, TARGETS, self.config["rank"], self.config["alpha"], g)
+            self.adapted[head] = copy.deepcopy(self.backbone, dict(shared))
+            lora.inject(self.adapted[head], TARGETS, self.config["rank"], self.config["alpha"], g)
         return self
 
     # -- motion and text -> latent --
 
     def tokenise(self, motion, lengths, representation):
         """Raw motion (b t w), meaningless after its lengths (b) in frames -> tokens (b n k), mask (b n).
-
-        Frames that fill no patch of four are left out.
-        """
+        Frames that fill no patch of four are left out."""
         codec = self.codecs[representation]
         if motion.shape[-1] != len(codec.mean):
-            raise ValueError(f"{representation} of width {motion.shape[-1]}, this model reads "
-                             f"{len(codec.mean)}")
+            width = len(codec.mean)
+            raise ValueError(f"{representation} of width {motion.shape[-1]}, this model reads {width}")
         if lengths.min() < PATCH or lengths.max() > motion.shape[1]:
             raise ValueError(f"lengths {lengths.tolist()} are not {PATCH} to {motion.shape[1]} frames")
         n = int(lengths.max()) // PATCH
-        mask = length_mask(lengths // PATCH, n)
+        mask = codec.mask(lengths, n)
         real = repeat(mask, "b n -> b (n p) 1", p=PATCH)
         return codec.encode(torch.where(real, motion[:, :n * PATCH], codec.mean)) * mask[..., None], mask
+
+    def read(self, features, lengths, representation):
+        """Raw features (b t d), lengths (b) -> tokens (b n k), mask (b n) of them as a representation."""
+        device = self.words.weight.device
+        motion = from_features(features.to(device), representation, self.skeleton)
+        return self.tokenise(motion, lengths.to(device), representation)
 
     def encode(self, tokens, mask, representation, level=None, head=None):
         """Tokens (b n k), mask (b n) -> mean, log variance (b c), as the backbone or a head reads them."""
@@ -181,8 +181,8 @@ class MotionReward(nn.Module):
     def embed_motion(self, motion, lengths, representation="features", level=None, head=None):
         """Raw motion (b t w), lengths (b) -> mean latents (b c), not of unit length.
 
-        level (b): share of noise in the motion, 0 to 1, by default 0. It means something only to a model
-        that was trained on noised motions; heads always learn from clean ones.
+        level (b): share of noise in the motion, by default 0. Only a model that was trained on noised
+        motions knows what it means; heads always learn from clean ones.
         """
         tokens, mask = self.tokenise(motion, lengths, representation)
         return self.encode(tokens, mask, representation, level, head)[0]
@@ -193,9 +193,8 @@ class MotionReward(nn.Module):
 
     def embed_text(self, captions):
         """Captions (list of b) -> mean latents (b c)."""
-        ids, mask = self.vocabulary.encode(captions, self.config["max_words"])
-        device = self.words.weight.device
-        return self.encode_text(ids.to(device), mask.to(device))[0]
+        words = self.vocabulary.encode(captions, self.config["max_words"])
+        return self.encode_text(*(part.to(self.words.weight.device) for part in words))[0]
 
     def answer(self, head, tokens, mask, representation, level=None):
         """What the head "preference" (b 1) or "authenticity" (b 2) says, through its own adapters."""
@@ -205,15 +204,15 @@ class MotionReward(nn.Module):
         """What a head says as a reward (b): P(real), or the preference, where 0 is the average motion of the
         base and 1 one spread of its motions."""
         answer = self.answer(head, tokens, mask, representation, level)
-        row = REPRESENTATIONS.index(representation)
         if head == "authenticity":
             return answer.softmax(-1)[:, 0]
+        row = REPRESENTATIONS.index(representation)
         return (answer[:, 0] - self.preference_mean[row]) / self.preference_std[row]
 
     def columns(self, motion, lengths, captions, clips):
         """What the heads say of raw features (b t d), as columns of a table: {head: (b)}."""
-        tokens, mask = self.tokenise(motion, lengths, "features")
-        return {head: self.score(head, tokens, mask, "features") for head in self.heads}
+        tokens, mask = self.read(motion, lengths, "features")
+        return {head: self.score(head, tokens, mask, "features") for head in HEADS}
 
     # -- files --
 
@@ -259,10 +258,10 @@ class Library:
             statistics = datasets.Statistics.from_clips(
                 converted, "scorer", ROOT_BIAS[name], blocks=representations.blocks(name, model.skeleton))
             codec.fit(converted, statistics, whitening=WHITENING)
-            motions = [torch.from_numpy(clip.features) for clip in converted]  # t w
+            motions = [torch.from_numpy(clip.features) for clip in converted]
             self.tokens[name] = [one_by_one(model, motion, name) for motion in motions]
             if name == keep:
-                self.raw = motions  # to be noised
+                self.raw = motions  # t w, to be noised
         self.captions = retrieval.Captions(clips, model.vocabulary, model.config["max_words"])
 
     def text(self, lines, g):
@@ -279,10 +278,10 @@ class Library:
 
     def noised(self, rows, name, noise, g):
         """The same from noised motions, and the levels (b), uniform in (0, .5]."""
-        raw = [self.raw[row] for row in rows.tolist()]
-        lengths = torch.tensor([len(motion) for motion in raw], device=self.device)
+        motion, mask = padded([self.raw[row] for row in rows.tolist()])
+        lengths = mask.sum(1).to(self.device)
         level = (0.5 * (1 - torch.rand(len(rows), generator=g))).to(self.device)
-        motion = noise(pad_sequence(raw, batch_first=True).to(self.device), lengths, level, g)
+        motion = noise(motion.to(self.device), lengths, level, g)
         return *self.model.tokenise(motion, lengths, name), level
 
 
@@ -292,7 +291,7 @@ def one_by_one(model, motion, name):
     return model.tokenise(motion, torch.tensor([motion.shape[1]], device=motion.device), name)[0][0]
 
 
-def train_semantics(model, library, losses, *, stage, iterations, batch, seed, representation, noise=None):
+def train_semantics(model, library, losses, *, stage, iterations, batch, seed, representation, noise):
     """"stage 1", or "SPL" on top of its losses -> {"loss"}, with SPL also {"failed"}: the share of rows
     that SPL worked on; see training.supervised.
 
@@ -334,27 +333,12 @@ def train_semantics(model, library, losses, *, stage, iterations, batch, seed, r
     return supervised(f"motion reward, {stage}", parameters, loss, iterations=iterations, lr=LR[stage])
 
 
-class Reading:
-    """A MotionReward that is asked with features and reads them as a representation, for retrieval.py."""
-
-    def __init__(self, model, representation):
-        self.model, self.representation = model, representation
-
-    def embed_motion(self, motion, lengths):
-        """Raw features (b t d), lengths (b) -> mean latents (b c)."""
-        device = self.model.words.weight.device
-        motion = from_features(motion.to(device), self.representation, self.model.skeleton)
-        return self.model.embed_motion(motion, lengths.to(device), self.representation)
-
-    def embed_text(self, captions):
-        """Captions (list of b) -> mean latents (b c)."""
-        return self.model.embed_text(captions)
-
-
-@torch.no_grad()
 def retrieval_of(model, clips):
-    """{representation: retrieval.retrieval_score of the clips read as it}."""
-    return {name: retrieval.retrieval_score(Reading(model, name), clips) for name in REPRESENTATIONS}
+    """{representation: retrieval.retrieval_score of the clips read as it}"""
+    def reading(name):
+        return SimpleNamespace(embed_text=model.embed_text, embed_motion=lambda motion, lengths: model.encode(
+            *model.read(motion, lengths, name), name)[0])
+    return {name: retrieval.retrieval_score(reading(name), clips) for name in REPRESENTATIONS}
 
 
 # ---- 3. Heads ----------------------------------------------------------------------------------
@@ -364,10 +348,8 @@ FIFTH = 5  # every fifth generated motion is held out
 
 
 def train_head(model, head, draw, loss, *, iterations, seed):
-    """Train one head and its adapters, all else frozen -> {"loss"}. One representation an iteration in turn.
-
-    draw(representation, g) -> tokens (b n k), mask (b n), the two sides one after the other; loss(answers).
-    """
+    """Train one head and its adapters, all else frozen -> loss. One representation an iteration in turn.
+    draw(representation, g) -> tokens (2b n k), mask (2b n), one side after the other; loss(answers)."""
     model.requires_grad_(False)
     parameters = [*model.heads[head].parameters(), *lora.parameters(model.adapted[head])]
     for parameter in parameters:
@@ -379,9 +361,7 @@ def train_head(model, head, draw, loss, *, iterations, seed):
         return loss(model.answer(head, tokens, mask, representation))
 
     label = f"motion reward, {head}"
-    notes = supervised(label, parameters, batch_loss, iterations=iterations, lr=LR["heads"])
-    model.requires_grad_(False)
-    return notes["loss"]
+    return supervised(label, parameters, batch_loss, iterations=iterations, lr=LR["heads"])["loss"]
 
 
 def damage_pairs(model, motions, count, names, grades, seed, purpose):
@@ -395,7 +375,7 @@ def damage_pairs(model, motions, count, names, grades, seed, purpose):
         return {name: one_by_one(model, motion, name) for name, motion in motions.items()}
     pairs = perception.make_pairs(motions, count, names, grades, model.skeleton, None, seed, purpose)
     sides = [[read(joints) for joints in side] for side in pairs]
-    return {name: tuple([row[name] for row in side] for side in sides) for name in REPRESENTATIONS}
+    return {name: [[row[name] for row in side] for side in sides] for name in REPRESENTATIONS}
 
 
 def train_preference(model, motions, ranking_loss, *, pairs, batch, seed, **options):
@@ -409,7 +389,6 @@ def train_preference(model, motions, ranking_loss, *, pairs, batch, seed, **opti
                       seed=seed, **options)
 
 
-@torch.no_grad()
 def preference_accuracy(model, motions, seed):
     """{representation: {damage: share of the motions (raw features (t d)) that score higher than a damaged
     copy}}; equal scores count as half."""
@@ -418,30 +397,23 @@ def preference_accuracy(model, motions, seed):
         made = damage_pairs(model, motions, len(motions), [damage], perception.GRADES[:3], seed,
                             f"{damage} pairs")
         for name, sides in made.items():
-            better, worse = (model.answer("preference", *padded(side), name)[:, 0] for side in sides)
-            shares[name][damage] = ((better > worse).double()
-                                    + (better == worse).double() / 2).mean().item()
+            better, worse = (model.answer("preference", *padded(side), name) for side in sides)
+            won = torch.heaviside(better - worse, torch.full_like(better, 0.5))
+            shares[name][damage] = won.double().mean().item()
     return shares
+
+
+def read_list(model, motions, representation):
+    """MotionReward.read of a list of raw features (t d)"""
+    motion, mask = padded(motions)
+    return model.read(motion, mask.sum(1), representation)
 
 
 def crops(model, real, generated, representation, g):
     """Pairs of equal length out of two lists of raw features (t d) -> tokens (2b n k), mask (2b n), the real
     ones first: lengths tell nothing."""
-    parts, shortest = ([], []), math.ceil(1.6 * model.skeleton.fps / PATCH)
-    for pair in zip(real, generated):
-        longest = min(len(motion) for motion in pair) // PATCH
-        n = longest - int(torch.randint(max(1, longest - shortest + 1), (), generator=g))
-        for side, motion in zip(parts, pair):
-            start = int(torch.randint(len(motion) - PATCH * n + 1, (), generator=g))
-            side.append(motion[start:start + PATCH * n])
-    return read_features(model, parts[0] + parts[1], representation)
-
-
-def read_features(model, motions, representation):
-    """Raw features (t d), a list of b -> tokens (b n k), mask (b n) of them as a representation."""
-    device = model.words.weight.device
-    motion = from_features(pad_sequence(motions, batch_first=True).to(device), representation, model.skeleton)
-    return model.tokenise(motion, torch.tensor([len(row) for row in motions], device=device), representation)
+    pairs = [perception.cut(pair, model.skeleton, g) for pair in zip(real, generated)]
+    return read_list(model, [motion for side in zip(*pairs) for motion in side], representation)
 
 
 def train_authenticity(model, real, generated, authenticity_loss, *, batch, **options):
@@ -451,34 +423,19 @@ def train_authenticity(model, real, generated, authenticity_loss, *, batch, **op
                   for motions in (real, generated))
         return crops(model, *picked, representation, g)
 
-    def loss(logits):
-        return authenticity_loss(logits, torch.arange(2 * batch, device=logits.device) >= batch)
-    return train_head(model, "authenticity", draw, loss, **options)
+    made = torch.arange(2 * batch, device=model.words.weight.device) >= batch
+    return train_head(model, "authenticity", draw, lambda logits: authenticity_loss(logits, made), **options)
 
 
-@torch.no_grad()
 def authenticity_accuracy(model, real, generated, seed):
     """{representation: share of motions told right}, half of them real: raw features (t d), as many as the
     shorter list has."""
     shares = {}
     for name in REPRESENTATIONS:
-        tokens, mask = crops(model, real, generated, name, generator(seed, 0, "authenticity check"))
-        says_real, says_generated = model.answer("authenticity", tokens, mask, name).unbind(-1)
-        true, false = (says_real - says_generated).chunk(2)
-        shares[name] = torch.cat([true > 0, false < 0]).double().mean().item()
+        sides = crops(model, real, generated, name, generator(seed, 0, "authenticity check"))
+        true, false = model.answer("authenticity", *sides, name).diff()[:, 0].chunk(2)  # generated - real
+        shares[name] = torch.cat([true < 0, false > 0]).double().mean().item()
     return shares
-
-
-@torch.no_grad()
-def standardise(model, motions, chunk=64):
-    """Set what `standardised` subtracts and divides by: mean and spread of the scores of these motions (raw
-    features (t d), a list) in each representation."""
-    for row, name in enumerate(REPRESENTATIONS):
-        scores = torch.cat([
-            model.answer("preference", *read_features(model, motions[start:start + chunk], name), name)[:, 0]
-            for start in range(0, len(motions), chunk)])
-        model.preference_mean[row] = scores.mean()
-        model.preference_std[row] = scores.std().clamp(min=1e-6)
 
 
 # ---- 4. All of it ------------------------------------------------------------------------------
@@ -504,13 +461,12 @@ def fit_motion_reward(domains, generated, losses, size, *, representation="featu
     from. target: on whose val split retrieval and preference are measured, by default the last one's.
     generated(count=...) -> raw features (t d), a list, made by the base generator for train prompts of all
     domains (if of one of them, the domain would tell what is real); it is called where the cache has no
-    heads, and every fifth motion is held out. size: of TRAINING, or a Training. saw: plain data that names what else
-    shaped the inputs: the noise, and what `generated` would make. noise(motion (b t w) raw in
-    `representation`, lengths (b), level (b), g) -> noised motion: half of the batches of that representation
-    are noised, and the time token is told the level.
+    heads, and every fifth motion is held out. size: of TRAINING, or a Training. saw: plain data that names
+    what else shaped the inputs: the noise, and what `generated` would make. noise(motion (b t w) raw in
+    `representation`, lengths (b), level (b), g) -> noised motion, for half of that representation's batches.
     """
     schedule = TRAINING[size] if isinstance(size, str) else size
-    spl_iterations, head_iterations = schedule.spl_iterations, schedule.head_iterations
+    spl_iterations, head_iterations, count = schedule
     target, skeleton = target or domains[-1], domains[-1].skeleton
     clips = [clip for domain in domains for clip in datasets.half(domain.splits["train"], 0)]
 
@@ -522,13 +478,12 @@ def fit_motion_reward(domains, generated, losses, size, *, representation="featu
             initialise(model, g)
             model.adapt(g).to(device)
         library = Library(model, clips, representation)
-        options = dict(batch=batch, seed=seed, representation=representation, noise=noise)
-        notes = {"stage 1": train_semantics(model, library, losses, stage="stage 1", iterations=iterations,
-                                            **options)}
+        train = partial(train_semantics, model, library, losses, batch=batch, seed=seed,
+                        representation=representation, noise=noise)
+        notes = {"stage 1": train(stage="stage 1", iterations=iterations)}
         notes["before"] = retrieval_of(model, target.splits["val"])
         if losses.spl and spl_iterations:
-            notes["spl"] = train_semantics(model, library, losses, stage="SPL", iterations=spl_iterations,
-                                           **options)
+            notes["spl"] = train(stage="SPL", iterations=spl_iterations)
         notes["after"] = retrieval_of(model, target.splits["val"])
         return {"model": model.export(), "notes": notes}
 
@@ -547,30 +502,34 @@ def fit_motion_reward(domains, generated, losses, size, *, representation="featu
           + ", ".join(shown))
 
     def heads():
-        motions = [motion.detach().cpu().float() for motion in generated(count=schedule.generated)]
+        motions = [motion.detach().cpu().float() for motion in generated(count=count)]
         vals = [clip for domain in domains for clip in domain.splits["val"]]
 
         def shuffled(part):
             order = torch.randperm(len(part), generator=generator(seed, 0, "recordings"))
             return [torch.from_numpy(part[k].features) for k in order.tolist()]
-        real, real_val, target_val = shuffled(clips), shuffled(vals), shuffled(target.splits["val"])
-        made_val = motions[FIFTH - 1::FIFTH]
+        real, real_val, target_val = map(shuffled, (clips, vals, target.splits["val"]))
         made = [motion for k, motion in enumerate(motions) if k % FIFTH < FIFTH - 1]
         options = dict(iterations=head_iterations, seed=seed, batch=32)
         both = [motion for pair in zip(real, made) for motion in pair]  # what is scored later is generated
         both += real[len(made):] + made[len(real):]
         loss = {"preference": train_preference(model, both, losses.preference, pairs=pairs, **options),
                 "authenticity": train_authenticity(model, real, made, losses.authenticity, **options)}
-        standardise(model, motions)
+        retrieval.freeze(model)
+        for row, name in enumerate(REPRESENTATIONS):  # what `score` subtracts and divides by
+            scores = torch.cat([model.answer("preference", *read_list(model, motions[k:k + 64], name), name)
+                                for k in range(0, len(motions), 64)])
+            model.preference_mean[row] = scores.mean()
+            model.preference_std[row] = scores.std().clamp(min=1e-6)
         return {"model": model.export(), "notes": {
             "loss": loss, "preference": preference_accuracy(model, target_val[:64], seed),
-            "authenticity": authenticity_accuracy(model, real_val, made_val, seed),
+            "authenticity": authenticity_accuracy(model, real_val, motions[FIFTH - 1::FIFTH], seed),
             "preference_scale": [model.preference_mean.tolist(), model.preference_std.tolist()]}}
 
     if head_iterations:
-        code = source_of(perception.make_pairs, perception.damaged, *perception.DAMAGES.values(),
-                         lora.Adapter, train_head, train_preference, train_authenticity, damage_pairs,
-                         crops, standardise, features_of_joints)
+        code = source_of(perception.cut, perception.make_pairs, perception.damaged,
+                         *perception.DAMAGES.values(), lora.Adapter, train_head, train_preference,
+                         train_authenticity, damage_pairs, crops, features_of_joints)
         stored = cached(cache_dir, [*key, saw, list(schedule), pairs, code], heads, "motion_reward_heads",
                         use_cache)
         model, notes = MotionReward.load(stored["model"]).to(device), notes | stored["notes"]

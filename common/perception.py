@@ -179,23 +179,28 @@ def decoded(motions, vq, chunk=128):
     return out
 
 
+def cut(motions, skeleton, g):
+    """A random part of each motion (t d), equally long: a multiple of 4 frames, no less than 1.6 s."""
+    def draw(n):
+        return int(torch.randint(n, (), generator=g))
+    longest, shortest = min(map(len, motions)) // PATCH, math.ceil(1.6 * skeleton.fps / PATCH)
+    t = PATCH * (longest - draw(max(1, longest - shortest + 1)))
+    starts = [draw(len(motion) - t + 1) for motion in motions]
+    return [motion[start:start + t] for motion, start in zip(motions, starts)]
+
+
 def make_pairs(motions, count, names, grades, skeleton, vq, seed, purpose):
     """`count` pairs of raw motions (t d) -> lists of joints (t j 3) in metres, the better and the worse ones.
-    Both sides show the same random part of one, a multiple of 4 frames and no less than 1.6 s: neither length
-    nor content tells them apart. Two damaged sides differ in strength alone."""
-    better, worse, shortest = [], [], math.ceil(1.6 * skeleton.fps / PATCH)
+    Both sides show the same part of one, see cut: neither length nor content tells them apart. Two damaged
+    sides differ in strength alone."""
+    better, worse = [], []
     for k in range(count):
-        motion, g = motions[k % len(motions)], generator(seed, 0, purpose, k)
-
-        def draw(n):
-            return int(torch.randint(n, (), generator=g))
-        longest = len(motion) // PATCH
-        t = PATCH * (longest - draw(max(1, longest - shortest + 1)))
-        start = draw(len(motion) - t + 1)
-        name, both = names[draw(len(names))], grades[draw(len(grades))]
+        g = generator(seed, 0, purpose, k)
+        motion, = cut([motions[k % len(motions)]], skeleton, g)
+        name, both = (part[int(torch.randint(len(part), (), generator=g))] for part in (names, grades))
         for side, grade in zip((better, worse), both):
             again = generator(seed, 1, purpose, k)  # on both sides the same draws
-            side.append(damaged(name, motion[start:start + t], grade, again, skeleton, vq))
+            side.append(damaged(name, motion, grade, again, skeleton, vq))
     return better, worse
 
 
@@ -271,7 +276,7 @@ def fit_perception(dataset, vq, loss, checkpoint="", *, iterations, seed, cache_
         notes = train_perception(critic.to(device), clips, clips_val, vq, loss, device=device, **training)
         return {"model": critic.state_dict(), **notes}
 
-    code = source_of(PerceptionCritic, *DAMAGES.values(), damaged, make_pairs, train_perception, loss,
+    code = source_of(PerceptionCritic, *DAMAGES.values(), damaged, cut, make_pairs, train_perception, loss,
                      supervised, motion_critic.DSTformer, motion_critic.Block, MotionCritic)
     key = [dataset.fingerprint, vq.state_dict(), vq.halvings, SIZES, PATCH, list(PARTS), list(FREEZES), code,
            training]
