@@ -4,9 +4,8 @@ import copy
 import numpy as np
 import torch
 
-from common import datasets, generator, retrieval, token_policy, tokenizer, training
-from common.motion_gpt import MotionGPT
-from common.text import TextEncoder
+import ppo_motion
+from common import datasets, generator, retrieval, tokenizer, training
 
 WIDTH = 251  # features of a KIT frame
 CAPTIONS = ["a person walks forward", "someone turns left slowly", "a man waves", "a person jumps twice",
@@ -24,7 +23,10 @@ def uniforms(*shape, k=0):
 
 def small_gpt(codes=12, text_dim=16, width=16, layers=1, block=7, sharp=3.0, k=0):
     """A random policy whose distributions are far from uniform."""
-    gpt = MotionGPT(codes, text_dim, width, 2, layers, layers, block)
+    sizes = dict(codes=codes, text_dim=text_dim, width=width, heads=2, base_layers=layers, head_layers=layers,
+                 block_size=block)
+    gpt = ppo_motion.MotionGPT(**sizes)
+    gpt.sizes = sizes
     training.initialise(gpt, generator(0, k, "gpt"))
     gpt.trans_head["head"].weight.data.mul_(sharp)
     return gpt.eval()
@@ -35,6 +37,12 @@ def tiny_clips():
     return [datasets.Clip(f"clip-{k}", rng.normal(size=(4 * (2 + k % 3), WIDTH)).astype(np.float32),
                           [caption, f"{caption} again"], [[], []], [{}, {}])
             for k, caption in enumerate(CAPTIONS)]
+
+
+def composed_clips():
+    """Captions without a motion."""
+    empty = np.zeros((0, WIDTH), np.float32)
+    return [datasets.Clip(caption, empty, [caption], [[]], [{}]) for caption in COMPOSED]
 
 
 def retrieval_model(clips):
@@ -49,7 +57,7 @@ def tiny_policy(halvings=1, shift=0.2):
     """All networks at toy size with random weights; the policy is `shift` away from its reference."""
     vq = tokenizer.VQVAE(WIDTH, 8, 4, 12, halvings)
     vocabulary = datasets.Vocabulary.from_captions(CAPTIONS + COMPOSED)
-    text = TextEncoder(vocabulary, 16, 1, 2)
+    text = tokenizer.TextEncoder(vocabulary.words, 16, 1, 2)
     for k, part in enumerate((vq, text)):
         training.initialise(part, generator(0, k, "parts"))
         retrieval.freeze(part)
@@ -58,8 +66,7 @@ def tiny_policy(halvings=1, shift=0.2):
     gpt = copy.deepcopy(reference)
     for k, weight in enumerate(gpt.parameters()):
         weight.data.add_(shift * normal(*weight.shape, k=k))
-    return token_policy.Policy(vq=vq, text=text, gpt=retrieval.freeze(gpt), shortest=4 // 2**halvings,
-                               reference=retrieval.freeze(reference), device=torch.device("cpu"))
+    return ppo_motion.Policy(vq, text, retrieval.freeze(gpt), retrieval.freeze(reference))
 
 
 class Never:
@@ -70,7 +77,5 @@ class Never:
 def plans(args, iteration=0, rows=None, index=None, apart=()):
     """Minibatches of the samples `rows`, by default one a prompt; index: those that are held; apart: those in
     chunks of their own."""
-    rows = list(range(args.batch_prompts)) if rows is None else rows
-    return [training.minibatches(rows, round(1 / args.minibatch_ratio), index or rows, args.micro_batch,
-                             generator(args.seed, iteration, "shuffle", epoch), apart)
-            for epoch in range(args.ppo_epochs)]
+    rows = list(range(args.prompts)) if rows is None else rows
+    return training.epochs(args, rows, index or rows, iteration, apart)
