@@ -116,9 +116,8 @@ def fit_base(make_model, parts, source, size, prediction, schedule, *, clips=Non
     """A denoiser, trained on the source's train split or from the cache -> frozen model, notes.
 
     make_model(vocabulary) -> the network with any weights; parts: the classes and functions that it is made
-    of. The cache's key holds what their code does, the shapes of the weights and the sizes. clips: those of
-    the source in another representation; then also weights=False: all numbers of a frame count alike in a
-    patch, where otherwise the few of the whole body count more than the many of the limbs.
+    of, for the cache's key. clips: those of the source in another representation; then also weights=False:
+    all numbers of a frame count alike in a patch, where otherwise the few of the whole body count more.
     """
     clips = clips or source.splits["train"]
     vocabulary = datasets.Vocabulary.from_captions([c for clip in clips for c in clip.captions])
@@ -140,8 +139,8 @@ def fit_base(make_model, parts, source, size, prediction, schedule, *, clips=Non
         notes |= train_base(model.to(device), clips, device, **training)
         return {"model": model.state_dict(), **notes}
 
+    parts += (MotionVAE, fit_vae) if size.latents else ()
     code = source_of(PatchCodec, corrupt, train_base, supervised, datasets.Vocabulary, *parts)
-    code += source_of(MotionVAE, fit_vae) if size.latents else []
     shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
     key = [saw, shapes, code, [] if weights is None else weights.tolist(), list(size), training,
            [TEXT_DROP, datasets.WORD_DROP, datasets.WORD_SWAP]]

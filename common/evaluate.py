@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from common import (
-    InputError, NonFiniteError, datasets, features, generator, metrics, render, retrieval, runs)
+from common import (InputError, NonFiniteError, datasets, features, generator, metrics, render, retrieval,
+                    runs)
 from common.embedded import oracle
 
 FIRST = ("reward", "judge", "oracle", "oracle_all")  # the order in a table; a script's own come after these
@@ -46,10 +46,8 @@ class Scorers(NamedTuple):
 
 
 def questions(clips, repeat):
-    """What repeat number `repeat` asks for: captions, attributes (both b) and lengths (b) in frames.
-
-    Caption r of a clip with n captions is number r mod n; lengths are the clips' own, as in the benchmarks.
-    """
+    """What repeat number `repeat` asks for: captions, attributes (both b) and lengths (b) in frames. Caption r
+    of a clip with n captions is number r mod n; lengths are the clips' own, as in the benchmarks."""
     captions = [clip.captions[repeat % len(clip.captions)] for clip in clips]
     attributes = [clip.attributes[repeat % len(clip.captions)] for clip in clips]
     return captions, attributes, torch.tensor([len(clip.features) for clip in clips])
@@ -101,12 +99,9 @@ def measure(motion, lengths, captions, attributes, scorers, clips):
 
 
 def benchmark(judge, generated, real, *, generator, pool=32, pairs=300):
-    """One repeat of the benchmark's table: dict metric -> float.
-
-    generated: (raw features (n t d), lengths (n), captions); real: (raw features, lengths), the set that FID
-    compares with. The ground-truth row of a table is the real set in both places. Embeddings are scaled to
-    unit length, so distances order pairs as cosines do; FID lies in 0..4.
-    """
+    """One repeat of the benchmark's table: dict metric -> float. generated: (raw features (n t d), lengths
+    (n), captions); real: (raw features, lengths), the set that FID compares with, also by itself in the row
+    of the ground truth. Embeddings have unit length, so distances order pairs as cosines do, FID is 0..4."""
     motion, text = retrieval.embed(judge, *generated)
     target, _ = retrieval.embed(judge, *real)
     return metrics.benchmark_embeddings(text, motion, target, generator=generator, pool=pool, pairs=pairs)
@@ -171,10 +166,10 @@ def check_names(names, clips, scorers):
     """InputError if `look` would not find one of the columns, before any training is paid for."""
     known = evaluate(clips[:4], scorers)
     known |= {"length_error": None}  # only a sampler that chooses its own lengths has one
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        columns = ", ".join(name for name in known if name not in ("_prompts", "checks"))
-        raise InputError(f"no column {unknown[0]!r} to look at while training; there are {columns}")
+    for name in names:
+        if name not in known:
+            columns = ", ".join(column for column in known if column not in ("_prompts", "checks"))
+            raise InputError(f"no column {name!r} to look at while training; there are {columns}")
 
 
 def paired_gain(after, before):
@@ -286,10 +281,8 @@ def report(start, folder, about, source, target, scorers, before, after, curves,
 
 
 def end_run(start, folder, about, tables, clips, scorers, before, after, curves):
-    """End a run whose tables are made: pictures, and results.json with the tables and `about`.
-
-    before, after: samplers of base and tuned; clips, curves: see draw.
-    """
+    """End a run whose tables are made: pictures, and results.json with the tables and `about`. before,
+    after: samplers of base and tuned; clips, curves: see draw."""
     start.watch.lap("evaluation")
     draw(folder, clips, scorers, {"before": before, "after": after}, () if start.stored else curves)
     start.watch.lap("pictures")
@@ -324,10 +317,7 @@ def spread_out(clips, count):
 
 def draw(folder, clips, scorers, samplers, curves=(), count=4):
     """Curves, a storyboard and GIFs of before | after | data for clips chosen by position, never by score.
-
-    samplers: title -> sampler. curves: columns of logs.csv, or tuples of them, one panel each; empty: no
-    curves.
-    """
+    samplers: title -> sampler. curves: columns of logs.csv, or tuples of them, a panel each; or none."""
     clips = spread_out(clips, count)
     captions, attributes, lengths = questions(clips, 0)
     motions = {title: sampler(captions, lengths, "pictures", 0) for title, sampler in samplers.items()}
@@ -348,11 +338,9 @@ def draw(folder, clips, scorers, samplers, curves=(), count=4):
 
 
 def export(folder, prompts, frames, limit, skeleton, samplers, compare=True):
-    """--prompt: for every caption a GIF, and joints (.npy) and BVH of each motion in it.
-
-    frames: of each motion, a multiple of 4 and at most `limit` (InputError), 0 where the sampler chooses;
-    samplers: title -> sampler; compare: whether the one called "before" is shown.
-    """
+    """--prompt: for every caption a GIF, and joints (.npy) and BVH of each motion in it. frames: of each
+    motion, a multiple of 4 and at most `limit` (InputError), 0 where the sampler chooses; samplers: title ->
+    sampler; compare: whether the one called "before" is shown."""
     if frames % 4 or frames > limit:
         raise InputError(f"--length {frames}: a multiple of 4 frames (20 a second), at most {limit}")
     lengths = torch.full((len(prompts),), frames)

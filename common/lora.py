@@ -79,14 +79,14 @@ def inject(model, pattern, rank, alpha, generator=None):
 def scaled(model, strength):
     """`with scaled(model, 0.0):` -- the adapters at a share of their strength, at no memory cost. At 0 the
     model is its base bit for bit: a reference for KL terms and for tables."""
-    before = {name: layer.scaling for name, layer in adapters(model).items()}
+    layers = [(layer, layer.scaling) for layer in adapters(model).values()]
     try:
-        for name, layer in adapters(model).items():
-            layer.scaling = strength * before[name]
+        for layer, full in layers:
+            layer.scaling = strength * full
         yield model
     finally:
-        for name, layer in adapters(model).items():
-            layer.scaling = before[name]
+        for layer, full in layers:
+            layer.scaling = full
 
 
 def parameters(model):
@@ -103,8 +103,7 @@ def state(model):
     """All A and B with their scale: a dict of tensors and floats, small enough to share; see `load`."""
     stored = {}
     for name, layer in adapters(model).items():
-        stored[f"{name}.A"] = layer.A.detach().cpu().clone()
-        stored[f"{name}.B"] = layer.B.detach().cpu().clone()
+        stored |= {f"{name}.{part}": getattr(layer, part).detach().cpu().clone() for part in "AB"}
         stored[f"{name}.scaling"] = layer.scaling
     return stored
 
@@ -119,11 +118,10 @@ def load(model, stored):
     problems = [f"missing {key}" for key in mine if key not in stored]
     problems += [f"unknown {key}" for key in stored if key not in mine]
     for key in mine.keys() & stored.keys():
-        if key.endswith(".scaling"):
-            if mine[key] != stored[key]:
-                problems.append(f"{key} is {stored[key]}, the model has {mine[key]}")
-        elif mine[key].shape != stored[key].shape:
-            problems.append(f"{key} is {tuple(stored[key].shape)}, the model has {tuple(mine[key].shape)}")
+        theirs, ours = ((tuple(value.shape) if torch.is_tensor(value) else value)
+                        for value in (stored[key], mine[key]))
+        if theirs != ours:
+            problems.append(f"{key} is {theirs}, the model has {ours}")
     if problems:
         more = f"; {len(problems) - 5} more" if len(problems) > 5 else ""
         raise InputError("the adapter does not fit; use the rank, alpha and size of its run: "

@@ -17,8 +17,8 @@ def _double(x):
 def pairwise_distance(x, y):
     """Euclidean distances (n m) of rows x (n c) and y (m c), float64.
 
-    Differences are squared, not expanded to |x|^2 + |y|^2 - 2xy as in the official text-to-motion code: in
-    float32 the expansion is NaN, or half a unit wrong, exactly where a perfect model should score 0.
+    Not expanded to |x|^2 + |y|^2 - 2xy as in the official code: in float32 that is NaN, or half a unit wrong,
+    exactly where a perfect model should score 0.
     """
     x, y = _double(x), _double(y)
     return torch.cat([(row - y).square().sum(-1).sqrt() for row in x.split(1)]).reshape(len(x), len(y))
@@ -57,16 +57,13 @@ def r_precision(text, motion, pool=32, top_k=3, order=None):
     pool of all rows. Returns a dict: "top" (top_k,) float64, "pool" the size used (chance is k / pool),
     "ties" the share of queries whose own motion is as near as a wrong one.
     """
-    text, motion = _double(text), _double(motion)
     if order is not None:
         text, motion = text[order], motion[order]
     pool = min(pool, len(text))
-    hits, tied = [], []
-    for start in range(0, len(text) - pool + 1, pool):
-        rows = slice(start, start + pool)
-        hit, tie = hit_chance(pairwise_distance(text[rows], motion[rows]), range(1, top_k + 1))
-        hits.append(hit)
-        tied.append(tie)
+    starts = range(0, len(text) - pool + 1, pool)
+    hits, tied = zip(*(
+        hit_chance(pairwise_distance(text[k:k + pool], motion[k:k + pool]), range(1, top_k + 1))
+        for k in starts))
     return {"top": torch.cat(hits).mean(0), "pool": pool, "ties": torch.cat(tied).double().mean().item()}
 
 
@@ -101,14 +98,12 @@ def draw_pairs(n, times, generator):
 
 def diversity(motion, first, second):
     """Mean distance of motion[first] and motion[second]; motion (n c), index sets from draw_pairs (300)."""
-    motion = _double(motion)
-    return (motion[first] - motion[second]).norm(dim=-1).mean().item()
+    return mm_dist(motion[first], motion[second])
 
 
 def multimodality(motion, first, second):
     """Mean distance of samples of the SAME prompt; motion (p g c), index sets into g for all prompts (10)."""
-    motion = _double(motion)
-    return (motion[:, first] - motion[:, second]).norm(dim=-1).mean().item()
+    return mm_dist(motion[:, first], motion[:, second])
 
 
 def mean_interval(values):
@@ -119,9 +114,8 @@ def mean_interval(values):
 
 def hypervolume(points, reference):
     """Volume of the union of boxes between the reference point (k) and each point (n k), larger is better;
-    k = 2 or 3. A point that is not above the reference in every component adds nothing. Exact, float64: slabs
-    between the values of the last component, in each of which the area is a staircase (Fonseca et al. 2006).
-    """
+    k = 2 or 3. A point that is not above the reference in every component adds nothing. Exact: slabs between
+    the values of the last component, in each of which the area is a staircase (Fonseca et al. 2006)."""
     points = torch.as_tensor(points).double() - torch.as_tensor(reference).double()
     points = points[(points > 0).all(1)]
     if points.shape[1] == 2:

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
+from torch.nn.utils.rnn import pack_padded_sequence
 
-from common import (
-    Attention, InputError, NonFiniteError, TransformerLayer, generator, length_mask, sinusoid)
+from common import (Attention, InputError, NonFiniteError, TransformerLayer, generator, length_mask, padded,
+                    sinusoid)
 from common.datasets import Statistics, Vocabulary, collate, half
 from common.metrics import hit_chance, pairwise_distance
 from common.patches import PatchCodec
@@ -73,8 +73,7 @@ def info_nce(text, motion, temperature=0.1, duplicates=None):
     """Symmetric cross-entropy over cosines (TMR sec. 3.2; the published configuration uses temperature .1).
 
     text, motion (b c); duplicates (b b) bool marks pairs that mean the same and so are no negatives. The
-    diagonal is never removed, whatever `duplicates` says: every row keeps its positive and the loss stays
-    finite.
+    diagonal stays, whatever it says: every row keeps its positive and the loss is finite.
     """
     logits = F.normalize(text, dim=-1) @ F.normalize(motion, dim=-1).T / temperature    # b b, row = text
     own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
@@ -121,19 +120,16 @@ class RetrievalModel(nn.Module):
             self.convs = nn.ModuleList(nn.Conv1d(i, width, 3, padding=1) for i in (components, width))
             self.motion_encoder = MotionEncoderBiGRU(width, width, width)
             self.text_encoder = MotionEncoderBiGRU(width, width, width)
-        self._initialise(torch.Generator().manual_seed(seed))
-
-    @torch.no_grad()
-    def _initialise(self, generator):
         # Drawn here and not in the layers' constructors: those use the global generator.
+        g = torch.Generator().manual_seed(seed)
         for name, weight in sorted(self.named_parameters()):
             if name == "words" or name.endswith(".tokens"):
-                weight.normal_(0.0, 1.0, generator=generator)
+                nn.init.normal_(weight, generator=g)
             elif weight.dim() > 1 and not name.endswith("hidden"):
-                nn.init.xavier_uniform_(weight, generator=generator)
+                nn.init.xavier_uniform_(weight, generator=g)
             else:
-                weight.fill_(1.0 if "norm" in name or name.endswith("output_net.1.weight") else 0.0)
-        basis = torch.randn(self.codec.basis.shape, generator=generator)
+                nn.init.constant_(weight, float("norm" in name or name.endswith("output_net.1.weight")))
+        basis = torch.randn(self.codec.basis.shape, generator=g)
         self.codec.basis.copy_(torch.linalg.qr(basis)[0])
 
     def tokenise(self, features, lengths):
@@ -238,12 +234,11 @@ class Captions:
         rows = torch.randperm(len(self.offsets) - 1, generator=g)[:batch]
         draw = torch.rand(len(rows), generator=g)
         lines = self.offsets[rows] + (draw * (self.offsets[rows + 1] - self.offsets[rows])).long()
-        return rows, lines, duplicate_pairs(self.ids[lines], [self.signatures[k] for k in lines.tolist()],
-                                            self.idf)
+        signatures = [self.signatures[k] for k in lines.tolist()]
+        return rows, lines, duplicate_pairs(self.ids[lines], signatures, self.idf)
 
 
-def train_retrieval(model, clips, *, whitening=0.5, iterations=900, batch=96, lr=2e-3, seed=0, noise=0.3,
-                    word_drop=0.1, label="retrieval model", loss=None):
+def train_retrieval(model, clips, *, iterations=900, batch=96, seed=0, label="retrieval", loss=None):
     """Train on (motion, random caption) pairs -> {"loss", "top1"}, see training.supervised. top1 is the share
     of motions that find their own caption, or one that means the same, in the batch.
 
@@ -254,7 +249,8 @@ def train_retrieval(model, clips, *, whitening=0.5, iterations=900, batch=96, lr
     if len(clips) < 2:
         raise InputError(f"{label}: needs at least two training clips, got {len(clips)}")
     g, device = torch.Generator().manual_seed(seed), model.words.device
-    model.codec.fit(clips, Statistics(model.codec.mean, model.codec.std, role="scorer"), whitening=whitening)
+    statistics = Statistics(model.codec.mean, model.codec.std, role="scorer")
+    model.codec.fit(clips, statistics, whitening=0.5)
     # The basis is fixed, so every clip is tokenised once, not once an iteration.
     tokens = []
     for clip in clips:
@@ -266,32 +262,28 @@ def train_retrieval(model, clips, *, whitening=0.5, iterations=900, batch=96, lr
     def batch_loss(iteration):
         rows, lines, duplicates = captions.draw(batch, g)
         ids, mask, duplicates = captions.ids[lines], captions.mask[lines], duplicates.to(device)
-        counts = torch.tensor([len(tokens[row]) for row in rows.tolist()], device=device)
-        motion = pad_sequence([tokens[row] for row in rows.tolist()], batch_first=True)       # b n k
-        motion = motion + noise * torch.randn(motion.shape, generator=g).to(device)
-        dropped = (torch.rand(ids.shape, generator=g) < word_drop) & mask
+        motion, real = padded([tokens[row] for row in rows.tolist()])                   # b n k
+        motion = motion + 0.3 * torch.randn(motion.shape, generator=g).to(device)
+        dropped = (torch.rand(ids.shape, generator=g) < 0.1) & mask
         text = model.encode_text(ids.masked_fill(dropped, 1).to(device), mask.to(device))
-        motion = model.encode_motion(motion, counts)
+        motion = model.encode_motion(motion, real.sum(1))
         with torch.no_grad():
             best = (F.normalize(motion, dim=-1) @ F.normalize(text, dim=-1).T).argmax(1)
             found = duplicates[torch.arange(len(rows)), best].double().mean().item()
         return (loss or info_nce)(text, motion, duplicates=duplicates), {"top1": found}
 
-    model.train()
-    notes = supervised(label, model.parameters(), batch_loss, iterations=iterations, lr=lr)
-    model.eval()
-    return notes
+    return supervised(label, model.parameters(), batch_loss, iterations=iterations, lr=2e-3)
 
 
-def fit_retrieval(family, clips, *, feat_bias=5.0, seed=0, width=64, layers=2, patch=4, **training):
+def fit_retrieval(family, clips, *, seed=0, **training):
     """Vocabulary, scorer statistics, model and training in one call -> (frozen model, notes).
 
-    feat_bias > 1 makes the few root and contact features weigh as much as the many rotations: without it
+    The feat_bias makes the few root and contact features weigh as much as the many rotations: without it
     turning left and turning right look alike to the model.
     """
     vocabulary = Vocabulary.from_captions([c for clip in clips for c in clip.captions])
-    statistics = Statistics.from_clips(clips, "scorer", feat_bias=feat_bias)
-    model = RetrievalModel(family, vocabulary, statistics, width=width, layers=layers, patch=patch, seed=seed)
+    statistics = Statistics.from_clips(clips, "scorer", feat_bias=5.0)
+    model = RetrievalModel(family, vocabulary, statistics, seed=seed)
     notes = train_retrieval(model, clips, seed=seed, label=f"{family} retrieval", **training)
     return freeze(model), notes
 

@@ -51,9 +51,7 @@ class Skips(nn.Module):
 
 class MotionVAE(nn.Module):
     """Raw motion (b t d) <-> latents (b k c), each number with mean 0 and variance 1 over the training clips.
-
-    Takes the place of a PatchCodec in a denoiser; `fit_vae` makes it.
-    """
+    Takes the place of a PatchCodec in a denoiser; `fit_vae` makes it."""
 
     def __init__(self, feature_dim, *, patch=4, patch_dims=64, width=64, heads=4, layers=3, tokens=8,
                  dims=32):
@@ -112,9 +110,7 @@ class MotionVAE(nn.Module):
 
 def train_vae(vae, clips, device, *, iterations, batch, lr, kl_weight, seed):
     """Learn to give the clips' patches back from sampled latents -> {"loss"}: smooth L1 + kl_weight KL [MLD].
-
-    Afterwards the latents of the clips are standardised.
-    """
+    Afterwards the latents of the clips are standardised."""
     encoded = [vae.patches.encode(torch.from_numpy(clip.features)[None].to(device))[0] for clip in clips]
 
     def loss(iteration):
@@ -128,8 +124,8 @@ def train_vae(vae, clips, device, *, iterations, batch, lr, kl_weight, seed):
 
     notes = supervised("VAE", vae.parameters(), loss, iterations=iterations, lr=lr)
     with torch.no_grad():
-        means = torch.cat([vae.posterior(*padded(encoded[k:k + 256]))[0]
-                           for k in range(0, len(encoded), 256)])
+        parts = (padded(encoded[k:k + 256]) for k in range(0, len(encoded), 256))
+        means = torch.cat([vae.posterior(*part)[0] for part in parts])
     vae.mean.copy_(means.mean(0))
     vae.std.copy_(means.std(0).clamp(min=1e-6))
     return notes
@@ -137,23 +133,20 @@ def train_vae(vae, clips, device, *, iterations, batch, lr, kl_weight, seed):
 
 def fit_vae(vae, clips, weights, *, shaped_by, seed, device, cache_dir, use_cache, iterations, batch=64,
             lr=2e-3, kl_weight=1e-4):
-    """Give the VAE its weights: trained on the clips, or cached -> notes. It is frozen afterwards.
-
-    weights (d): how much each number of a frame counts in the patches. shaped_by: plain data that name the
-    clips; part of the cache's key.
-    """
+    """Give the VAE its weights: trained on the clips, or cached -> notes. It is frozen afterwards. weights
+    (d): how much each number of a frame counts in the patches. shaped_by: plain data that name the clips."""
+    training = dict(iterations=iterations, batch=batch, lr=lr, kl_weight=kl_weight, seed=seed)
     initialise(vae.requires_grad_(True), generator(seed, 0, "initialise VAE"))
 
     def build():
         statistics = datasets.Statistics.from_clips(clips, role="generator")
         kept = vae.patches.fit(clips, statistics, weights)
-        notes = train_vae(vae.to(device), clips, device, iterations=iterations, batch=batch, lr=lr,
-                          kl_weight=kl_weight, seed=seed)
+        notes = train_vae(vae.to(device), clips, device, **training)
         return {"vae": vae.state_dict(), "variance_kept": kept, **notes}
 
     code = source_of(Skips, MotionVAE, PatchCodec, TransformerLayer, Attention, train_vae, supervised)
     shape = {name: list(value.shape) for name, value in vae.state_dict().items()}
-    key = [shaped_by, shape, vae.patch, weights.tolist(), iterations, batch, lr, kl_weight, seed, code]
+    key = [shaped_by, shape, vae.patch, weights.tolist(), training, code]
     stored = cached(cache_dir, key, build, "vae", use_cache)
     vae.load_state_dict(stored.pop("vae"))
     vae.to(device).eval().requires_grad_(False)

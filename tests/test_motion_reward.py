@@ -63,8 +63,8 @@ def fit(domains, folder, generated=None, spl="paper", losses=sw.LOSSES, **change
     """fit_motion_reward with few updates; generated: a list, or a function that makes it."""
     schedule = motion_reward.Training(spl_iterations=2, head_iterations=2, generated=10)
     schedule = schedule._replace(**{name: changes.pop(name) for name in schedule._fields if name in changes})
-    options = dict(iterations=6, seed=0, cache_dir=folder, batch=24, use_cache=False, device="cpu", saw="test",
-                   pairs=8, sizes=SMALL)
+    options = dict(iterations=6, seed=0, cache_dir=folder, batch=24, use_cache=False, device="cpu",
+                   saw="test", pairs=8, sizes=SMALL)
     generated = sluggish(domains[-1])[:10] if generated is None else generated
     made = generated if callable(generated) else lambda count: generated
     return motion_reward.fit_motion_reward(domains, made, losses._replace(spl=sw.SPL[spl]), schedule,
@@ -406,7 +406,8 @@ def test_the_heads_share_the_backbone_and_adapt_the_chosen_layers(kit):
     model, (motion, lengths) = random_model(), batch_of(kit, "features")
     own = model.adapted["preference"]
     names = list(lora.adapters(own))
-    assert {name.split(".")[-1] for name in names} == {"q", "k", "v", "out_proj", "linear1", "linear2", "0", "2"}
+    assert {name.split(".")[-1] for name in names} == {
+        "q", "k", "v", "out_proj", "linear1", "linear2", "0", "2"}
     assert len(names) == 3 * 6 + 3 * 2
     assert {layer.scaling for layer in lora.adapters(own).values()} == {SMALL["alpha"] / SMALL["rank"]}
     shared = {id(p) for p in model.backbone.parameters()}
@@ -544,8 +545,8 @@ def test_heads_leave_the_backbone_alone(fitted, kit, folder, monkeypatch):
                if not torch.equal(value, bare.state_dict()[key])}
     assert {key.split(".")[0] for key in changed} == {"heads", "adapted", "preference_mean", "preference_std"}
     assert {key.split(".")[-1] for key in changed if key.startswith("adapted")} == {"A", "B"}
-    still = {key for key in bare.state_dict() if key.startswith("heads") or key.endswith((".A", ".B"))} - changed
-    assert still == {"heads.preference.6.bias"}  # a constant cancels in pairs
+    still = {key for key in bare.state_dict() if key.startswith("heads") or key.endswith((".A", ".B"))}
+    assert still - changed == {"heads.preference.6.bias"}  # a constant cancels in pairs
 
 
 def test_training_repeats_itself_and_leaves_the_global_stream_alone(kit, folder):
@@ -785,4 +786,5 @@ def test_losses_that_are_not_finite_stop_the_training(stage, kit, folder, monkey
 
 
 def test_spl_says_where_its_equations_are_from():
-    assert "public notes" in inspect.getdoc(sw.spl_paper) and "[ET] eq. 14 to 17" in inspect.getdoc(sw.spl_paper)
+    said = inspect.getdoc(sw.spl_paper)
+    assert "public notes" in said and "[ET] eq. 14 to 17" in said

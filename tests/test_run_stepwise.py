@@ -142,8 +142,10 @@ def test_the_reward_is_frozen_and_asked_for_the_right_caption(finished, tmp_path
 
     def watched(model, representation, weights, motion, lengths, captions, *more, **named):
         if motion.requires_grad:
-            seen.append((model, {name: value.clone() for name, value in model.state_dict().items()}, captions))
-            assert not model.training and weights == {"semantic": 1.0, "preference": 0.02, "authenticity": 0.05}
+            state = {name: value.clone() for name, value in model.state_dict().items()}
+            seen.append((model, state, captions))
+            assert not model.training
+            assert weights == {"semantic": 1.0, "preference": 0.02, "authenticity": 0.05}
         return reward(model, representation, weights, motion, lengths, captions, *more, **named)
 
     monkeypatch.setattr(sw, "weighted_reward", watched)
@@ -193,7 +195,8 @@ def test_a_reward_that_is_handed_in(finished, tmp_path, monkeypatch, no_pictures
 def test_the_column_reward_is_what_is_optimised(finished):
     """Weights as they are by default: the total, and not the cosine alone."""
     table = finished.results["target_test"]
-    rest = [0.02 * row["preference"][0] + 0.05 * row["authenticity"][0] for row in (table["base"], table["gt"])]
+    rest = [0.02 * row["preference"][0] + 0.05 * row["authenticity"][0]
+            for row in (table["base"], table["gt"])]
     assert all(abs(value) > 1e-3 for value in rest)
     assert all(-1 <= row["reward"][0] - value <= 1 for row, value in zip((table["base"], table["gt"]), rest))
 

@@ -176,7 +176,8 @@ def test_drtune_is_a_weighted_sum_over_steps():
             x = table.x_coef[i] * x + table.e_coef[i] * small.network(x, i)
     towards = (x - small.target) / len(x)  # gradient of the loss in x_N
     after = [table.x_coef[i + 1:].prod() for i in range(STEPS)]
-    own = sum(after[i] * table.e_coef[i] * (small.network(states[i], i) * towards).sum() for i in range(STEPS))
+    own = sum(after[i] * table.e_coef[i] * (small.network(states[i], i) * towards).sum()
+              for i in range(STEPS))
     assert torch.allclose(found[STEPS - 1][1], small.gradient(own), rtol=1e-10)
     grid = samplers.make_grid("scaled_linear", STEPS, "leading", "sigma_min")
     s = grid.sigma / grid.alpha
@@ -287,7 +288,7 @@ def learner(name):
 
 
 def tuned(update, optimizer=torch.optim.AdamW, lr=0.05, warmup=0, max_norm=1e9):
-    """One pass of easytune over all steps -> its optimizer and scheduler, its weights, the last state, norms."""
+    """One pass of easytune over all steps -> optimizer and scheduler, its weights, the last state, norms."""
     small, table = Small(), ddim()
     optimizer = optimizer(small.weights, lr=lr, weight_decay=0.0)
     scheduler = training.rising(optimizer, warmup)
@@ -496,7 +497,8 @@ def test_settings_that_cannot_work(flags, words):
 
 
 def test_settings_that_can():
-    for flags in (["--method", "drtune", "--prediction", "v"], ["--method", "drtune", "--prediction", "velocity"],
+    for flags in (["--method", "drtune", "--prediction", "v"],
+                  ["--method", "drtune", "--prediction", "velocity"],
                   ["--method", "draft", "--checkpointing"], ["--reward-input", "mixed"]):
         sw.check_args(settings(*flags))
     assert sw.weights_of(settings()) == {"semantic": 1.0, "preference": 0.02, "authenticity": 0.05}
