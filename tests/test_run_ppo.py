@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 import ppo_motion as ppo
-from common import compose, datasets, features, runs, token_policy, training
+from common import compose, datasets, features, runs, tokenizer, training
+from common.published import t2m_gpt
 from tests import reference, run_helpers as helpers
 from tests.run_helpers import all_finite, equal, log_rows, products
 
-NETWORKS = ("gpt", "reference", "vq", "text")
 parse, call, refused = (functools.partial(f, ppo) for f in (helpers.parse, helpers.call, helpers.refused))
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -31,7 +31,17 @@ def policy_of(path):
 
 
 def load_policy(args, stored):
-    return token_policy.load(stored, torch.device("cpu"), **runs.arguments_of(token_policy.load, args))
+    return ppo.load_policy(args, stored, torch.device("cpu"))
+
+
+def weights_of(stored, name):
+    return stored[name]["weights"]
+
+
+def part_of(checkpoint, name):
+    """Weights of the GPT or of the critic in the state of a run."""
+    return {key.removeprefix(f"{name}."): value for key, value in checkpoint["networks"].items()
+            if key.startswith(f"{name}.")}
 
 
 def checkpoint_of(folder):
@@ -44,26 +54,28 @@ def checkpoint_of(folder):
 def test_log_has_a_row_an_iteration(finished):
     log, policy, checkpoint = log_rows(finished.folder), policy_of(finished.product), checkpoint_of(
         finished.folder)
-    assert list(log) == list(ppo.LOG_FIELDS) and log["iteration"].tolist() == [0, 1, 2, 3]
-    for name in ppo.LOG_FIELDS:
+    assert list(log) == list(ppo.FIELDS) and log["iteration"].tolist() == [0, 1, 2, 3]
+    for name in ppo.FIELDS:
         wanted = [False, True, False, True] if name.startswith("val_") else [True] * 4
         assert np.isfinite(log[name]).tolist() == wanted, name
     assert log["first_ratio_error"].tolist() == [0, 0, 0, 0]
     assert log["kl_ref"][0] == 0 and (log["kl_ref"][1:] != 0).all(), "the policy starts as its reference"
     assert (log["grad_norm"] > 0).all() and (log["vf_grad_norm"] > 0).all() and (log["approx_kl"] > 0).all()
     np.testing.assert_allclose(log["text_term"] + log["motion_term"], log["reward"], atol=1e-5)
-    assert checkpoint["iteration"] == 3 and equal(checkpoint["gpt"], policy["gpt"])
-    still = [name for name, value in policy["gpt"].items() if torch.equal(value, policy["reference"][name])]
-    assert still == [] and all_finite(policy["gpt"]) and all_finite(checkpoint["critic"])
+    assert checkpoint["iteration"] == 3 and equal(part_of(checkpoint, "gpt"), weights_of(policy, "gpt"))
+    gpt, start = (weights_of(policy, name) for name in ("gpt", "reference"))
+    still = [name for name, value in gpt.items() if torch.equal(value, start[name])]
+    assert still == [] and all_finite(gpt) and all_finite(part_of(checkpoint, "critic"))
 
 
 def test_results_say_where_they_come_from(finished):
     results = finished.results
     assert results["data"] == {"source": "embedded kit", "target": "embedded kit"}
-    assert {"tokenizer", "supervised gpt", "rollout", "reward", "update", "evaluation"} <= set(
+    assert {"supervised model", "rollout", "reward", "update", "evaluation"} <= set(
         results["seconds"])
-    assert set(results["parts"]) == {"reward", "judge", "tokenizer", "gpt"}
-    counted = results["composed captions"]
+    assert set(results["parts"]) == {"reward", "judge", "policy"}
+    assert set(results["parts"]["policy"]) == {"tokenizer", "gpt"}
+    counted = results["composed_captions"]
     assert counted["val"] + counted["test"] == counted["retained"] > 0
     assert set(results["fingerprints"]) == {"source", "target"}
     for table in ("paired_val", "paired_test"):
@@ -71,31 +83,28 @@ def test_results_say_where_they_come_from(finished):
         assert vq["fid"][0] > 1e-3 and "length_error" not in vq
         assert base["length_error"][0] > 0, "the policy chooses its own lengths"
     assert 0 < counted["train"] + counted["retained"] <= counted["prompts"] <= 100
-    assert results["reward_scale"] == checkpoint_of(finished.folder)["scale"] > 0
-
-
-def test_all_motions_of_the_rollouts_are_counted(finished):
-    """4 iterations of 8 prompts with 4 motions each."""
-    assert finished.results["counts"]["motions"] == 4 * 8 * 4
+    assert checkpoint_of(finished.folder)["scale"] > 0
 
 
 def test_what_is_not_trained_stays_as_it_was(finished):
     """Tokenizer, reference and text encoder in policy.pt are those that were cached before training."""
     policy = policy_of(finished.product)
-    tokenizer, gpt = (runs.load_checkpoint(next(finished.cache.glob(f"{name}-*.pt")), kind=f"cache {name}")
-                      for name in ("tokenizer", "gpt"))
-    assert equal(policy["vq"], tokenizer["model"]) and equal(policy["text"], gpt["text"])
-    assert equal(policy["reference"], gpt["gpt"]) and not equal(policy["gpt"], gpt["gpt"])
+    tokens, gpt = (runs.load_checkpoint(next(finished.cache.glob(f"{name}-*.pt")), kind=f"cache {name}")
+                   for name in ("tokenizer", "gpt"))
+    vq, text, tuned, start = (weights_of(policy, name) for name in ("vq", "text", "gpt", "reference"))
+    assert equal(vq, tokens["model"]) and equal(text, gpt["text"])
+    assert equal(start, gpt["gpt"]) and not equal(tuned, gpt["gpt"])
 
 
 def test_composed_captions_for_a_reader(finished, tmp_path):
-    """--write-prompts: two files as the data sets have them; nothing is trained and no run folder is made."""
+    """--write-captions: two files as the data sets have them; nothing is trained, no run folder is made."""
     code, out, _ = call(*finished.flags, "--cache-dir", tmp_path / "cache", "--out-dir", tmp_path / "run",
-                        "--write-prompts", tmp_path / "new.txt")
+                        "--write-captions", tmp_path / "new.txt")
     assert code == 0 and not (tmp_path / "run").exists()
-    assert [path.name for path in (tmp_path / "cache").iterdir() if path.suffix == ".pt"] == []
+    cached = [path.name for path in (tmp_path / "cache").iterdir() if path.suffix == ".pt"]
+    assert [name for name in cached if not name.startswith("embedded-")] == []
     lines = [(tmp_path / name).read_text().splitlines() for name in ("new.txt", "new_retained.txt")]
-    counted = finished.results["composed captions"]
+    counted = finished.results["composed_captions"]
     assert [len(part) for part in lines] == [counted["train"], counted["retained"]] and str(counted) in out
     for line in lines[0] + lines[1]:
         caption, tokens, start, end = line.split("#")
@@ -105,27 +114,19 @@ def test_composed_captions_for_a_reader(finished, tmp_path):
     assert not set(lines[0]) & set(lines[1]) and len(set(lines[0])) == len(lines[0])
 
 
-# ---- 2. Interrupted and resumed ----------------------------------------------------------------------------
-
-
-# In an iteration there are one rollout and eight losses: two passes, two minibatches, two micro batches. A
-# rollout before the first iteration gives the reward its scale.
-# ---- 3. The user's mistakes --------------------------------------------------------------------------------
+# ---- 2. The user's mistakes --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--minibatch-ratio", 0.3], ["--minibatch-ratio"]), (["--minibatch-ratio", 0], ["--minibatch-ratio"]),
-    (["--minibatch-ratio", 2], ["--minibatch-ratio"]),
-    (["--minibatch-ratio", 0.0625, "--kept-samples", 24], ["--minibatch-ratio", "24 motions"]),
+    (["--minibatches", 3], ["--minibatches"]), (["--minibatches", 0], ["--minibatches"]),
+    (["--minibatches", 16, "--kept-samples", 24], ["--minibatches", "24 motions"]),
     (["--text-only-share", 2], ["--text-only-share", "0 to 1"]),
     (["--text-only-share", 1, "--lambda-t", 0], ["--lambda-t", "above 0"]),
-    (["--composed", 0], ["--composed", "--text-only-share 0"]),
-    (["--kept-samples", 33], ["--kept-samples", "32"]), (["--batch-prompts", 1], ["--batch-prompts"]),
-    (["--width", 33, "--heads", 3], ["--width", "even"]), (["--width", 34], ["--width", "--heads"]),
-    (["--lambda-t", 0, "--lambda-m", 0], ["--lambda-t", "--lambda-m"]), (["--lambda-t", -1], ["--lambda-t"]),
-    (["--temperature", 0], ["--temperature"]), (["--three-parts", 2], ["--three-parts"]),
-    (["--together", 1.5], ["--together"]), (["--clips", 3], ["3 clips"]),
-    (["--gpt-checkpoint", "gpt.pth"], ["--gpt-checkpoint", "--vq-checkpoint"]),
+    (["--composed", 0], ["--composed"]),
+    (["--kept-samples", 33], ["--kept-samples", "32"]), (["--prompts", 1], ["--prompts"]),
+    (["--lambda-t", 0, "--lambda-m", 0], ["--lambda-t"]), (["--lambda-t", -1], ["--lambda-t"]),
+    (["--temperature", 0], ["--temperature"]),
+    (["--gpt-checkpoint", "gpt.pth"], ["--vq-checkpoint"]),
     (["--vq-checkpoint", "vq.pth"], ["--vq-statistics"]),
     (["--vq-checkpoint", "absent.pth", "--vq-statistics", "."], ["absent.pth", "no such file"]),
     (["--load", "POLICY"], ["--load", "--prompt", "--eval-only"]),
@@ -133,10 +134,10 @@ def test_composed_captions_for_a_reader(finished, tmp_path):
     (["--prompt", "a man walks"], ["--load"]), (["--eval-only"], ["--load"]),
     (["--prompt", "", "--load", "POLICY"], ["--prompt", "empty"]),
     (["--prompt", "a man walks", "--prompt", " ", "--load", "POLICY"], ["--prompt", "empty"]),
-    (["--write-prompts", "absent/new.txt"], ["--write-prompts", "absent"]),
+    (["--write-captions", "absent/new.txt"], ["absent", "no such folder"]),
     (["--dataset", "absent"], ["absent", "no such folder"]), (["--data-root", "absent"], ["--data-root"]),
     (["--resume"], ["nothing to resume"]), (["--iterations", 0], ["--iterations"]),
-    (["--codes", 0], ["--codes"]), (["--lr", "nan"], ["--lr"]), (["--micro-batch", -1], ["--micro-batch"]),
+    (["--lr", "nan"], ["--lr"]), (["--micro-batch", -1], ["--micro-batch"]),
     (["--device", "tpu"], ["--device tpu"])], ids=lambda value: "_".join(map(str, value)))
 def test_wrong_flags(finished, tmp_path, flags, words):
     """One line that names the flag; nothing is written, and nothing trained that was not in the cache."""
@@ -149,10 +150,10 @@ def test_wrong_flags(finished, tmp_path, flags, words):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--lr", "0.001", "--value-clip", "0.1"],
-     ["lr was 0.005 and is 0.001", "value_clip was 0.0 and is 0.1"]),
+    (["--lr", "0.001", "--clip-range", "0.1"],
+     ["lr was 0.005 and is 0.001", "clip_range was 0.2 and is 0.1"]),
     (["--critic", "separate"], ["critic was 'shared-detach' and is 'separate'"]),
-    (["--gpt-iterations", "19"], ["gpt_iterations was 20 and is 19", "starts from"])])
+    (["--base-seed", "1"], ["base_seed was 0 and is 1", "starts from"])])
 def test_resume_with_other_arguments(finished, tmp_path, flags, words):
     shutil.copytree(finished.folder, tmp_path / "run")
     shutil.copytree(finished.cache, tmp_path / "cache")
@@ -165,17 +166,10 @@ def test_resume_with_other_arguments(finished, tmp_path, flags, words):
     assert products(tmp_path / "run") == before
 
 
-def test_a_policy_of_other_sizes(finished, tmp_path):
-    """Its text encoder is not of the width that its arguments name."""
-    path, data = tmp_path / "policy.pt", policy_of(finished.product)
-    runs.save_checkpoint(path, {**data, "args": {**data["args"], "width": 16}}, kind="ppo-policy")
-    line = refused(*finished.flags, "--prompt", "a man walks", "--load", path, "--out-dir", tmp_path / "run")
-    assert str(path) in line and products(tmp_path / "run") == {}
-
-
 @pytest.mark.parametrize("mode", (["--eval-only"], ["--prompt", "a man walks"]))
 @pytest.mark.parametrize("flags, words", [
-    (["--width", 64, "--heads", 8], "heads was 4 and is 8, width was 32 and is 64"),
+    (["--lr", 1, "--critic", "shared"],
+     "critic was 'shared-detach' and is 'shared', lr was 0.005 and is 1.0"),
     (["--dataset", "humanml3d"], "dataset was 'kit' and is 'humanml3d'")])
 def test_flags_that_contradict_the_policy(finished, tmp_path, mode, flags, words):
     """The arguments of its run hold; a flag that says otherwise must not be ignored in silence."""
@@ -188,19 +182,21 @@ def published_files(finished, folder, keep=lambda caption: True):
     `keep` chooses -> flags, captions."""
     args, stored = parse(*finished.flags), policy_of(finished.product)
     policy = load_policy(args, stored)
-    data = datasets.load_dataset("kit", space="native", clips=args.clips, seed=0, data_root=args.data_root,
+    with helpers.smaller():
+        clips = tokenizer.SIZES["tiny"].clips
+    data = datasets.load_dataset("kit", space="native", clips=clips, seed=0, data_root=args.data_root,
                                  cache_dir=args.cache_dir)
-    sets, _ = compose.composed_sets(data, args.composed, seed=0, three_parts=args.three_parts,
-                                    together=args.together)
+    sets, _ = compose.composed_sets(data, args.composed, seed=0)
     clips = [clip for part in (data.splits | sets).values() for clip in part]
     captions = [c for c in sorted({c for clip in clips for c in clip.captions}) if keep(c)]
     with torch.no_grad():
         np.savez(folder / "text.npz", captions=captions, vectors=policy.text(captions).numpy())
-    vq = {name: value for name, value in stored["vq"].items() if name not in ("mean", "std")}
+    weights = weights_of(stored, "vq")
+    vq = {name: value for name, value in weights.items() if name not in ("mean", "std")}
     torch.save({"net": vq}, folder / "vq.pth")
-    torch.save({"trans": stored["reference"]}, folder / "gpt.pth")
-    np.save(folder / "Mean.npy", stored["vq"]["mean"].numpy())
-    np.save(folder / "Std.npy", stored["vq"]["std"].numpy())
+    torch.save({"trans": weights_of(stored, "reference")}, folder / "gpt.pth")
+    np.save(folder / "Mean.npy", weights["mean"].numpy())
+    np.save(folder / "Std.npy", weights["std"].numpy())
     return ["--vq-checkpoint", folder / "vq.pth", "--vq-statistics", folder, "--gpt-checkpoint",
             folder / "gpt.pth", "--text-features", folder / "text.npz"], captions
 
@@ -211,9 +207,9 @@ def test_published_weights_go_all_the_way(finished, tmp_path, no_evaluation):
     flags = [*finished.flags, *flags]
     assert call(*flags, "--iterations", 1, "--out-dir", tmp_path / "run")[0] == 0
     mine, other = policy_of(tmp_path / "run" / "policy.pt"), policy_of(finished.product)
-    assert equal(mine["vq"], other["vq"]) and equal(mine["reference"], other["reference"])
-    assert mine["words"] == [] and mine["text"] == {} and mine["block_size"] == token_policy.PUBLISHED_BLOCK
-    assert not equal(mine["gpt"], mine["reference"])
+    assert all(equal(weights_of(mine, name), weights_of(other, name)) for name in ("vq", "reference"))
+    assert mine["text"] == {} and mine["gpt"]["sizes"]["block_size"] == t2m_gpt.PUBLISHED_BLOCK
+    assert not equal(weights_of(mine, "gpt"), weights_of(mine, "reference"))
     flags = [*helpers.SMALL["ppo"].flags.split(), "--iterations", 1, "--load", tmp_path / "run" / "policy.pt"]
     flags += ["--out-dir", tmp_path / "out"]
     line = refused(*flags, "--prompt", "nobody has ever said this")
@@ -240,20 +236,21 @@ def test_text_features_without_a_caption(finished, tmp_path):
     assert not (tmp_path / "run" / "policy.pt").exists()
 
 
-# ---- 4. Faults while running -------------------------------------------------------------------------------
+# ---- 3. Faults while running -------------------------------------------------------------------------------
 
 
 def spoil_reward(monkeypatch, iteration):
     """The reward of sample 5 of that iteration is NaN -> list that the captions asked about are added to."""
     score, reward, asked = ppo.score, ppo.motion_reward, []
 
-    def listen(args, policy, reward_model, batch, *rest):
+    def listen(args, measure, batch, iteration):
         asked.append(batch["captions"])
-        return score(args, policy, reward_model, batch, *rest)
+        return score(args, measure, batch, iteration)
 
     def broken(*args):
         r, pseudo = reward(*args)
-        r[5] = math.nan if len(asked) == iteration + 2 else r[5]  # the first gives the reward its scale
+        if len(asked) == iteration + 2:  # the first gives the reward its scale
+            r[5] = math.nan
         return r, pseudo
 
     monkeypatch.setattr(ppo, "score", listen)
@@ -272,7 +269,7 @@ def test_a_reward_that_is_nan(finished, tmp_path, monkeypatch, no_evaluation):
     last = err.splitlines()[-1]
     assert "iteration 2: reward nan" in last and repr(asked[3][5]) in last
     state = checkpoint_of(tmp_path / "run")
-    assert state["iteration"] == 1 and all_finite(state["gpt"]) and all_finite(state["critic"])
+    assert state["iteration"] == 1 and all_finite(state["networks"])
     assert log_rows(tmp_path / "run")["iteration"].tolist() == [0, 1]
     assert not (tmp_path / "run" / "policy.pt").exists()
     assert call(*finished.flags, "--out-dir", tmp_path / "run", "--resume")[0] == 0
@@ -286,9 +283,8 @@ def test_a_reward_that_is_nan_leaves_a_report(finished, tmp_path, monkeypatch, n
     assert report["iteration"] == 0 and "reward nan" in report["error"] and report["not_finite"] == []
 
 
-@pytest.mark.parametrize("place, norm, name", [(0, "grad_norm inf", "trans_base.tok_emb.weight"),
-                                               (-1, "vf_grad_norm inf", "value.bias")])
-def test_a_gradient_that_is_infinite(finished, tmp_path, monkeypatch, no_evaluation, place, norm, name):
+@pytest.mark.parametrize("place, name", [(0, "gpt.trans_base.tok_emb.weight"), (-1, "critic.value.bias")])
+def test_a_gradient_that_is_infinite(finished, tmp_path, monkeypatch, no_evaluation, place, name):
     """No optimizer step is taken, the checkpoint before it stays, and the report names the weight."""
     steps, step, reduce = [], torch.optim.AdamW.step, training.all_reduce_grads
 
@@ -301,16 +297,17 @@ def test_a_gradient_that_is_infinite(finished, tmp_path, monkeypatch, no_evaluat
         patch.setattr(torch.optim.AdamW, "step", lambda self, *args: steps.append(1) or step(self, *args))
         patch.setattr(training, "all_reduce_grads", poisoned)
         code, _, err = call(*finished.flags, "--out-dir", tmp_path / "run", "--reward", "random")
+    norm = "gradient norm inf"
     assert code == 3 and f"iteration 1: {norm}" in err.splitlines()[-1] and len(steps) == 6
     state = checkpoint_of(tmp_path / "run")
-    assert state["iteration"] == 0 and all_finite(state["gpt"]) and all_finite(state["critic"])
+    assert state["iteration"] == 0 and all_finite(state["networks"])
     report = json.loads((tmp_path / "run" / "nan_report.json").read_text())
     assert report["iteration"] == 1 and math.isfinite(report["rewards"]["mean"]) and norm in report["error"]
     assert len(report["not_finite"]) == 1 and report["not_finite"][0].startswith("gradient ")
     assert report["not_finite"][0].endswith(name)
 
 
-# ---- 5. What a finished policy is for ----------------------------------------------------------------------
+# ---- 4. What a finished policy is for ----------------------------------------------------------------------
 
 
 def test_prompts_become_files(finished, tmp_path):
@@ -328,7 +325,8 @@ def test_prompts_become_files(finished, tmp_path):
     policy = load_policy(parse(*finished.flags), policy_of(finished.product))
     lengths = []
     for title, gpt in (("before", policy.reference), ("after", policy.gpt)):
-        *_, tokens = ppo.generate(policy, gpt, policy.text(captions), 0, 0, "prompt", range(3), 1.0)
+        mine = policy._replace(gpt=gpt)
+        *_, tokens = ppo.sample(mine, policy.text(captions), 0, 0, "prompt", range(3), 1.0)
         for k, row in enumerate(tokens.tolist()):
             row = row[: row.index(gpt.end)] if gpt.end in row else row
             joints = np.load(tmp_path / "out" / f"prompt{k:02d}_{title}.npy")
@@ -337,7 +335,7 @@ def test_prompts_become_files(finished, tmp_path):
             assert bvh.shape == joints.shape
             lengths.append(len(row))
     limit = policy.gpt.block_size - 1
-    assert min(lengths) >= policy.shortest and max(lengths) <= limit
+    assert min(lengths) >= policy.vq.shortest and max(lengths) <= limit
     assert len(set(lengths)) > 1 and min(lengths) < limit, "some have said the end"
     for k in range(3):
         with Image.open(tmp_path / "out" / f"prompt{k:02d}.gif") as gif:
@@ -356,17 +354,18 @@ def test_the_end_token_decides_the_length(finished, tmp_path, logit, frames):
     """Without an end a motion goes on to the limit; one that ends at once has the four frames that a motion
     needs at least."""
     path, data = tmp_path / "policy.pt", policy_of(finished.product)
-    head = {name: data["gpt"][f"trans_head.{name}"].zero_() for name in ("ln_f.weight", "ln_f.bias",
-                                                                         "head.weight")}
+    head = {name: weights_of(data, "gpt")[f"trans_head.{name}"].zero_()
+            for name in ("ln_f.weight", "ln_f.bias", "head.weight")}
     head["ln_f.bias"][0], head["head.weight"][-1, 0] = 1.0, logit  # the same logits in every state
     runs.save_checkpoint(path, data, kind="ppo-policy")
     flags = ["--prompt", "a person walks", "--load", path, "--out-dir", tmp_path / "out"]
     assert call(*finished.flags, *flags)[0] == 0
     joints = np.load(tmp_path / "out" / "prompt00_after.npy")
-    assert len(joints) == (frames or 2 * (data["block_size"] - 1)) and np.isfinite(joints).all()
+    limit = data["gpt"]["sizes"]["block_size"] - 1
+    assert len(joints) == (frames or 2 * limit) and np.isfinite(joints).all()
 
 
-# ---- 6. Controls -------------------------------------------------------------------------------------------
+# ---- 5. Controls -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("reward", ("shuffled", "random"))
@@ -378,7 +377,8 @@ def test_controls_run(finished, tmp_path, no_evaluation, reward):
     assert (np.abs(mine["reward"] - run["reward"]) > 1e-3).all()
     assert (mine["first_ratio_error"] == 0).all() and (mine["grad_norm"] > 0).all()
     policy, other = policy_of(tmp_path / "run" / "policy.pt"), policy_of(finished.product)
-    assert all_finite(policy["gpt"]) and not equal(policy["gpt"], other["gpt"])
+    mine, tuned = weights_of(policy, "gpt"), weights_of(other, "gpt")
+    assert all_finite(mine) and not equal(mine, tuned)
     assert all(equal(policy[name], other[name]) for name in ("reference", "vq", "text"))
 
 
@@ -390,13 +390,14 @@ def test_every_kind_of_critic_runs(finished, tmp_path, no_evaluation):
         flags = ["--critic", kind, "--iterations", 1, "--out-dir", tmp_path / kind]
         assert call(*finished.flags, *flags)[0] == 0
         made[kind], states[kind] = policy_of(tmp_path / kind / "policy.pt"), checkpoint_of(tmp_path / kind)
-        assert all_finite(made[kind]["gpt"]) and states[kind]["critic"]["value.weight"].abs().max() > 0
+        assert all_finite(weights_of(made[kind], "gpt"))
+        assert states[kind]["networks"]["critic.value.weight"].abs().max() > 0
         assert equal(made[kind]["reference"], made["shared-detach"]["reference"])
     assert equal(made["separate"]["gpt"], made["shared-detach"]["gpt"])
     assert not equal(made["shared"]["gpt"], made["shared-detach"]["gpt"])
-    trunk = {name.removeprefix("trunk."): value for name, value in states["separate"]["critic"].items()
-             if name.startswith("trunk.")}
-    assert trunk.keys() == made["separate"]["gpt"].keys() and not equal(trunk, made["separate"]["reference"])
+    trunk = part_of(states["separate"], "critic.trunk")
+    start = weights_of(made["separate"], "reference")
+    assert trunk.keys() == start.keys() and not equal(trunk, start)
 
 
 def test_without_a_learning_rate_nothing_is_learnt(finished, tmp_path, no_evaluation):
@@ -405,19 +406,19 @@ def test_without_a_learning_rate_nothing_is_learnt(finished, tmp_path, no_evalua
     policy, log = policy_of(tmp_path / "run" / "policy.pt"), log_rows(tmp_path / "run")
     assert code == 0 and equal(policy["gpt"], policy["reference"])
     assert log["kl_ref"].tolist() == log["clipfrac"].tolist() == [0, 0] and (log["grad_norm"] > 0).all()
-    assert checkpoint_of(tmp_path / "run")["critic"]["value.weight"].abs().max() > 0
+    assert checkpoint_of(tmp_path / "run")["networks"]["critic.value.weight"].abs().max() > 0
 
 
-PAPER = ("--dataset humanml3d --text-only-share 0 --iterations 40000 --batch-prompts 128 "
-         "--samples-per-prompt 1 --kept-samples 0 --lr 5e-6 --warmup 0").split()
+PAPER = ("--dataset humanml3d --text-only-share 0 --iterations 40000 --prompts 128 "
+         "--samples 1 --kept-samples 0 --lr 5e-6").split()
 TABLE_3 = {  # flags -> lambda_t, lambda_m, critic, epochs, updates of an epoch
     "--lambda-t 2.0 --lambda-m 0": (2.0, 0.0, "shared-detach", 2, 1),
     "--lambda-t 0 --lambda-m 2.0": (0.0, 2.0, "shared-detach", 2, 1), "": (0.4, 2.0, "shared-detach", 2, 1),
     "--lambda-t 0.2": (0.2, 2.0, "shared-detach", 2, 1), "--lambda-t 0.1": (0.1, 2.0, "shared-detach", 2, 1),
     "--critic separate": (0.4, 2.0, "separate", 2, 1), "--critic shared": (0.4, 2.0, "shared", 2, 1),
-    "--ppo-epochs 1": (0.4, 2.0, "shared-detach", 1, 1),
-    "--ppo-epochs 1 --minibatch-ratio 0.5": (0.4, 2.0, "shared-detach", 1, 2),
-    "--minibatch-ratio 0.5": (0.4, 2.0, "shared-detach", 2, 2)}
+    "--epochs 1": (0.4, 2.0, "shared-detach", 1, 1),
+    "--epochs 1 --minibatches 2": (0.4, 2.0, "shared-detach", 1, 2),
+    "--minibatches 2": (0.4, 2.0, "shared-detach", 2, 2)}
 
 
 @pytest.mark.parametrize("row", TABLE_3)
@@ -427,12 +428,12 @@ def test_each_row_of_the_papers_ablations_is_a_command(row):
     for size in (PAPER, []):
         args = parse(*size, *row.split())
         ppo.check_args(args)
-        updates = 1 / args.minibatch_ratio
-        assert (args.lambda_t, args.lambda_m, args.critic, args.ppo_epochs, updates) == TABLE_3[row]
+        numbers = args.lambda_t, args.lambda_m, args.critic, args.epochs, args.minibatches
+        assert numbers == TABLE_3[row]
     assert len(set(TABLE_3.values())) == 10
 
 
-# ---- 7. Several processes ----------------------------------------------------------------------------------
+# ---- 6. Several processes ----------------------------------------------------------------------------------
 
 
 def test_two_processes_equal_one(finished, tmp_path, no_evaluation):
@@ -440,13 +441,14 @@ def test_two_processes_equal_one(finished, tmp_path, no_evaluation):
     flags = [*finished.flags, "--iterations", "2"]
     flags += ["--lr", "2e-4"]  # Adam blows rounding up, to lr at most
     assert call(*flags, "--out-dir", tmp_path / "one")[0] == 0
-    helpers.two_processes(ppo, [*flags, "--out-dir", tmp_path / "two"], tmp_path)
+    helpers.two_processes(ppo, [*flags, "--out-dir", tmp_path / "two"])
     one, two = log_rows(tmp_path / "one"), log_rows(tmp_path / "two")
     for name in ("iteration", "reward", "text_term", "motion_term", "pseudo_score", "val_reward"):
         np.testing.assert_allclose(two[name], one[name], rtol=0, atol=1e-6, err_msg=name)
     a, b = (policy_of(tmp_path / name / "policy.pt") for name in ("one", "two"))
-    for name in a["gpt"]:
-        torch.testing.assert_close(b["gpt"][name], a["gpt"][name], rtol=0, atol=1e-5, msg=name)
+    ours, theirs = weights_of(a, "gpt"), weights_of(b, "gpt")
+    for name in ours:
+        torch.testing.assert_close(theirs[name], ours[name], rtol=0, atol=1e-5, msg=name)
     assert not equal(a["gpt"], a["reference"])
     assert all(equal(a[name], b[name]) for name in ("reference", "vq", "text"))
     # figures of the update are those of all samples, not of the share of one process
