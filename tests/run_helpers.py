@@ -71,7 +71,7 @@ ROWS = {"base", "tuned", "gain"}
 DOMAINS = ["embedded-humanml3d-t2m", "embedded-kit-t2m"]
 DIFFUSION = "--tiny --threads 1 --device cpu --iterations 4 --best-of 2 "
 TOKENS = ("--dataset kit --tiny --threads 1 --device cpu --iterations 4 --minibatches 2 --micro-batch 5 "
-          "--lr 5e-3 --warmup 2 --eval-every 2 --eval-repeats 2 ")
+          "--lr 5e-3 --eval-every 2 --eval-repeats 2 ")
 SMALL = {
     "ddpo": Small(
         DIFFUSION, "adapter.pt", ["base", *DOMAINS, "judge", "reward"],
