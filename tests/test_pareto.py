@@ -1,25 +1,40 @@
-"""Selection, weights, tokens and rewards of pareto_motion.py against enumeration, and the mutants that must
-not survive. What it shares with ppo_motion.py is tested there; golden values are in tests/parity/pareto.py.
+"""Selection, weights, tokens and rewards of pareto_motion.py against enumeration. Equations that it shares
+with other scripts, and mutants of them, are in test_shared.py and test_mutants.py.
 """
 import copy
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import pareto_motion as pareto
-from common import InputError, NonFiniteError, generator, metrics, retrieval, runs, token_policy
-from tests.token_helpers import (CAPTIONS, Never, normal, plans, retrieval_model, tiny_clips, tiny_policy,
-                                 uniforms)
-
-K = 3
+from common import InputError, NonFiniteError, generator, metrics, retrieval, runs, training
+from common.published import t2m_gpt
+from tests import token_helpers
+from tests.token_helpers import CAPTIONS, Never, normal, plans, retrieval_model, tiny_clips, uniforms
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def arguments(**changes):
-    return pareto.Args(**{**dict(batch_prompts=2, samples_per_prompt=4, warmup=0), **changes})
+    return pareto.Args(**{**dict(prompts=2, samples=4), **changes})
+
+
+def tiny_policy(shift=0.2):
+    return pareto.Policy(*token_helpers.tiny_policy(shift=shift))
+
+
+def with_tokens(policy, clips):
+    """The policy with tokens, whose GPT can be trained."""
+    policy = pareto.with_tokens(policy, clips)
+    policy.gpt.requires_grad_(True)
+    return policy
+
+
+def the_critic(args, policy):
+    return pareto.Critic(policy.gpt, args.critic, generator(args.seed, 0, "critic"))
 
 
 # ---- selection ---------------------------------------------------------------------------------------------
@@ -42,21 +57,19 @@ def test_nondominated_by_enumeration(n, k):
             assert own or any(beaten(row, other) for other, is_kept in zip(rows, kept) if is_kept)
 
 
+def test_equal_motions_stay_and_a_tie_in_one_reward_saves_nobody():
+    """As good in every reward and better in one: of equals none beats the other."""
+    R = torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0], [1.0, 2.0, 2.0], [0.0, 2.0, 4.0], [0.0, 1.0, 4.0]])
+    assert pareto.nondominated(R).tolist() == [True, True, False, True, False]
+    assert pareto.nondominated(torch.ones(4, 3)).all()
+
+
 def test_selection_does_not_depend_on_order_or_scale():
     R = normal(5, 12, 3)
     mask, order = pareto.nondominated(R), torch.randperm(12, generator=generator(0, 0, "order"))
     assert torch.equal(pareto.nondominated(R[:, order]), mask[:, order])
     scaled = torch.stack([R[..., 0].exp(), 3 * R[..., 1] - 7, R[..., 2] ** 3], -1)
     assert torch.equal(pareto.nondominated(scaled), mask)
-
-
-@pytest.mark.parametrize("wrong", (math.nan, math.inf))
-def test_a_reward_that_is_no_number_is_not_selected(wrong):
-    """A NaN compares false with everything: it would be kept for ever."""
-    R = normal(2, 4, 3)
-    R[1, 2, 0] = wrong
-    with pytest.raises(NonFiniteError):
-        pareto.nondominated(R)
 
 
 @pytest.mark.parametrize("k", (2, 3))
@@ -76,17 +89,17 @@ def test_sets_are_of_one_prompt_and_one_token():
     R[..., 1] = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0])  # fronts: motions 1 and 4
     R[1] += 100.0
     R[:, 1] += 10.0
-    keep = pareto.select(R, "per-token")
+    keep, _ = pareto.select(R, "per-token")
     assert keep.shape == (2, 3, 5) and keep.sum() == 12 and keep[..., [1, 4]].all()
-    union = pareto.select(R, "union")
+    union, _ = pareto.select(R, "union")
     assert union[:, 1, [1, 4]].all() and union.sum() == 4
-    assert pareto.select(R, "none").all() and pareto.select(R, "weighted-sum").all()
+    assert pareto.select(R, "none")[0].all() and pareto.select(R, "weighted-sum")[0].all()
 
 
 def test_the_literal_reading_compares_three_different_motions():
     """Slot i is (reward 0 of token 0's motion i, reward 1 of token 1's, reward 2 of token 2's)."""
     R = normal(4, 3, 6, 3)
-    keep = pareto.select(R, "literal")
+    keep, _ = pareto.select(R, "literal")
     for p in range(4):
         slots = [[R[p, k, i, k].item() for k in range(3)] for i in range(6)]
         expected = [not any(beaten(a, b) for b in slots) for a in slots]
@@ -101,10 +114,15 @@ def test_own_reward_is_that_of_the_token():
 
 
 def test_weights_are_one_over_the_size_of_the_set():
-    keep = torch.tensor([[[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]], dtype=torch.bool)
+    """Two motions beat two, one beats three, four are equal."""
+    R = torch.zeros(1, 3, 4, 2)
+    R[0, 0] = torch.tensor([[2.0, 1.0], [1.0, 2.0], [0.0, 0.0], [1.0, 1.0]])
+    R[0, 1, 0] = 1.0
+    keep, weight = pareto.select(R, "per-token")
     expected = [[0.5, 0.5, 0, 0], [1, 0, 0, 0], [0.25] * 4]
-    assert pareto.front_weights(keep, "per-token")[0].tolist() == expected
-    assert torch.allclose(pareto.front_weights(keep, "union")[0], keep[0] / 7)
+    assert weight[0].tolist() == expected and torch.equal(keep, weight > 0)
+    keep, weight = pareto.select(normal(1, 3, 4, 2), "union")
+    assert 1 < keep.sum() < 12 and torch.allclose(weight[0], keep[0] / keep.sum())
 
 
 def test_standardise_by_hand():
@@ -136,87 +154,108 @@ def test_the_supervised_gpt_reads_no_token():
     policy, clips = tiny_policy(shift=0.0), tiny_clips()
     text, drawn = policy.text([clip.captions[0] for clip in clips]), torch.tensor([[1, 5, 3]] * 6)
     before = policy.gpt(drawn, text)[0]
-    tokens = pareto.make_tokens(policy, clips)
+    policy = pareto.with_tokens(policy, clips)
+    tokens = policy.tokens
     assert tokens.shape == (3, 19) and (tokens[:, :16] == 0).all() and not tokens.requires_grad
     length = text.square().sum(1).mean().sqrt()
     torch.testing.assert_close(tokens[:, 16:], 12 * length * torch.eye(3))
     for gpt in (policy.gpt, policy.reference):
         for weights in torch.eye(3):
-            wide = pareto.read_text(policy, [clip.captions[0] for clip in clips], tokens, weights, 0.7)
+            wide = pareto.read_text(policy, [clip.captions[0] for clip in clips], weights, 0.7)
             assert wide.shape == (6, 19)
             torch.testing.assert_close(gpt(drawn, wide)[0], before, rtol=1e-4, atol=1e-5)
-    stored = token_policy.state(policy)
-    args = arguments(width=16, text_layers=1, heads=2, load="policy.pt")
-    loaded = token_policy.load(stored, policy.device, **runs.arguments_of(token_policy.load, args))
+    stored = t2m_gpt.networks(policy)
+    loaded = pareto.load_policy(arguments(load="policy.pt"), stored, torch.device("cpu"))
     assert torch.equal(loaded.gpt(drawn, wide)[0], policy.gpt(drawn, wide)[0])
+    assert torch.equal(loaded.tokens, tokens)
 
 
 def test_each_motion_is_asked_for_with_its_own_token():
     """In sampling and in the passes of the update alike."""
-    args, policy, clips = arguments(alpha=0.4), tiny_policy(), tiny_clips()
-    tokens = pareto.make_tokens(policy, clips)
-    learner = pareto.make_learner(args, policy, "per-token", tokens)
-    batch = pareto.collect(args, learner, clips, 0, 0, 1)
+    args, clips = arguments(alpha=0.4), tiny_clips()
+    policy = with_tokens(tiny_policy(), clips)
+    batch = pareto.collect(args, policy, clips, 0)
     assert batch["token"].tolist() == ([0] * 4 + [1] * 4 + [2] * 4) * 2 and len(batch["captions"]) == 24
     assert len(set(batch["captions"][:12])) == len(set(batch["captions"][12:])) == 1
     plain = torch.nn.functional.pad(policy.text(list(batch["captions"])).detach(), (0, 3))
-    torch.testing.assert_close(batch["text"], plain + 0.4 * tokens[batch["token"]])
-    motion, lengths, drawn = pareto.generate(policy, policy.gpt, batch["text"], args.seed, 0, "rollout",
-                                             range(24), 1.0)
+    torch.testing.assert_close(batch["text"], plain + 0.4 * policy.tokens[batch["token"]])
+    motion, lengths, drawn = pareto.sample(policy, batch["text"], args.seed, 0, "rollout", range(24), 1.0)
     assert torch.equal(drawn, batch["tokens"]) and torch.equal(motion, batch["motion"])
-    none = pareto.collect(arguments(alpha=0.0), learner, clips, 0, 0, 1)
+    none = pareto.collect(arguments(alpha=0.0), policy, clips, 0)
     torch.testing.assert_close(none["text"], plain)
-    bare = pareto.make_learner(args, policy, "weighted-sum", None)
-    batch = pareto.collect(args, bare, clips, 0, 0, 1)
+    batch = pareto.collect(args, policy._replace(tokens=None), clips, 0)
     torch.testing.assert_close(batch["text"], plain)
-    assert batch["token"].tolist() == [0] * 24 and len(batch["captions"]) == 24 and bare.sets == 1
+    assert batch["token"].tolist() == [0] * 24 and len(batch["captions"]) == 24
 
 
-def test_two_processes_draw_the_samples_of_one():
-    args, policy, clips = arguments(batch_prompts=5), tiny_policy(), tiny_clips()
-    learner = pareto.make_learner(args, policy, "per-token", pareto.make_tokens(policy, clips))
-    whole = pareto.collect(args, learner, clips, 3, 0, 1)
-    parts = [pareto.collect(args, learner, clips, 3, rank, 2) for rank in range(2)]
-    assert parts[0]["index"] + parts[1]["index"] == whole["index"] == list(range(60))
+def test_two_processes_draw_the_samples_of_one(monkeypatch):
+    args, clips = arguments(prompts=5), tiny_clips()
+    policy, parts = with_tokens(tiny_policy(), clips), []
+    whole = pareto.collect(args, policy, clips, 3)
+    for rank in range(2):
+        monkeypatch.setattr(runs, "world", lambda device, rank=rank: (rank, 2))
+        parts.append(pareto.collect(args, policy, clips, 3))
+    assert parts[0]["numbers"] + parts[1]["numbers"] == whole["numbers"] == list(range(60))
     for name in ("tokens", "token", "lengths"):
         assert torch.equal(torch.cat([part[name] for part in parts]), whole[name])
-    assert len(parts[0]["index"]) % 12 == 0, "a prompt is never split"
+    assert len(parts[0]["numbers"]) % 12 == 0, "a prompt is never split"
 
 
 # ---- the update --------------------------------------------------------------------------------------------
 
 
+def chosen(args, policy, batch, R):
+    """choose() and what the loop makes of it -> batch of the counted, counted, dominated, log"""
+    weights = torch.tensor(runs.parse_weights(args.weights, pareto.REWARDS, "--weights"))
+    sets = 1 if policy.tokens is None else 3
+    r, weight, counted, dominated, log = pareto.choose(args, R, sets, weights)
+    weight = pareto.token_weights(weight[batch["numbers"]], batch["mask"], args.reduction)
+    batch = batch | {"r": r[batch["numbers"]], "weight": weight}
+    return training.select_rows(batch, counted), counted, dominated, log
+
+
+def assess(args, policy, critic, batch, plan):
+    """assess() with the motions of each token whitened apart."""
+    groups = [batch["token"] == token for token in range(1 if policy.tokens is None else 3)]
+    return pareto.assess(args, policy, critic, batch, groups, plan)
+
+
 def prepared(R=None, selection="per-token", **changes):
     """Everything up to the update, with random rewards."""
-    args = arguments(**{**dict(ppo_epochs=1, kl_coef=0.1, max_grad_norm=1e9), **changes})
+    args = arguments(**{**dict(epochs=1, kl_coef=0.1, selection=selection), **changes})
     policy, clips = tiny_policy(), tiny_clips()
-    tokens = None if selection == "weighted-sum" else pareto.make_tokens(policy, clips)
-    learner = pareto.make_learner(args, policy, selection, tokens)
-    learner.critic.value.weight.data.copy_(0.3 * normal(*learner.critic.value.weight.shape, k=3))
-    whole = pareto.collect(args, learner, clips, 0, 0, 1)
+    if selection != "weighted-sum":
+        policy = pareto.with_tokens(policy, clips)
+    policy.gpt.requires_grad_(True)
+    critic = the_critic(args, policy)
+    critic.value.weight.data.copy_(0.3 * normal(*critic.value.weight.shape, k=3))
+    whole = pareto.collect(args, policy, clips, 0)
     R = normal(24, 3, k=5) if R is None else R
-    batch, kept, dominated, log = pareto.choose(args, learner, whole, R)
-    plan = plans(args, rows=kept, index=batch["index"], apart=dominated)
-    log |= pareto.assess(args, learner, batch, plan)
-    keep = pareto.select(R.reshape(2, learner.sets, -1, 3), selection).flatten()
-    return SimpleNamespace(args=args, learner=learner, batch=batch, kept=kept, plan=plan, log=log, R=R,
-                           keep=keep, whole=whole)
+    batch, kept, dominated, log = chosen(args, policy, whole, R)
+    plan = plans(args, rows=kept, index=batch["numbers"], apart=dominated)
+    log |= assess(args, policy, critic, batch, plan)
+    sets = 1 if policy.tokens is None else 3
+    keep, weight = (part.flatten() for part in pareto.select(R.reshape(2, sets, -1, 3), selection))
+    return SimpleNamespace(args=args, policy=policy, critic=critic, batch=batch, kept=kept, plan=plan,
+                           log=log, R=R, keep=keep, weight=weight)
 
 
 def step(s, lr=1.0):
     """update() with plain gradient descent -> log, moves of the policy, moves of the critic"""
-    parts = s.learner.policy.gpt, s.learner.critic
+    parts = s.policy.gpt, s.critic
     before = [copy.deepcopy(part.state_dict()) for part in parts]
     optimizer = torch.optim.SGD([{"params": list(part.parameters())} for part in parts], lr=lr)
-    log = pareto.update(s.args, s.learner.policy, s.learner.critic, s.batch, s.plan, optimizer, 0, Never())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pareto, "MAX_GRAD_NORM", 1e9)
+        log = pareto.update(s.args, s.policy, s.critic, s.batch, s.plan, optimizer, 0, Never())
     return log, *({name: old[name] - value for name, value in part.state_dict().items()}
                   for part, old in zip(parts, before))
 
 
 def policy_gradient(s, weights):
     """Of sum_b w_b mean_t (-A_t log pi) / sum_b w_b, which is that of the first update."""
-    policy, batch = s.learner.policy, s.batch
-    logp, *_ = pareto.score_actions(policy.gpt, None, batch["tokens"], batch["text"], policy.shortest,
+    policy, batch = s.policy, s.batch
+    logp, *_ = pareto.score_actions(policy.gpt, None, batch["tokens"], batch["text"], policy.vq.shortest,
                                     s.args.temperature)
     mean = (logp * batch["advantages"] * batch["mask"]).sum(1) / batch["mask"].sum(1)
     return torch.autograd.grad(-(weights * mean).sum() / weights.sum(), list(policy.gpt.parameters()),
@@ -228,11 +267,10 @@ def test_the_first_ratio_is_one_and_the_gradient_that_of_the_kept(temperature):
     """Weight 1 / n(P) of each kept motion, a mean over its tokens; dominated ones give nothing."""
     s = prepared(temperature=temperature)
     assert 0 < s.keep.sum() < 24 and s.kept == list(range(24)), "all take part, some without a weight"
-    weights = pareto.front_weights(s.keep.reshape(2, 3, 4), "per-token").flatten()
-    wanted = policy_gradient(s, weights)
+    wanted = policy_gradient(s, s.weight)
     log, moves, _ = step(s)
     assert log["first_ratio_error"] == 0.0
-    for (name, _), value in zip(s.learner.policy.gpt.named_parameters(), wanted):
+    for (name, _), value in zip(s.policy.gpt.named_parameters(), wanted):
         torch.testing.assert_close(moves[name], value, rtol=1e-3, atol=1e-6, msg=name)
     assert max(value.abs().max() for value in moves.values()) > 1e-3
 
@@ -249,7 +287,7 @@ def test_a_dominated_motion_gives_no_policy_gradient():
 
 
 def test_a_minibatch_may_hold_dominated_motions_alone():
-    s = prepared(minibatch_ratio=1 / 24)
+    s = prepared(minibatches=24)
     log, moves, _ = step(s, lr=0.01)
     assert all(math.isfinite(value) for value in log.values())
     assert all(torch.isfinite(value).all() for value in moves.values())
@@ -260,9 +298,9 @@ def test_the_critic_learns_from_the_dominated_motions(kind):
     """From them alone here; its gradient bends the policy if the critic is told to be shared."""
     s = prepared(critic=kind)
     s.batch["advantages"] = torch.zeros_like(s.batch["advantages"])
-    rows = torch.tensor([k in s.keep.nonzero()[:, 0].tolist() for k in s.batch["index"]])
-    logits, hidden = s.learner.policy.gpt(s.batch["tokens"][:, :-1], s.batch["text"])
-    values = s.learner.critic(hidden, None, None)
+    rows = torch.tensor([k in s.keep.nonzero()[:, 0].tolist() for k in s.batch["numbers"]])
+    logits, hidden = s.policy.gpt(s.batch["tokens"][:, :-1], s.batch["text"])
+    values = s.critic(hidden, None, None)
     s.batch["returns"][rows] = values.detach()[rows]  # nothing to learn from the kept ones
     _, moves, critic = step(s)
     assert critic["value.weight"].abs().max() > 1e-4
@@ -275,8 +313,8 @@ def test_what_the_dominated_motions_are_used_for():
         a = prepared(baseline=baseline)
         lower = torch.where(a.keep[:, None], a.R, a.R - 3.0)  # the same fronts
         b = prepared(lower, baseline=baseline)
-        assert torch.equal(a.keep, b.keep) and len(a.batch["index"]) == (24 if matters else a.keep.sum())
-        rows = [a.batch["index"].index(k) for k in a.keep.nonzero()[:, 0].tolist()]
+        assert torch.equal(a.keep, b.keep) and len(a.batch["numbers"]) == (24 if matters else a.keep.sum())
+        rows = [a.batch["numbers"].index(k) for k in a.keep.nonzero()[:, 0].tolist()]
         same = torch.equal(a.batch["advantages"][rows], b.batch["advantages"][rows])
         assert same != matters
         moves = [step(s)[1:] for s in (a, b)]
@@ -308,11 +346,11 @@ def test_the_weighted_sum_has_no_tokens_and_keeps_all():
     s = prepared(R, selection="weighted-sum", weights="text=0.5,preference=0.5")
     own = (R @ torch.tensor([0.5, 0.0, 0.5])).reshape(2, 1, 12)
     torch.testing.assert_close(s.batch["r"], pareto.standardise(own, own > -9).flatten())
-    assert s.log["kept"] == 1.0 and s.learner.tokens is None
+    assert s.log["kept"] == 1.0 and s.policy.tokens is None
     log, moves, _ = step(s)
     wanted = policy_gradient(prepared(R, selection="weighted-sum", weights="text=0.5,preference=0.5"),
                              torch.ones(24))
-    for value, (name, _) in zip(wanted, s.learner.policy.gpt.named_parameters()):
+    for value, (name, _) in zip(wanted, s.policy.gpt.named_parameters()):
         torch.testing.assert_close(moves[name], value, rtol=1e-3, atol=1e-6, msg=name)
 
 
@@ -321,8 +359,7 @@ def test_weights_by_motion_or_by_token():
     for reduction in ("motion", "token"):
         s = prepared(reduction=reduction)
         counts = s.batch["mask"].sum(1)
-        expected = pareto.front_weights(s.keep.reshape(2, 3, 4), "per-token").flatten()
-        total = expected if reduction == "motion" else expected * counts
+        total = s.weight if reduction == "motion" else s.weight * counts
         torch.testing.assert_close(s.batch["weight"].sum(1), total)
         assert (s.batch["weight"][~s.batch["mask"]] == 0).all() and len(set(counts.tolist())) > 1
 
@@ -332,7 +369,7 @@ def test_numbers_of_the_selection_are_logged():
     R[:4, 1] = 0.5  # a constant reward in one set
     log = prepared(R).log
     assert log["constant"] == 1 and log["kept"] == pytest.approx(pareto.select(
-        R.reshape(2, 3, 4, 3), "per-token").double().mean().item())
+        R.reshape(2, 3, 4, 3), "per-token")[0].double().mean().item())
     assert [log[name].item() for name in pareto.REWARDS] == pytest.approx(R.mean(0).tolist(), abs=1e-6)
 
 
@@ -345,23 +382,29 @@ class Heights:
         return torch.stack([m[:n, 3].mean() for m, n in zip(motion, lengths)])
 
 
-def rewards(clips, **changes):
+def two_encoders(clips):
     encoders = [retrieval_model(clips), retrieval_model(clips)]
     for weight in encoders[1].parameters():
         weight.data.mul_(1.1)
-    return pareto.Rewards(encoders, Heights(), torch.tensor([2.0, 0.5]), **{**dict(
-        low=torch.tensor([-3.0, -2.0, -1.0]), high=torch.tensor([0.0, 1.0, 2.0])), **changes})
+    return encoders
+
+
+def rewards(encoders, **changes):
+    scales = dict(lambdas=torch.tensor([2.0, 0.5]), low=torch.tensor([-3.0, -2.0, -1.0]),
+                  high=torch.tensor([0.0, 1.0, 2.0]))
+    return partial(pareto.all_rewards, encoders, Heights(), {**scales, **changes})
 
 
 def test_the_three_rewards_by_hand():
     """Text: distance to the caption; quality: to the real motion, so nothing is better than that itself;
     preference: of the motion alone. All by the same straight line, without clipping."""
     clips = tiny_clips()
-    judge, motion, lengths = rewards(clips), normal(3, 12, 251), torch.tensor([12, 8, 4])
+    encoders, motion, lengths = two_encoders(clips), normal(3, 12, 251), torch.tensor([12, 8, 4])
+    judge = rewards(encoders)
     R = judge(motion, lengths, CAPTIONS[:3], clips[:3])
     for k, (captions, pairs) in enumerate(((CAPTIONS[:3], clips[:3]),)):
         expected = torch.zeros(2, 3)
-        for weight, encoder in zip((2.0, 0.5), judge.encoders):
+        for weight, encoder in zip((2.0, 0.5), encoders):
             text, made, real = retrieval.embed_pairs(encoder, motion, lengths, captions, pairs)
             expected -= weight * torch.stack([(text - made).square().sum(1), (real - made).square().sum(1)])
     torch.testing.assert_close(R[:, 0], (expected[0] + 3) / 3)
@@ -375,6 +418,13 @@ def test_the_three_rewards_by_hand():
     assert torch.equal(swapped[:, 1:], R[:, 1:]) and (swapped[:, 0] != R[:, 0]).all()
 
 
+def test_ranking_loss_by_hand():
+    better, worse = torch.tensor([2.0, 0.0, 1.0]), torch.tensor([1.0, 1.0, 1.0])
+    expected = -sum(math.log(1 / (1 + math.exp(-x))) for x in (1.0, -1.0, 0.0)) / 3
+    assert pareto.ranking_loss(better, worse).item() == pytest.approx(expected, rel=1e-6)
+    assert pareto.ranking_loss(torch.tensor([0.0]), torch.tensor([200.0])).item() == pytest.approx(200.0)
+
+
 def test_normalise_never_clips():
     low, high = torch.tensor([-2.0]), torch.tensor([2.0])
     given = pareto.normalise(torch.tensor([[-6.0], [-2.0], [0.0], [2.0], [10.0]]), low, high)
@@ -384,14 +434,15 @@ def test_normalise_never_clips():
 def test_calibration():
     """lambda: one over the spread of an encoder's distances to the text; min and max: the quantiles of the
     normalised rewards are 0 and 1. Of the reference alone, and the same every time."""
-    args, policy, clips = arguments(calibration=60), tiny_policy(), tiny_clips()
-    judge = rewards(clips)
-    first, again = (pareto.calibrate(args, policy, judge.encoders, judge.critic, clips) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first[2:], again[2:]))
+    args, policy, clips = arguments(), tiny_policy(), tiny_clips()
+    encoders = two_encoders(clips)
+    first, again = (pareto.calibrate(args, policy, 60, encoders, Heights(), clips) for _ in range(2))
+    assert first.keys() == {"lambdas", "low", "high"}
+    assert all(torch.equal(first[name], again[name]) for name in first)
     shifted = policy._replace(gpt=tiny_policy(shift=0.9).gpt)
-    third = pareto.calibrate(args, shifted, judge.encoders, judge.critic, clips)
-    assert all(torch.equal(a, b) for a, b in zip(first[2:], third[2:])), "the tuned policy plays no part"
-    assert (first.high > first.low).all() and first.lambdas.shape == (2,)
+    third = pareto.calibrate(args, shifted, 60, encoders, Heights(), clips)
+    assert all(torch.equal(first[name], third[name]) for name in first), "the tuned policy plays no part"
+    assert (first["high"] > first["low"]).all() and first["lambdas"].shape == (2,)
 
 
 class Constant:
@@ -400,20 +451,25 @@ class Constant:
 
 
 def test_a_constant_reward_is_reported():
-    args, policy, clips = arguments(calibration=30), tiny_policy(), tiny_clips()
-    with pytest.raises(NonFiniteError, match="reward preference is 2.5 for all 30"):
-        pareto.calibrate(args, policy, rewards(clips).encoders, Constant(), clips)
-
-
-def test_a_reward_that_is_nan_names_prompt_and_reward():
     args, policy, clips = arguments(), tiny_policy(), tiny_clips()
-    learner = pareto.make_learner(args, policy, "per-token", pareto.make_tokens(policy, clips))
-    batch = pareto.collect(args, learner, clips, 0, 0, 1)
-    broken = rewards(clips, low=torch.tensor([-3.0, math.nan, -1.0]))
+    with pytest.raises(NonFiniteError, match="reward preference is 2.5 for all 30"):
+        pareto.calibrate(args, policy, 30, two_encoders(clips), Constant(), clips)
+
+
+@pytest.mark.parametrize("wrong", (math.nan, math.inf))
+def test_a_reward_that_is_no_number_names_prompt_and_reward(wrong):
+    """A NaN compares false with everything: it would be kept for ever."""
+    args, clips = arguments(), tiny_clips()
+    batch = pareto.collect(args, with_tokens(tiny_policy(), clips), clips, 0)
+
+    def broken(motion, lengths, captions, pairs):
+        R = rewards(two_encoders(clips))(motion, lengths, captions, pairs)
+        R[14, 1] = wrong
+        return R
     with pytest.raises(NonFiniteError) as error:
         pareto.score(broken, batch, 7)
-    assert "iteration 7: reward quality is nan" in str(error.value)
-    assert repr(batch["captions"][0]) in str(error.value)
+    assert f"iteration 7: reward quality {wrong}" in str(error.value)
+    assert repr(batch["captions"][14]) in str(error.value)
 
 
 # ---- the preference of the user ----------------------------------------------------------------------------
@@ -428,8 +484,8 @@ def test_parse_weights():
 
 @pytest.mark.parametrize("spec, words", [
     ("text=0.5", "sum to 0.5"), ("text=0.5,quality=0.6", "sum to 1.1"), ("speed=1", "'speed' is none of"),
-    ("text=1.5,quality=-0.5", "at least 0"), ("text=nan", "sum to nan"), ("text", "'' is no number"),
-    ("text=much", "'much' is no number"), ("text=0.5,,quality=0.5", "'' is none of")])
+    ("text=1.5,quality=-0.5", "at least 0"), ("text=nan", "at least 0"), ("text", "'' is no number"),
+    ("text=much", "'much' is no number")])
 def test_preferences_that_make_no_sense(spec, words):
     with pytest.raises(InputError, match=words) as error:
         runs.parse_weights(spec, pareto.REWARDS, "--prefer")
@@ -464,25 +520,26 @@ def test_hypervolume_laws():
 def learn(alpha, seed):
     """40 iterations with rewards that are the shares of three groups of codes among the tokens: they oppose
     each other -> M[k][j], mean reward j with the token of reward k."""
-    args = arguments(alpha=alpha, batch_prompts=3, samples_per_prompt=8, kl_coef=0.02, iterations=60,
-                     lr=4e-3, critic_lr=4e-3, seed=seed)
-    policy, clips = tiny_policy(shift=0.0), tiny_clips()[:3]
-    tokens = pareto.make_tokens(policy, clips)
-    learner = pareto.make_learner(args, policy, "per-token", tokens)
+    args = arguments(alpha=alpha, prompts=3, samples=8, kl_coef=0.02, iterations=60, seed=seed)
+    clips = tiny_clips()[:3]
+    policy = with_tokens(tiny_policy(shift=0.0), clips)
+    critic = the_critic(args, policy)
+    parts = [{"params": list(part.parameters())} for part in (policy.gpt, critic)]
+    optimizer = torch.optim.AdamW(parts, lr=4e-3, betas=(0.9, 0.99), weight_decay=1e-6)
 
     def score(tokens):
         groups = torch.stack([(tokens // 4 == k) & (tokens < 12) for k in range(3)], -1).double()
         return (groups.sum(1) / (tokens < 12).sum(1, keepdim=True).clamp(min=1)).float()
     for iteration in range(40):
-        batch = pareto.collect(args, learner, clips, iteration, 0, 1)
-        batch, kept, dominated, _ = pareto.choose(args, learner, batch, score(batch["tokens"]))
-        plan = plans(args, iteration, kept, batch["index"], dominated)
-        pareto.assess(args, learner, batch, plan)
-        pareto.update(args, policy, learner.critic, batch, plan, learner.optimizer, iteration, Never())
+        batch = pareto.collect(args, policy, clips, iteration)
+        batch, kept, dominated, _ = chosen(args, policy, batch, score(batch["tokens"]))
+        plan = plans(args, iteration, kept, batch["numbers"], dominated)
+        assess(args, policy, critic, batch, plan)
+        pareto.update(args, policy, critic, batch, plan, optimizer, iteration, Never())
     matrix = []
     for weights in torch.eye(3):
-        text = pareto.read_text(policy, [clip.captions[0] for clip in clips] * 40, tokens, weights, alpha)
-        *_, drawn = pareto.generate(policy, policy.gpt, text, 9, 0, "test", range(len(text)), 1.0)
+        text = pareto.read_text(policy, [clip.captions[0] for clip in clips] * 40, weights, alpha)
+        *_, drawn = pareto.sample(policy, text, 9, 0, "test", range(len(text)), 1.0)
         matrix.append(score(drawn).mean(0))
     return torch.stack(matrix)
 
