@@ -1,5 +1,6 @@
 """Selection, weights, tokens and rewards of pareto_motion.py against enumeration. Equations that it shares
-with other scripts, and mutants of them, are in test_shared.py and test_mutants.py.
+with other scripts, and mutants of them, are in test_shared.py and test_mutants.py; golden values in
+tests/parity/pareto.py.
 """
 import copy
 import math
