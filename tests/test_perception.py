@@ -14,6 +14,7 @@ from common import (
     InputError, NonFiniteError, datasets, features, generator, length_mask, perception, published,
     retrieval, tokenizer, training)
 from common.published import motion_critic
+from pareto_motion import ranking_loss
 
 KIT, T2M, CPU = features.KIT, features.T2M, torch.device("cpu")
 
@@ -286,16 +287,15 @@ def test_the_better_side_is_the_less_damaged(data, vq):
 def test_ranking_loss_by_hand():
     better, worse = torch.tensor([2.0, -1.0]), torch.tensor([1.0, 1.0])
     expected = (math.log(1 + math.exp(-1)) + math.log(1 + math.exp(2))) / 2
-    assert perception.ranking_loss(better, worse).item() == pytest.approx(expected, rel=1e-6)
-    torch.testing.assert_close(perception.ranking_loss(better + 7, worse + 7),
-                               perception.ranking_loss(better, worse))
+    assert ranking_loss(better, worse).item() == pytest.approx(expected, rel=1e-6)
+    torch.testing.assert_close(ranking_loss(better + 7, worse + 7), ranking_loss(better, worse))
 
 
 def test_ranking_loss_of_hopeless_pairs_stays_finite():
     """log(sigmoid(-120)) is minus infinity in float32; the gradient pulls with full strength."""
     better = torch.tensor([-60.0, 60.0, 0.5], requires_grad=True)
     worse = torch.tensor([60.0, -60.0, 0.0], requires_grad=True)
-    loss = perception.ranking_loss(better, worse)
+    loss = ranking_loss(better, worse)
     loss.backward()
     assert loss.item() == pytest.approx((120 + math.log(1 + math.exp(-0.5))) / 3, rel=1e-6)
     assert better.grad[0].item() == pytest.approx(-1 / 3) and worse.grad[0].item() == pytest.approx(1 / 3)
@@ -306,9 +306,11 @@ def test_ranking_loss_of_hopeless_pairs_stays_finite():
 
 
 def fit(data, vq, folder, train=None, **changes):
-    options = dict(iterations=3, seed=0, cache_dir=folder, use_cache=False, device=CPU, saw=["test"], batch=8)
-    return perception.fit_perception(train or data.splits["train"], data.splits["val"], KIT, vq,
-                                     **{**options, **changes})
+    """train: other clips in place of the train split; changes: of the options, or the data's fingerprint."""
+    options = dict(iterations=3, seed=0, cache_dir=folder, use_cache=False, device=CPU, batch=8)
+    data = replace(data, splits=data.splits | {"train": train or data.splits["train"]},
+                   fingerprint=changes.pop("fingerprint", data.fingerprint))
+    return perception.fit_perception(data, vq, ranking_loss, **{**options, **changes})
 
 
 def test_damaged_copies_of_new_clips_score_lower(data, vq, tmp_path, capsys):
@@ -365,7 +367,7 @@ def test_the_held_out_damage_is_never_trained_on(data, vq, tmp_path, monkeypatch
 
 def test_huge_values_stop_the_training(data, vq, tmp_path):
     clips = [replace(clip, features=np.full_like(clip.features, np.nan)) for clip in data.splits["train"]]
-    with pytest.raises(NonFiniteError, match="perception: loss"):
+    with pytest.raises(NonFiniteError, match="perception, iteration 0: loss nan"):
         fit(data, vq, tmp_path, train=clips)
 
 
@@ -375,14 +377,16 @@ def test_the_cache_is_read_and_keyed_by_all_that_shaped_it(data, vq, tmp_path, m
 
     def never(*args, **options):
         raise RuntimeError("trained again")
+    train, source = perception.train_perception, training.inspect.getsource
+    monkeypatch.setattr(training.inspect, "getsource", lambda part: source(train if part is never else part))
     monkeypatch.setattr(perception, "train_perception", never)
     cached, same = fit(data, vq, tmp_path, use_cache=True)
     assert notes == same and capsys.readouterr().out == printed
     motion, lengths = real_motions(data)
     assert torch.equal(cached.score(motion, lengths), critic.score(motion, lengths))
     other = tokenizer.VQVAE(251, 24, 16, 64, 1)
-    for changes in (dict(iterations=4), dict(seed=1), dict(saw=["other"]), dict(batch=9), dict(lr=1e-3),
-                    dict(use_cache=False), dict(train=data.splits["train"][1:]), dict(vq=other)):
+    for changes in (dict(iterations=4), dict(seed=1), dict(fingerprint="other"), dict(batch=9),
+                    dict(lr=1e-3), dict(use_cache=False), dict(vq=other)):
         with pytest.raises(RuntimeError, match="trained again"):
             fit(data, changes.pop("vq", vq), tmp_path, **{"use_cache": True, **changes})
 
@@ -503,12 +507,12 @@ def test_the_published_critic_scores_by_windows_of_sixty_frames(data, monkeypatc
 
 def test_g_learns_and_is_cached(data, tmp_path, capsys):
     torch.save(random_net().state_dict(), tmp_path / "critic.pth")
+    part = replace(data, splits=data.splits | {"train": data.splits["train"][:120]})  # g sees a half
 
     def fitted(**changes):
-        options = dict(seed=0, cache_dir=tmp_path, use_cache=True, device=CPU, saw=["test"], iterations=3)
+        options = dict(seed=0, cache_dir=tmp_path, use_cache=True, device=CPU, iterations=3)
         before = torch.get_rng_state()
-        out = motion_critic.fit_published(tmp_path / "critic.pth", data.splits["train"][:60],
-                                          data.splits["val"], KIT, **{**options, **changes})
+        out = motion_critic.fit_published(tmp_path / "critic.pth", part, **{**options, **changes})
         assert torch.equal(torch.get_rng_state(), before)
         return out
     critic, start = fitted()
@@ -527,9 +531,9 @@ def test_g_learns_and_is_cached(data, tmp_path, capsys):
 
 def test_a_run_gets_the_published_critic_if_it_names_one(data, vq, tmp_path):
     torch.save(random_net().state_dict(), tmp_path / "critic.pth")
-    options = dict(perception_iterations=2, base_seed=0, cache_dir=tmp_path, cache=True)
-    own, _ = perception.build(data, vq, CPU, perception_checkpoint="", **options)
-    other, notes = perception.build(data, vq, CPU, perception_checkpoint=tmp_path / "critic.pth", **options)
+    options = dict(iterations=2, seed=0, cache_dir=tmp_path, use_cache=True, device=CPU)
+    own, _ = perception.fit_perception(data, vq, ranking_loss, "", **options)
+    other, notes = perception.fit_perception(data, vq, ranking_loss, tmp_path / "critic.pth", **options)
     assert isinstance(own, perception.PerceptionCritic) and notes["published"].endswith("critic.pth")
     motion, lengths = torch.from_numpy(data.splits["test"][0].features)[None], torch.tensor([24])
     assert own.score(motion, lengths).shape == other.score(motion, lengths).shape == (1,)

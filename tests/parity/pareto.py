@@ -6,7 +6,7 @@ load them as they are.
 import numpy as np
 import torch
 
-from common import metrics, perception, published
+from common import metrics, published
 from common.published import motion_critic
 from tests.parity.rows import Rows
 
@@ -24,7 +24,9 @@ def check(path):
 
 
 def check_critic(result, ref):
-    """MotionCritic of common/motion_critic.py with the published names of weights, and its input."""
+    """The published MotionCritic with its names of weights, and its input."""
+    import pareto_motion as pareto
+
     motion = motion_critic.into_critic(ref["raw_rot6d"])
     error = (motion - ref["motion"]).abs().flatten()
     result.compare("motion", motion, ref["motion"], 2e-3)  # the public float32 quaternions lose digits
@@ -38,9 +40,9 @@ def check_critic(result, ref):
     result.compare("representation_mean", net.representation(ref["motion"]), ref["representation_mean"], 1e-5)
     better, worse = scores[:2], scores[2:]
     result.compare("pair_scores", torch.stack([better, worse], 1), ref["pair_scores"], 1e-5)
-    each = torch.stack([perception.ranking_loss(*pair) for pair in zip(better, worse)])
+    each = torch.stack([pareto.ranking_loss(*pair) for pair in zip(better, worse)])
     result.compare("pair_loss_each", each, ref["pair_loss_each"], 1e-5)
-    loss = perception.ranking_loss(better, worse)
+    loss = pareto.ranking_loss(better, worse)
     result.compare("pair_loss", loss, ref["pair_loss"], 1e-5)
     result.compare("pair_acc", (better > worse).float().mean(), ref["pair_acc"], 0.0)
     result.compare("clipped_mean", scores[scores <= 12].mean(), ref["clipped_mean"], 1e-5)
@@ -53,16 +55,18 @@ def check_critic(result, ref):
 
 def check_ranking(result, ref):
     """The Bradley-Terry loss, two pairs with a difference of 120 either way; in float32 it stays finite."""
+    import pareto_motion as pareto
+
     better, worse = (ref[f"bt/score_{side}"].requires_grad_() for side in ("better", "worse"))
-    loss = perception.ranking_loss(better, worse)
-    each = torch.stack([perception.ranking_loss(*pair) for pair in zip(better, worse)])
+    loss = pareto.ranking_loss(better, worse)
+    each = torch.stack([pareto.ranking_loss(*pair) for pair in zip(better, worse)])
     result.compare("bt/loss_each", each, ref["bt/loss_each"], 1e-10)
     result.compare("bt/loss", loss, ref["bt/loss"], 1e-10)
     loss.backward()
     result.compare("bt/grad_better", better.grad, ref["bt/grad_better"], 1e-10)
     result.compare("bt/grad_worse", worse.grad, ref["bt/grad_worse"], 1e-10)
     result.compare("bt/accuracy", (better > worse).double().mean(), ref["bt/accuracy"], 0.0)
-    loss = perception.ranking_loss(better.float(), worse.float())
+    loss = pareto.ranking_loss(better.float(), worse.float())
     result.compare("bt/loss (float32)", loss, ref["bt/loss"], 1e-5)
 
 
