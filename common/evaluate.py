@@ -46,8 +46,8 @@ class Scorers(NamedTuple):
 
 
 def questions(clips, repeat):
-    """What repeat number `repeat` asks for: captions, attributes (both b) and lengths (b) in frames. Caption r
-    of a clip with n captions is number r mod n; lengths are the clips' own, as in the benchmarks."""
+    """What repeat number `repeat` asks for: captions, attributes (both b) and lengths (b) in frames. Caption
+    r of a clip with n captions is number r mod n; lengths are the clips' own, as in the benchmarks."""
     captions = [clip.captions[repeat % len(clip.captions)] for clip in clips]
     attributes = [clip.attributes[repeat % len(clip.captions)] for clip in clips]
     return captions, attributes, torch.tensor([len(clip.features) for clip in clips])
@@ -83,8 +83,7 @@ def rewards(scorers, motion, lengths, captions, clips, chunk=128):
 def measure(motion, lengths, captions, attributes, scorers, clips):
     """Per motion (b t d), raw -> {name: (b)}, and the oracle's verdicts, a dict for each motion."""
     each = {"reward": rewards(scorers, motion, lengths, captions, clips)}
-    device = scorers.device
-    seen, asked = retrieval.embed(scorers.judge, motion.to(device), lengths.to(device), captions)
+    seen, asked = retrieval.embed(scorers.judge, motion, lengths, captions)
     each["judge"] = (seen * asked).sum(-1).double().cpu().numpy()
     joints = to_joints(motion, lengths, scorers.skeleton)
     verdicts = [oracle.oracle(j, scorers.skeleton, a) if a else {} for j, a in zip(joints, attributes)]
@@ -92,6 +91,7 @@ def measure(motion, lengths, captions, attributes, scorers, clips):
     each["oracle"] = np.array([np.mean(v) if v else math.nan for v in held])  # NaN: nothing to check
     each["oracle_all"] = np.array([float(all(v)) if v else math.nan for v in held])
     if scorers.columns and have_motion(clips):
+        device = scorers.device
         more = scorers.columns(motion.to(device), lengths.to(device), captions, clips)
         each |= {name: column.double().cpu().numpy() for name, column in more.items()}
     physics = [features.physical_metrics(j, scorers.skeleton) for j in joints]
@@ -142,9 +142,8 @@ def evaluate(clips, scorers, sampler=None, *, purpose="", repeats=1, compare_wit
             each["length_error"] = (lengths - asked).abs().double().numpy()
         whole = {}
         if real and compare_with_data:
-            data, device = datasets.collate(clips), scorers.device
-            whole = benchmark(scorers.judge, (motion.to(device), lengths.to(device), captions),
-                              (data.motion.to(device), data.lengths.to(device)),
+            data = datasets.collate(clips)
+            whole = benchmark(scorers.judge, (motion, lengths, captions), (data.motion, data.lengths),
                               generator=generator(repeat, 0, "benchmark"), pairs=min(300, len(clips) // 2))
         results.append((each, whole))
     flat = [{name: finite_mean(values) for name, values in each.items()} | whole for each, whole in results]
@@ -226,8 +225,7 @@ def variety(clips, scorers, sampler, *, prompts=32, samples=10, seed=0):
     made = [sampler(captions, lengths, "multimodality", n) for n in range(samples)]
     motion = torch.stack(side_by_side([motion for motion, _ in made]), 1)  # p g t d
     lengths = torch.stack([own for _, own in made], 1)                     # p g
-    seen, _ = retrieval.embed(scorers.judge, rearrange(motion, "p g t d -> (p g) t d").to(scorers.device),
-                              rearrange(lengths, "p g -> (p g)").to(scorers.device))
+    seen, _ = retrieval.embed(scorers.judge, motion.flatten(0, 1), lengths.flatten())
     pairs = metrics.draw_pairs(samples, samples // 2, generator(seed, 0, "multimodality"))
     value = metrics.multimodality(rearrange(seen, "(p g) c -> p g c", g=samples), *pairs)
     # Equal up to rounding: a batch of another size may round its last bits another way.

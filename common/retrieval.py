@@ -163,7 +163,8 @@ class RetrievalModel(nn.Module):
 
     def embed_motion(self, features, lengths):
         """RAW features (b t d), lengths (b) in frames -> mean latents (b c), not of unit length."""
-        return self.encode_motion(*self.tokenise(features, lengths))
+        device = self.words.device
+        return self.encode_motion(*self.tokenise(features.to(device), lengths.to(device)))
 
     def embed_text(self, captions):
         """Captions (list of b) -> mean latents (b c)."""
@@ -242,9 +243,9 @@ def train_retrieval(model, clips, *, iterations=900, batch=96, seed=0, label="re
     """Train on (motion, random caption) pairs -> {"loss", "top1"}, see training.supervised. top1 is the share
     of motions that find their own caption, or one that means the same, in the batch.
 
-    loss(text, motion, duplicates) -> scalar, by default InfoNCE. One generator makes every draw, so a seed is
-    a run. Input noise and dropped words are the regularisers. Not in TMR: the contrastive loss alone, no
-    decoder, no sampling; duplicates are found by attributes or words instead of a sentence model.
+    loss(text, motion, duplicates) -> scalar, by default InfoNCE. Input noise and dropped words are the
+    regularisers. Not in TMR: the contrastive loss alone, no decoder, no sampling; duplicates are found by
+    attributes or words instead of a sentence model.
     """
     if len(clips) < 2:
         raise InputError(f"{label}: needs at least two training clips, got {len(clips)}")
@@ -314,7 +315,7 @@ def embed_pairs(model, motion, lengths, captions, clips):
     compared with; a clip that is None or has no frames gets the motion's own."""
     def real(wanted):
         batch = collate(wanted)
-        return model.embed_motion(batch.motion.to(motion.device), batch.lengths.to(motion.device))
+        return model.embed_motion(batch.motion, batch.lengths)
     text, made = once(model.embed_text, captions), model.embed_motion(motion, lengths)
     rows = [k for k, clip in enumerate(clips) if clip is not None and len(clip.features)]
     paired = made.clone()
@@ -350,10 +351,10 @@ def scorer(name, domains, *, family, number, iterations, seed, cache_dir, use_ca
            loss_name="infonce", loss=None, loss_parts=()):
     """A retrieval model of a family, trained or from the cache -> frozen model, notes.
 
-    domains: the data sets it learns from. Of their train splits it sees every second recording: `number` is
-    added to the seed, and tells which half. loss: see train_retrieval; loss_name tells it, with its numbers,
-    from others in the cache, and loss_parts are functions that it calls. The notes say how well it finds
-    the motion of a caption among 32 of the val split of `target`, by default the last domain.
+    domains: the data sets whose train splits it learns from, every second recording: `number` is added to
+    the seed, and tells which half. loss: see train_retrieval; loss_name tells it from others in the cache,
+    loss_parts are functions that it calls. The notes say how well it finds the motion of a caption among 32
+    of the val split of `target`, by default the last domain.
     """
     target = target or domains[-1]
     clips = [clip for domain in domains for clip in half(domain.splits["train"], number % 2)]
