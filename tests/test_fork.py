@@ -1,5 +1,6 @@
 """A fork of one file: the patch that README shows applies, runs, and is what the tables then speak of."""
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -7,22 +8,23 @@ import sys
 import numpy as np
 import pytest
 
-from tests.run_helpers import ENV, ROOT
+from tests.run_helpers import ENV, ROOT, WHOLE
 
 PATCH = ROOT / "results" / "right_hand.patch"
 
 
 @pytest.fixture(scope="module")
 def fork(tmp_path_factory):
-    """A copy of ddpo_motion.py and common/ with the patch, and a tiny run of it."""
+    """A copy of ddpo_motion.py and common/ with the patch, and a small run of it."""
     here = tmp_path_factory.mktemp("fork")
     shutil.copy(ROOT / "ddpo_motion.py", here)
     shutil.copytree(ROOT / "common", here / "common", ignore=shutil.ignore_patterns("__pycache__"))
     subprocess.run(["git", "apply", str(PATCH)], cwd=here, check=True)
-    flags = ("--dataset kit --tiny --threads 1 --device cpu --iterations 2 --best-of 2 --out-dir run "
-             "--cache-dir cache")
-    subprocess.run([sys.executable, "ddpo_motion.py", *flags.split()], cwd=here, check=True,
-                   env={**ENV, "PYTHONPATH": str(here)}, capture_output=True)
+    flags = ("--dataset kit --tiny --threads 1 --device cpu --iterations 2 --prompts 2 --samples 2 "
+             "--kept-samples 4 --best-of 2 --eval-repeats 1 --out-dir run --cache-dir cache")
+    run = WHOLE.replace("SCRIPT", "ddpo_motion")  # the one here, and not that of the repository
+    subprocess.run([sys.executable, "-c", run, *flags.split()], cwd=here, check=True, capture_output=True,
+                   env={**ENV, "PYTHONPATH": f"{here}{os.pathsep}{ROOT}"})
     return here
 
 
@@ -36,7 +38,7 @@ def test_the_patch_is_short_and_shown_in_readme():
 
 def test_a_model_free_reward_trains_no_reward_model(fork):
     kept = {path.name.partition("-")[0] for path in (fork / "cache").glob("*.pt")}
-    assert kept == {"judge", "base"}
+    assert kept == {"embedded", "judge", "base"}
 
 
 def test_every_table_speaks_of_the_new_reward(fork):
