@@ -17,8 +17,8 @@ def test_fronts_by_hand(capsys, scorers, clips, tmp_path):
         return [sampler(value) for value in values]
 
     def columns(motion, lengths, captions, real):
-        scale = np.arange(1.0, 1 + len(captions))
-        return {"a": motion[:, 0, 0].double().numpy() * scale, "b": 2.0 - motion[:, 0, 0].double().numpy()}
+        value = motion[:, 0, 0].double()
+        return {"a": value * torch.arange(1.0, 1 + len(captions)), "b": 2.0 - value}
     wider = scorers._replace(columns=columns)
     points = fronts.front_points(policy(0.5, 1.0), clips[:2], wider, ("b", "a"))
     assert points.shape == (2, 16, 2) and points[1, 0].tolist() == [1.5, 1.0]
