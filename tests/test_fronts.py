@@ -1,5 +1,4 @@
 """results/fronts.py: hypervolumes and the table of tokens by hand, and of finished runs."""
-import numpy as np
 import pytest
 import torch
 
