@@ -420,10 +420,21 @@ def test_the_three_rewards_by_hand():
 
 
 def test_ranking_loss_by_hand():
-    better, worse = torch.tensor([2.0, 0.0, 1.0]), torch.tensor([1.0, 1.0, 1.0])
-    expected = -sum(math.log(1 / (1 + math.exp(-x))) for x in (1.0, -1.0, 0.0)) / 3
+    better, worse = torch.tensor([2.0, -1.0]), torch.tensor([1.0, 1.0])
+    expected = (math.log(1 + math.exp(-1)) + math.log(1 + math.exp(2))) / 2
     assert pareto.ranking_loss(better, worse).item() == pytest.approx(expected, rel=1e-6)
-    assert pareto.ranking_loss(torch.tensor([0.0]), torch.tensor([200.0])).item() == pytest.approx(200.0)
+    torch.testing.assert_close(pareto.ranking_loss(better + 7, worse + 7), pareto.ranking_loss(better, worse))
+
+
+def test_ranking_loss_of_hopeless_pairs_stays_finite():
+    """log(sigmoid(-120)) is minus infinity in float32; the gradient pulls with full strength."""
+    better = torch.tensor([-60.0, 60.0, 0.5], requires_grad=True)
+    worse = torch.tensor([60.0, -60.0, 0.0], requires_grad=True)
+    loss = pareto.ranking_loss(better, worse)
+    loss.backward()
+    assert loss.item() == pytest.approx((120 + math.log(1 + math.exp(-0.5))) / 3, rel=1e-6)
+    assert better.grad[0].item() == pytest.approx(-1 / 3) and worse.grad[0].item() == pytest.approx(1 / 3)
+    assert (better.grad <= 0).all() and (worse.grad >= 0).all()
 
 
 def test_normalise_never_clips():

@@ -254,7 +254,7 @@ def test_decoded_motions_are_those_of_the_tokenizer(data, vq):
             torch.testing.assert_close(back, own[0], rtol=0, atol=2e-2)  # KIT units, about .03 mm
 
 
-# ---- pairs and their loss ----------------------------------------------------------------------------------
+# ---- pairs -------------------------------------------------------------------------------------------------
 
 
 def test_pairs_show_the_same_moment_at_two_strengths(data, vq):
@@ -282,24 +282,6 @@ def test_the_better_side_is_the_less_damaged(data, vq):
     def shake(joints):
         return joints.diff(n=2, dim=0).norm(dim=-1).mean()
     assert all(shake(one) < shake(other) for one, other in zip(better, worse))
-
-
-def test_ranking_loss_by_hand():
-    better, worse = torch.tensor([2.0, -1.0]), torch.tensor([1.0, 1.0])
-    expected = (math.log(1 + math.exp(-1)) + math.log(1 + math.exp(2))) / 2
-    assert ranking_loss(better, worse).item() == pytest.approx(expected, rel=1e-6)
-    torch.testing.assert_close(ranking_loss(better + 7, worse + 7), ranking_loss(better, worse))
-
-
-def test_ranking_loss_of_hopeless_pairs_stays_finite():
-    """log(sigmoid(-120)) is minus infinity in float32; the gradient pulls with full strength."""
-    better = torch.tensor([-60.0, 60.0, 0.5], requires_grad=True)
-    worse = torch.tensor([60.0, -60.0, 0.0], requires_grad=True)
-    loss = ranking_loss(better, worse)
-    loss.backward()
-    assert loss.item() == pytest.approx((120 + math.log(1 + math.exp(-0.5))) / 3, rel=1e-6)
-    assert better.grad[0].item() == pytest.approx(-1 / 3) and worse.grad[0].item() == pytest.approx(1 / 3)
-    assert (better.grad <= 0).all() and (worse.grad >= 0).all()
 
 
 # ---- training and cache ------------------------------------------------------------------------------------

@@ -172,16 +172,16 @@ def test_a_reward_that_is_nan(finished, tmp_path, monkeypatch, no_evaluation):
 def test_prompts_follow_the_preference(finished, tmp_path):
     """The same command gives the same files, another preference others; a third each is the default."""
     flags = ["--load", finished.product, "--compare"]
-    for caption in ("a person walks forward", "someone waves", "a man jumps twice", "a person turns left"):
+    for caption in ("a person walks forward", "someone waves"):
         flags += ["--prompt", caption]
     made = {}
     for spec in ("", "text=1", "preference=1", "text=0.25,quality=0.25,preference=0.5"):
         asked = ["--prefer", spec] if spec else []
         assert finished.call(*flags, *asked, "--out-dir", tmp_path / f"out {spec}")[0] == 0
         made[spec] = products(tmp_path / f"out {spec}")
-        assert set(made[spec]) == {f"prompt{k:02d}{end}" for k in range(4) for end in (
+        assert set(made[spec]) == {f"prompt{k:02d}{end}" for k in range(2) for end in (
             ".gif", "_before.npy", "_before.bvh", "_after.npy", "_after.bvh")}
-    before, after = ({spec: [files[f"prompt{k:02d}_{title}.npy"] for k in range(4)]
+    before, after = ({spec: [files[f"prompt{k:02d}_{title}.npy"] for k in range(2)]
                       for spec, files in made.items()} for title in ("before", "after"))
     assert all(motions == before[""] for motions in before.values())
     assert after["text=1"] != after["preference=1"], "tokens change what is sampled"
