@@ -40,8 +40,14 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def kit(folder):
+def whole(folder):
+    """Enough clips to learn from."""
     return load(folder, "kit", space="t2m", clips=200)
+
+
+@pytest.fixture(scope="module")
+def kit(folder):
+    return load(folder, "kit", space="t2m", clips=80)
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +77,14 @@ def fit(domains, folder, generated=None, spl="paper", losses=sw.LOSSES, **change
                                            **{**options, **changes})
 
 
-MIDDLE = dict(iterations=200, spl_iterations=12, head_iterations=300, batch=32, pairs=240, use_cache=True,
+MIDDLE = dict(iterations=200, spl_iterations=12, head_iterations=200, batch=32, pairs=160, use_cache=True,
               sizes={**motion_reward.SIZES, "width": 32, "latent": 32, "ff": 64, "components": 48})
 
 
 @pytest.fixture(scope="module")
-def fitted(kit, folder, one_thread):
+def fitted(whole, folder, one_thread):
     """A small training that learns something: model, notes."""
-    return fit([kit], folder, sluggish(kit), **MIDDLE)
+    return fit([whole], folder, sluggish(whole), **MIDDLE)
 
 
 def random_model(skeleton=T2M, k=0):
@@ -462,16 +468,16 @@ def test_an_exported_model_is_the_same():
 # ---- training ----------------------------------------------------------------------------------------------
 
 
-def test_captions_find_new_motions_in_every_representation(fitted, kit):
+def test_captions_find_new_motions_in_every_representation(fitted, whole):
     """Clips of the judge's half, in pools of 32: chance is .03."""
     model, notes = fitted
-    scores = motion_reward.retrieval_of(model, datasets.half(kit.splits["train"], 1))
+    scores = motion_reward.retrieval_of(model, datasets.half(whole.splits["train"], 1))
     for name in REPRESENTATIONS:
         assert scores[name]["pool"] == 32 and scores[name]["R1_same"] > 0.3 and scores[name]["R3"] > 0.3
     assert set(notes["before"]) == set(notes["after"]) == set(REPRESENTATIONS)
     assert notes["before"] != notes["after"] and 0 < notes["spl"]["failed"] < 1
     # one clip lies at one place, however it is written
-    motion, lengths = batch_of(kit, "features", (24,) * 12)
+    motion, lengths = batch_of(whole, "features", (24,) * 12)
     places = [F.normalize(model.embed_motion(from_features(motion, name, T2M), lengths, name), dim=1)
               for name in REPRESENTATIONS]
     for other in places[1:]:
@@ -480,10 +486,10 @@ def test_captions_find_new_motions_in_every_representation(fitted, kit):
         assert (similarity.argmax(1) == torch.arange(12)).float().mean() > 0.5
 
 
-def test_damaged_copies_score_lower(fitted, kit):
+def test_damaged_copies_score_lower(fitted, whole):
     """Clips of the test and val splits, which training never saw, in every representation."""
     model, notes = fitted
-    real = motions(kit, "test") + motions(kit, "val")
+    real = motions(whole, "test") + motions(whole, "val")
     accuracy = motion_reward.preference_accuracy(model, real, seed=1)
     assert set(accuracy) == set(notes["preference"]) == set(REPRESENTATIONS)
     for name, shares in accuracy.items():
@@ -492,10 +498,10 @@ def test_damaged_copies_score_lower(fitted, kit):
 
 
 @each
-def test_the_base_s_motions_have_scores_of_mean_0_and_spread_1(representation, fitted, kit):
+def test_the_base_s_motions_have_scores_of_mean_0_and_spread_1(representation, fitted, whole):
     model, notes = fitted
     scores = []
-    for motion in sluggish(kit):
+    for motion in sluggish(whole):
         lengths, motion = torch.tensor([len(motion)]), from_features(motion[None], representation, T2M)
         scores.append(sw.weighted_reward(model, representation, {"preference": 1.0}, motion, lengths, ["x"]))
     scores = torch.cat(scores)
@@ -505,10 +511,10 @@ def test_the_base_s_motions_have_scores_of_mean_0_and_spread_1(representation, f
     assert model.preference_std.min() > 0
 
 
-def test_recordings_are_told_from_generated_motions(fitted, kit):
+def test_recordings_are_told_from_generated_motions(fitted, whole):
     model, notes = fitted
     assert set(notes["authenticity"]) == set(REPRESENTATIONS) and min(notes["authenticity"].values()) > 0.6
-    real, made = motions(kit, "test") + motions(kit, "val"), sluggish(kit)[4::5]
+    real, made = motions(whole, "test") + motions(whole, "val"), sluggish(whole)[4::5]
     for name in REPRESENTATIONS:
         values = [torch.cat([sw.weighted_reward(model, name, {"authenticity": 1.0}, from_features(
             motion[None], name, T2M), torch.tensor([len(motion)]), ["x"]) for motion in side])
@@ -520,12 +526,12 @@ def test_recordings_are_told_from_generated_motions(fitted, kit):
     assert columns == {name: terms[name].double().numpy() for name in motion_reward.HEADS}
 
 
-def test_what_is_fitted_is_frozen(fitted, kit):
+def test_what_is_fitted_is_frozen(fitted, whole):
     model, _ = fitted
-    motion, lengths = batch_of(kit, "features")
+    motion, lengths = batch_of(whole, "features")
     state = {key: value.clone() for key, value in model.state_dict().items()}
     motion.requires_grad_()
-    terms = rewards(model, motion, lengths, CAPTIONS, "features", clips=recordings(kit))
+    terms = rewards(model, motion, lengths, CAPTIONS, "features", clips=recordings(whole))
     for name, value in terms.items():
         gradient, = torch.autograd.grad(value.sum(), motion, retain_graph=True)
         assert gradient.abs().sum() > 0, name
@@ -534,12 +540,12 @@ def test_what_is_fitted_is_frozen(fitted, kit):
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
-def test_heads_leave_the_backbone_alone(fitted, kit, folder, monkeypatch):
+def test_heads_leave_the_backbone_alone(fitted, whole, folder, monkeypatch):
     """The model without heads, out of the cache, has the same weights but for theirs."""
     def never(*args, **options):
         raise RuntimeError("trained again")
     monkeypatch.setattr(motion_reward, "initialise", never)
-    bare, notes = fit([kit], folder, [], **{**MIDDLE, "head_iterations": 0})
+    bare, notes = fit([whole], folder, [], **{**MIDDLE, "head_iterations": 0})
     assert "preference" not in notes
     changed = {key for key, value in fitted[0].state_dict().items()
                if not torch.equal(value, bare.state_dict()[key])}
