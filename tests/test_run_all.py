@@ -163,7 +163,7 @@ def test_stopped_after_every_iteration(finished, tmp_path, monkeypatch, no_evalu
     assert finished.call(*flags)[0] == 0 and finished.is_same(tmp_path / "run")
 
 
-@on("stepwise")
+@on("ddpo")
 def test_overwrite_starts_again(finished, tmp_path, no_evaluation):
     for flags in ([], ["--overwrite", "--seed", 1]):
         assert finished.call("--iterations", 1, "--out-dir", tmp_path / "run", *flags)[0] == 0
