@@ -42,7 +42,7 @@ def fit(folder, count=24, **changes):
 
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory):
-    return fit(tmp_path_factory.mktemp("vae"), iterations=300)
+    return fit(tmp_path_factory.mktemp("vae"), iterations=200)
 
 
 class Marked(nn.Module):
