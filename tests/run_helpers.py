@@ -32,9 +32,9 @@ def load(name):
 
 # ---- a finished run of each script -------------------------------------------------------------------------
 
-LITTLE = {"iterations": 30, "scorer_iterations": 10, "vae_iterations": 20, "clips": (90, 60),
+LITTLE = {"iterations": 15, "scorer_iterations": 8, "vae_iterations": 10, "clips": (90, 60),
           "latent_dims": 8}
-LITTLE_TOKENS = {"vq_iterations": 20, "gpt_iterations": 20, "scorer_iterations": 15, "clips": 160,
+LITTLE_TOKENS = {"vq_iterations": 12, "gpt_iterations": 12, "scorer_iterations": 8, "clips": 120,
                  "perception_iterations": 4, "calibration": 32}
 LITTLE_REWARD = motion_reward.Training(spl_iterations=4, head_iterations=10, generated=40)
 PAIRS = motion_reward.fit_motion_reward.__kwdefaults__  # has how many pairs its preference head learns from
@@ -83,7 +83,7 @@ SMALL = {
         {"target_val": ROWS | {"gt"}, "target_test": ROWS | {"gt", "best of 2"},
          "source_test": ROWS | {"gt"}}),
     "ppo": Small(
-        TOKENS + "--composed 100 --prompts 8 --samples 4 --kept-samples 16 --best-of 2",
+        TOKENS + "--composed 50 --prompts 8 --samples 4 --kept-samples 16 --best-of 2",
         "policy.pt", ["embedded-kit-kit", "gpt", "judge", "reward", "tokenizer"],
         {"paired_val": ROWS | {"gt", "vq"}, "paired_test": ROWS | {"gt", "vq", "best of 2"},
          "composed_train": ROWS, "composed_val": ROWS, "composed_test": ROWS | {"best of 2"}}),
