@@ -573,7 +573,7 @@ def test_what_is_left_out_is_seen_by_none(finished, tmp_path, monkeypatch, no_ev
         asked.update(prompts)
         return collect(args, policy, prompts, *rest)
     monkeypatch.setattr(ddpo, "collect", collected)
-    monkeypatch.setitem(helpers.LITTLE, "clips", (90, 300))
+    monkeypatch.setitem(helpers.LITTLE, "clips", (60, 200))
     for data, knows in (("source", set()), ("both", {"transformer"})):
         code, out, _ = call(*finished.flags, "--leave-out", "punch", "--iterations", 1,
                             "--cache-dir", tmp_path / "cache", "--out-dir", tmp_path / f"run {data}",
