@@ -33,10 +33,10 @@ def load(name):
 # ---- a finished run of each script -------------------------------------------------------------------------
 
 LITTLE = {"iterations": 15, "scorer_iterations": 8, "vae_iterations": 10, "clips": (90, 60),
-          "latent_dims": 8}
+          "latent_dims": 8, "layers": 1}
 LITTLE_TOKENS = {"vq_iterations": 12, "gpt_iterations": 12, "scorer_iterations": 8, "clips": 120,
                  "perception_iterations": 4, "calibration": 32}
-LITTLE_REWARD = motion_reward.Training(spl_iterations=4, head_iterations=10, generated=40)
+LITTLE_REWARD = motion_reward.Training(spl_iterations=3, head_iterations=6, generated=40)
 PAIRS = motion_reward.fit_motion_reward.__kwdefaults__  # has how many pairs its preference head learns from
 
 
@@ -54,8 +54,9 @@ def smaller(**changes):
         tiny = tokenizer.SIZES["tiny"]._replace(**LITTLE_TOKENS)
         stack.enter_context(mock.patch.dict(tokenizer.SIZES, tiny=tiny))
         stack.enter_context(mock.patch.dict(motion_reward.TRAINING, tiny=LITTLE_REWARD))
-        stack.enter_context(mock.patch.dict(PAIRS, pairs=60))
-        stack.enter_context(mock.patch.dict(motion_reward.SIZES, width=32, latent=32, ff=64, components=48))
+        stack.enter_context(mock.patch.dict(PAIRS, pairs=30))
+        little = dict(width=32, latent=32, layers=1, ff=64, components=32)
+        stack.enter_context(mock.patch.dict(motion_reward.SIZES, little))
         yield
 
 
