@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from common import evaluate
+from tests import run_helpers
 from tests.run_helpers import SMALL, Finished
 
 
@@ -51,4 +52,5 @@ def finished_run(tmp_path_factory):
         if name not in made:
             made[name] = Finished(name, tmp_path_factory.mktemp(f"finished_{name}"))
         return made[name]
-    return of
+    yield of
+    run_helpers.stop_server()

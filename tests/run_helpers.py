@@ -32,7 +32,7 @@ def load(name):
 
 # ---- a finished run of each script -------------------------------------------------------------------------
 
-LITTLE = {"iterations": 15, "scorer_iterations": 8, "vae_iterations": 10, "clips": (90, 60),
+LITTLE = {"iterations": 15, "scorer_iterations": 20, "vae_iterations": 10, "clips": (90, 60),
           "latent_dims": 8, "layers": 1}
 LITTLE_TOKENS = {"vq_iterations": 12, "gpt_iterations": 12, "scorer_iterations": 8, "clips": 120,
                  "perception_iterations": 4, "calibration": 32}
@@ -96,13 +96,13 @@ SMALL = {
 
 
 class Finished:
-    """An uninterrupted run of SMALL[name], started as a user starts it, and the cache that it has filled."""
+    """An uninterrupted run of SMALL[name] in a process of its own, and the cache that it has filled."""
 
     def __init__(self, name, here):
         self.script, (flags, product, self.cached, self.tables) = load(name), SMALL[name]
         self.name, self.kind = name, f"{name}-{Path(product).stem}"  # kind: of the product, as its file says
         self.flags = [*flags.split(), "--cache-dir", str(here / "cache")]
-        self.out, self.err = start(self.script, [*self.flags, "--out-dir", "run"], here)
+        self.out, self.err = start(name, [*self.flags, "--out-dir", "run"], here)
         self.folder, self.cache, self.product = here / "run", here / "cache", here / "run" / product
         self.results = json.loads((self.folder / "results.json").read_text())
 
@@ -209,21 +209,46 @@ class Forked:
         return self
 
 
-WHOLE = """
-import SCRIPT as script
-from common import runs
-from tests.run_helpers import smaller
-with smaller():
-    runs.run_main(script.main)
+SERVER = """
+import torch._dynamo, matplotlib.pyplot  # of which importing takes longest
+from tests import run_helpers
+run_helpers.serve()
 """
 
 
-def start(script, flags, folder):
-    """An uninterrupted run in a fresh interpreter, at the sizes of `smaller` -> its stdout, stderr."""
-    command = [sys.executable, "-c", WHOLE.replace("SCRIPT", script.__name__), *flags]
-    child = subprocess.run(command, cwd=folder, env=ENV, capture_output=True, text=True, check=False)
-    assert child.returncode == 0, child.stderr
-    return child.stdout, child.stderr
+@functools.cache
+def server():
+    """A fresh interpreter that forks for each run: that spares most of them the imports."""
+    return subprocess.Popen([sys.executable, "-c", SERVER], cwd=ROOT, env=ENV, text=True,
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+def stop_server():
+    """End it, if one was started."""
+    if server.cache_info().currsize:
+        server().communicate()
+        server.cache_clear()
+
+
+def serve():
+    """What the server does: read script, flags and folder of a run, answer with its code and its output."""
+    for line in sys.stdin:
+        name, flags, folder = json.loads(line)
+
+        def run():
+            os.chdir(folder)
+            with smaller():
+                runs.run_main(load(name).main, flags)
+        child = Forked(run).wait()
+        print(json.dumps([child.code, child.out, child.errors]), flush=True)
+
+
+def start(name, flags, folder):
+    """An uninterrupted run that knows nothing of pytest, at the sizes of `smaller` -> its stdout, stderr."""
+    print(json.dumps([name, flags, str(folder)]), file=server().stdin, flush=True)
+    code, out, err = json.loads(server().stdout.readline())
+    assert code == 0, err
+    return out, err
 
 
 def interrupted(script, flags, moment, count, number):

@@ -8,9 +8,16 @@ import sys
 import numpy as np
 import pytest
 
-from tests.run_helpers import ENV, ROOT, WHOLE
+from tests.run_helpers import ENV, ROOT
 
 PATCH = ROOT / "results" / "right_hand.patch"
+RUN = """
+import ddpo_motion  # the one in the working folder, and not that of the repository
+from common import runs
+from tests.run_helpers import smaller
+with smaller():
+    runs.run_main(ddpo_motion.main)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +29,7 @@ def fork(tmp_path_factory):
     subprocess.run(["git", "apply", str(PATCH)], cwd=here, check=True)
     flags = ("--dataset kit --tiny --threads 1 --device cpu --iterations 2 --prompts 2 --samples 2 "
              "--kept-samples 4 --best-of 2 --eval-repeats 1 --out-dir run --cache-dir cache")
-    run = WHOLE.replace("SCRIPT", "ddpo_motion")  # the one here, and not that of the repository
-    subprocess.run([sys.executable, "-c", run, *flags.split()], cwd=here, check=True, capture_output=True,
+    subprocess.run([sys.executable, "-c", RUN, *flags.split()], cwd=here, check=True, capture_output=True,
                    env={**ENV, "PYTHONPATH": f"{here}{os.pathsep}{ROOT}"})
     return here
 
