@@ -88,6 +88,11 @@ def sinusoid(n, width, device=None):
     return torch.stack([angle.sin(), angle.cos()], dim=-1).reshape(n, width)
 
 
+def freeze(model):
+    """Eval mode, no gradients into the weights (gradients to the input still flow). Returns the model."""
+    return model.eval().requires_grad_(False)
+
+
 class Attention(nn.Module):
     """Multi-head attention of x (b n c) to a memory (b m c); self-attention when they are the same."""
 

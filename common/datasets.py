@@ -1,23 +1,9 @@
-"""Motion-text data: folders in the layout of HumanML3D and KIT-ML, the embedded data, statistics, batches.
+"""Motion-text data: a published folder or the embedded data, statistics, words, batches.
 
-A data set folder holds
-
-    train.txt  val.txt  test.txt     one id a line
-    new_joint_vecs/ID.npy            features, t d
-    texts/ID.txt                     one caption a line: caption#lemma/POS lemma/POS ...#from#to
-    Mean.npy  Std.npy                d
-    new_joints/ID.npy                t j 3, optional: equals the joints recovered from the features
-
-where from and to are seconds, both 0.0 for the whole clip. Layout and rules are those of the HumanML3D and
-text-to-motion repositories (Guo et al., CVPR 2022).
-
-    python -m common.datasets check data/KIT-ML      # sizes, what is skipped and why; exit code 2 on damage
+The layout of a folder is in common/published/folder.py.
 """
-import argparse
-import math
 import re
 import unicodedata
-import zipfile
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,18 +13,16 @@ import numpy as np
 import torch
 
 from common import InputError, features as motion_features
-from common.embedded import clips as embedded, english, oracle
+from common.embedded import clips as embedded, english
 from common.features import KIT, SKELETONS, T2M, features_to_joints, joints_to_features
-from common.runs import fingerprint, run_main
+from common.published import folder
+from common.published.folder import SPLITS
+from common.runs import fingerprint
 
 MAX_LENGTH = 196        # frames; the longest clip of the benchmark
 UNIT = 4                # lengths are multiples of it
-MAX_LOSS = 0.01         # damaged share of a split above which nothing is loaded
-SPLITS = ("train", "val", "test")
 FOLDERS = {"kit": "KIT-ML", "humanml3d": "HumanML3D"}
 DEFAULT_ROOT = "data"
-# Length limits choose clips and a bad line costs only that caption: neither is a lost clip.
-LOST_REASONS = ("missing_motion", "missing_text", "bad_shape", "non_finite", "no_caption")
 
 
 # ---- 1. Clips and data sets ----------------------------------------------------------------------
@@ -91,138 +75,14 @@ def half(clips, which):
 
 # ---- 2. Reading a folder -------------------------------------------------------------------------
 
-class TextLine(NamedTuple):
-    """One annotated sentence of a text file."""
-    caption: str
-    tokens: list
-    start: float            # seconds; start = stop = 0 means the whole clip
-    stop: float
-
-
-def parse_text_line(line):
-    """One line of a text file, or None if unusable: a field missing, no caption, impossible times."""
-    fields = line.strip().split("#")
-    if len(fields) < 4 or not fields[0].strip():
-        return None
-    try:
-        start, stop = (0.0 if math.isnan(time) else time for time in map(float, fields[2:4]))
-    except ValueError:
-        return None
-    if not (start == stop == 0.0 or 0.0 <= start < stop < math.inf):
-        return None
-    return TextLine(fields[0].strip(), fields[1].split(), start, stop)
-
-
-def _load_array(path):
-    """The array in a .npy file; an empty one if the file is truncated, holds objects or is something else."""
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile):
-        return np.empty(0)
-    return array if isinstance(array, np.ndarray) else np.empty(0)
-
-
-def _length_reason(frames, skeleton):
-    return "too_short" if frames < skeleton.min_frames else "too_long" if frames >= 200 else None
-
-
-def _read_clip(root, name, skeleton, skipped):
-    """The clips of one id, as in the official loader: the whole with its captions, and its sub-segments."""
-    def skip(reason, what=name):
-        skipped.setdefault(reason, []).append(what)
-        return []
-
-    motion_path, text_path = root / "new_joint_vecs" / f"{name}.npy", root / "texts" / f"{name}.txt"
-    if not motion_path.is_file():
-        return skip("missing_motion")
-    if not text_path.is_file():
-        return skip("missing_text")
-    motion = _load_array(motion_path)
-    if motion.ndim != 2 or motion.shape[1] != skeleton.feature_dim or motion.dtype.kind != "f":
-        return skip("bad_shape")
-    if not np.isfinite(motion).all():
-        return skip("non_finite")
-    if reason := _length_reason(len(motion), skeleton):
-        return skip(reason)
-    text = text_path.read_bytes().decode("utf-8-sig", errors="replace")
-    found = [parse_text_line(line) for line in text.splitlines() if line.strip()]
-    lines = [line for line in found if line is not None]
-    if len(lines) < len(found):
-        skip("bad_text_line")
-    if not lines:
-        return skip("no_caption")
-    whole = [line for line in lines if line.stop == 0.0]
-    parts = [(name, slice(None), whole)] if whole else []
-    for line in (line for line in lines if line.stop > 0.0):
-        # 20 frames a second for both data sets, as in the official loader; KIT-ML has no sub-segments
-        first, last = int(line.start * 20), min(int(line.stop * 20), len(motion))
-        segment = f"{name}@{first}-{last}"
-        if reason := _length_reason(last - first, skeleton):
-            skip(reason, segment)
-        else:
-            same = sum(label.startswith(segment) for label, _, _ in parts)
-            parts.append((segment + (f".{same + 1}" if same else ""), slice(first, last), [line]))
-    return [Clip(label, motion[frames].astype(np.float32), [line.caption for line in chosen],
-                 [line.tokens for line in chosen],
-                 [oracle.caption_attributes(line.caption) for line in chosen])
-            for label, frames, chosen in parts]
-
-
-def _read_statistics(root):
-    """(skeleton, mean (d), std (d)) of a folder; InputError for missing files or a wrong width."""
-    wanted = [f"{split}.txt" for split in SPLITS] + ["Mean.npy", "Std.npy", "new_joint_vecs", "texts"]
-    if not root.is_dir():
-        raise InputError(f"{root}: no such folder; give a data set folder in the KIT-ML / HumanML3D layout")
-    if missing := [name for name in wanted if not (root / name).exists()]:
-        raise InputError(f"{root}: not a complete data set, missing: {', '.join(missing)}")
-    mean, std = _load_array(root / "Mean.npy"), _load_array(root / "Std.npy")
-    if mean.ndim != 1 or len(mean) not in SKELETONS or std.shape != mean.shape:
-        raise InputError(f"{root / 'Mean.npy'}: shapes {mean.shape} and {std.shape} (Std.npy), expected "
-                         "(263,) for HumanML3D or (251,) for KIT-ML")
-    if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std >= 0).all()):
-        raise InputError(f"{root / 'Mean.npy'}: this file or Std.npy holds NaN or a negative std; restore it")
-    return SKELETONS[len(mean)], mean, std
-
-
-def _read_split(root, split, skeleton):
-    """(clips, skipped, ids) of one split."""
-    ids = (root / f"{split}.txt").read_bytes().decode("utf-8-sig", errors="replace").split()
-    if strange := [name for name in ids if not re.fullmatch(r"[\w-]+", name)]:
-        raise InputError(f"{root / split}.txt: {strange[0][:40]!r} is not an id; expected one id a line")
-    ids, skipped = list(dict.fromkeys(ids)), {}
-    return [clip for name in ids for clip in _read_clip(root, name, skeleton, skipped)], skipped, ids
-
-
-def _describe(skipped):
-    return ", ".join(f"{reason} {len(ids)} ({', '.join(ids[:5])}{', ...' if len(ids) > 5 else ''})"
-                     for reason, ids in sorted(skipped.items()))
-
-
 def load_folder(path):
-    """The data set in a folder of the KIT-ML / HumanML3D layout, told apart by the width of Mean.npy.
+    """The data set in a folder of the KIT-ML / HumanML3D layout; rules and errors: published/folder.py.
 
-    Official rules: clips of min_frames to 199 frames are used, and a sub-segment with its own times is a clip
-    of its own. Clips keep all their frames. One printed line counts what is not used. Raises InputError if
-    something is missing, if more than 1 % of a split's ids are damaged (a length outside the limits is no
-    damage), or if a split is empty.
+    Clips keep all their frames. One printed line counts what is not used.
     """
-    root = Path(path)
-    skeleton, _, _ = _read_statistics(root)
-    splits, skipped = {}, {}
-    for split in SPLITS:
-        splits[split], missed, ids = _read_split(root, split, skeleton)
-        lost = {reason: missed[reason] for reason in LOST_REASONS if reason in missed}
-        count = sum(len(names) for names in lost.values())
-        if count > MAX_LOSS * len(ids):
-            raise InputError(f"{root}: {count} of {len(ids)} clips of {split} are damaged, more than 1 %: "
-                             f"{_describe(lost)}; restore or unlist them")
-        if not splits[split]:
-            raise InputError(f"{root}: {split}.txt leaves no clip ({_describe(missed) or 'it is empty'})")
-        for reason, names in missed.items():
-            skipped.setdefault(reason, []).extend(names)
-    if skipped:
-        print(f"{root.name}: not used: {_describe(skipped)}")
-    label = f"folder {root.resolve().name} ({'KIT-ML' if skeleton is KIT else 'HumanML3D'} layout)"
+    skeleton, splits = folder.read(path)
+    label = f"folder {Path(path).resolve().name} ({'KIT-ML' if skeleton is KIT else 'HumanML3D'} layout)"
+    splits = {split: [Clip(**clip) for clip in clips] for split, clips in splits.items()}
     return _dataset(label, skeleton, splits)
 
 
@@ -433,73 +293,3 @@ def collate(clips):
     for row, clip, n in zip(motion, clips, lengths.tolist()):
         row[:n] = torch.from_numpy(clip.features[:n])
     return Batch(motion, lengths, [clip.captions[0] for clip in clips])
-
-
-# ---- 7. python -m common.datasets check DIR ------------------------------------------------------
-
-def check_folder(path):
-    """Print sizes, skipped clips and statistics of a folder; returns the damages as a list of strings."""
-    root = Path(path)
-    skeleton, mean, std = _read_statistics(root)
-    print(f"{root}: {skeleton.joints} joints, {skeleton.feature_dim} features, {skeleton.fps} fps")
-    damage, home, everything = [], {}, []
-    for split in SPLITS:
-        clips, skipped, ids = _read_split(root, split, skeleton)
-        frames = [len(clip.features) for clip in clips]
-        segments = sum("@" in clip.name for clip in clips)
-        captions = sum(len(clip.captions) for clip in clips)
-        print(f"  {split}: {len(ids)} ids, {len(clips)} clips ({segments} sub-segments), "
-              f"{captions} captions, {min(frames, default=0)} to {max(frames, default=0)} frames, "
-              f"{sum(frames) / skeleton.fps / 60:.1f} minutes")
-        if skipped:
-            print(f"        not used: {_describe(skipped)}")
-        damage += [f"{split}: {reason} {len(names)}" for reason, names in sorted(skipped.items())
-                   if reason not in ("too_short", "too_long")]
-        damage += [] if clips else [f"{split}: empty"]
-        for name in ids:  # a mirrored twin in another split leaks the test motion
-            first = home.setdefault(name.removeprefix("M"), split)
-            if first != split:
-                damage.append(f"{name}: itself or its mirror image is in {first} and in {split}")
-        everything += [clip for clip in clips if "@" not in clip.name]
-    if everything:
-        own = Statistics.from_clips(everything, "generator")
-        shift = np.abs(own.mean.numpy() - mean) / np.maximum(std, 1e-6)
-        ratio = own.std.numpy() / np.maximum(std, 1e-6)
-        print(f"  Mean.npy is within {shift.max():.3f} std of the clips' mean; clips' std / Std.npy: "
-              f"{ratio.min():.3f} to {ratio.max():.3f}")
-        if shift.max() > 0.25:
-            damage.append(f"Mean.npy: feature {shift.argmax()} is {shift.max():.2f} std off the clips' mean")
-        if ratio.min() < 0.5 or ratio.max() > 2:
-            damage.append("Std.npy: off by a factor of 2 or more; is it an evaluator's (parts divided by "
-                          "25)?")
-        damage += _check_joints(root, everything, skeleton)
-    return damage
-
-
-def _check_joints(root, clips, skeleton):
-    """new_joints is optional; where a file exists it must be the joints that the features describe."""
-    stored, wrong = {path.stem: path for path in (root / "new_joints").glob("*.npy")}, []
-    compared = [clip for clip in clips if clip.name in stored]
-    for clip in compared:
-        known, joints = _load_array(stored[clip.name]), features_to_joints(clip.features, skeleton)
-        limit = 1e-3 * skeleton.units_per_metre
-        if known.shape != joints.shape or not np.abs(known - joints).max() < limit:
-            wrong.append(clip.name)
-    print(f"  new_joints: {len(compared)} compared with the features, {len(wrong)} differ")
-    return [f"new_joints: {_describe({'differ': wrong})}"] if wrong else []
-
-
-def main(argv=None):
-    """The command line above; InputError if the folder is damaged."""
-    parser = argparse.ArgumentParser(prog="python -m common.datasets", description="Check a data set folder.")
-    parser.add_argument("command", choices=["check"])
-    parser.add_argument("folder", help="a folder in the KIT-ML / HumanML3D layout")
-    args = parser.parse_args(argv)
-    if damage := check_folder(args.folder):
-        more = f"; and {len(damage) - 5} more" if len(damage) > 5 else ""
-        raise InputError(f"{args.folder} is damaged: {'; '.join(damage[:5])}{more}")
-    print("  sound")
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 
-from common import (Attention, TransformerLayer, datasets, features, generator, lora, padded, perception,
-                    representations, retrieval, sinusoid)
+from common import (Attention, TransformerLayer, datasets, features, freeze, generator, lora, padded,
+                    perception, representations, retrieval, sinusoid)
 from common.patches import PatchCodec
 from common.representations import REPRESENTATIONS, convert_clips, features_of_joints, from_features
 from common.training import cached, initialise, source_of, supervised
@@ -515,7 +515,7 @@ def fit_motion_reward(domains, generated, losses, size, *, representation="featu
         both += real[len(made):] + made[len(real):]
         loss = {"preference": train_preference(model, both, losses.preference, pairs=pairs, **options),
                 "authenticity": train_authenticity(model, real, made, losses.authenticity, **options)}
-        retrieval.freeze(model)
+        freeze(model)
         for row, name in enumerate(REPRESENTATIONS):  # what `score` subtracts and divides by
             scores = torch.cat([model.answer("preference", *read_list(model, motions[k:k + 64], name), name)
                                 for k in range(0, len(motions), 64)])
@@ -539,4 +539,4 @@ def fit_motion_reward(domains, generated, losses, size, *, representation="featu
             for name, shares in notes["preference"].items()))
         print("  preference by damage: " + ", ".join(
             f"{d} {np.mean([shares[d] for shares in notes['preference'].values()]):.2f}" for d in KNOWN))
-    return retrieval.freeze(model), notes
+    return freeze(model), notes

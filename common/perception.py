@@ -14,10 +14,9 @@ from einops import rearrange
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from common import InputError, NonFiniteError, datasets, features, generator, length_mask
+from common import InputError, NonFiniteError, datasets, features, freeze, generator, length_mask
 from common.published import motion_critic
 from common.published.motion_critic import MotionCritic
-from common.retrieval import freeze
 from common.training import cached, initialise, source_of, supervised
 
 # ---- 1. The critic -----------------------------------------------------------------------------

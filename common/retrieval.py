@@ -1,8 +1,8 @@
 """Retrieval models: captions and motions in one space, whose cosine says how well the two fit.
 
-  1. encoders      those of TMR (Petrovich et al. 2023) and of the benchmark's evaluator (Guo et al. 2022)
-  2. the models    a small TMR (the reward) and a conv + BiGRU network (the judge, never optimised)
-  3. training and scoring them
+  1. the models    a small TMR (the reward) and a conv + BiGRU network (the judge, never optimised); their
+                   encoders are those of common/published/tmr.py and evaluator.py, as in the papers
+  2. training and scoring them
 
 Letters: b batch, t frames, n tokens, d features, c embedding, h heads.
 A motion enters a model RAW (metres or KIT units). Each model owns the statistics it normalises with, so the
@@ -14,86 +14,24 @@ from collections import Counter
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import nn
-from torch.nn.utils.rnn import pack_padded_sequence
 
-from common import (Attention, InputError, NonFiniteError, TransformerLayer, generator, length_mask, padded,
-                    sinusoid)
+from common import (Attention, InputError, NonFiniteError, TransformerLayer, freeze, generator, length_mask,
+                    padded)
 from common.datasets import Statistics, Vocabulary, collate, half
 from common.metrics import hit_chance, pairwise_distance
 from common.patches import PatchCodec
+from common.published.evaluator import MotionEncoderBiGRU
+from common.published.tmr import TMREncoder
 from common.training import cached, source_of, supervised
 
-# ---- 1. Encoders -------------------------------------------------------------------------------
-
-
-class MotionEncoderBiGRU(nn.Module):
-    """Tokens (b n i) and their counts (b) -> embedding (b c), by the last states of a packed two-way GRU."""
-
-    def __init__(self, input_size=512, hidden_size=1024, output_size=512):
-        super().__init__()
-        self.input_emb = nn.Linear(input_size, hidden_size)
-        self.gru = nn.GRU(hidden_size, hidden_size, batch_first=True, bidirectional=True)
-        self.hidden = nn.Parameter(torch.zeros(2, 1, hidden_size))      # learned initial state
-        self.output_net = nn.Sequential(
-            nn.Linear(2 * hidden_size, hidden_size), nn.LayerNorm(hidden_size), nn.LeakyReLU(0.2),
-            nn.Linear(hidden_size, output_size))
-
-    def forward(self, tokens, counts):
-        start = repeat(self.hidden, "two 1 c -> two b c", b=len(tokens)).contiguous()
-        # The official wrapper sorts by length and returns that order; here the caller's order is kept.
-        _, last = self.gru(pack_padded_sequence(self.input_emb(tokens), counts.cpu(), batch_first=True,
-                                                enforce_sorted=False), start)
-        return self.output_net(rearrange(last, "two b c -> b (two c)"))
-
-
-class TMREncoder(nn.Module):
-    """Sequence (b n i) and mask (b n) -> (b 2 c): the mean and the log variance of a latent.
-
-    Not in the paper: no dropout (.1 there), so that a network is one function, in training and in scoring.
-    """
-
-    def __init__(self, input_size, latent=256, ff=1024, layers=6, heads=4):
-        super().__init__()
-        self.projection = nn.Linear(input_size, latent)
-        self.tokens = nn.Parameter(torch.zeros(2, latent))       # [mean, log variance], read out at the end
-        self.layers = nn.ModuleList(TransformerLayer(latent, heads, ff) for _ in range(layers))
-
-    def forward(self, x, mask):
-        x = torch.cat([repeat(self.tokens, "two c -> b two c", b=len(x)), self.projection(x)], dim=1)
-        x = x + sinusoid(x.shape[1], x.shape[2], x.device)       # the two tokens have positions 0 and 1
-        mask = F.pad(mask, (2, 0), value=True)
-        for layer in self.layers:
-            x = layer(x, mask)
-        return x[:, :2]
-
-
-def info_nce(text, motion, temperature=0.1, duplicates=None):
-    """Symmetric cross-entropy over cosines (TMR sec. 3.2; the published configuration uses temperature .1).
-
-    text, motion (b c); duplicates (b b) bool marks pairs that mean the same and so are no negatives. The
-    diagonal stays, whatever it says: every row keeps its positive and the loss is finite.
-    """
-    logits = F.normalize(text, dim=-1) @ F.normalize(motion, dim=-1).T / temperature    # b b, row = text
-    own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
-    if duplicates is not None:
-        logits = logits.masked_fill(duplicates & ~own, -math.inf)
-    target = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-
-
-# ---- 2. The models ------------------------------------------------------------------------------
-
-def freeze(model):
-    """Eval mode, no gradients into the weights (gradients to the input still flow). Returns the model."""
-    return model.eval().requires_grad_(False)
-
+# ---- 1. The models ------------------------------------------------------------------------------
 
 class RetrievalModel(nn.Module):
     """Text and motion in one space; the cosine of the two mean latents is the score.
 
-    family "transformer": a small TMR (encoders of section 3) and the reward; "bigru": conv + BiGRU, the
+    family "transformer": a small TMR (encoders of its section 3) and the reward; "bigru": conv + BiGRU, the
     judge. Both read patches of `patch` frames in whitened principal components (PatchCodec, fitted by
     train_retrieval; a random basis before), because 4 x 263 numbers a token would cost most of the time.
     Not in the papers: the components, and a learned word table in place of DistilBERT.
@@ -192,7 +130,21 @@ class RetrievalModel(nn.Module):
         return model
 
 
-# ---- 3. Training and scoring them ---------------------------------------------------------------
+# ---- 2. Training and scoring them ---------------------------------------------------------------
+
+def info_nce(text, motion, temperature=0.1, duplicates=None):
+    """Symmetric cross-entropy over cosines (TMR sec. 3.2; the published configuration uses temperature .1).
+
+    text, motion (b c); duplicates (b b) bool marks pairs that mean the same and so are no negatives. The
+    diagonal stays, whatever it says: every row keeps its positive and the loss is finite.
+    """
+    logits = F.normalize(text, dim=-1) @ F.normalize(motion, dim=-1).T / temperature    # b b, row = text
+    own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+    if duplicates is not None:
+        logits = logits.masked_fill(duplicates & ~own, -math.inf)
+    target = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
 
 def signature(attributes):
     """A caption's attributes as one string, to be compared; None where nothing can be checked."""

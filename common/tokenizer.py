@@ -12,9 +12,9 @@ from einops import rearrange
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from common import Attention, TransformerLayer, datasets, features, generator, length_mask
+from common import Attention, TransformerLayer, datasets, features, freeze, generator, length_mask
 from common.patches import PatchCodec
-from common.retrieval import TMREncoder, freeze
+from common.published.tmr import TMREncoder
 from common.training import cached, initialise, source_of, supervised
 
 # ---- 1. Sizes ------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from common.embedded import english
 from common.embedded.english import conjugate
 from common.embedded.oracle import caption_attributes
 from common.features import T2M
+from common.published import folder
 from common.runs import run_main
 
 LISTS = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "prompts"
@@ -378,7 +379,7 @@ def test_tokens():
 def test_written_prompts_are_read_back(tmp_path, many):
     composing.write(tmp_path / "a.txt", [prompt[:2] for prompt in many], [])
     for prompt, line in zip(many, (tmp_path / "a.txt").read_text().splitlines(), strict=True):
-        line = datasets.parse_text_line(line)
+        line = folder.parse_text_line(line)
         assert (line.caption, line.tokens, line.start, line.stop) == (prompt.caption, prompt.tokens, 0.0, 0.0)
 
 
@@ -445,7 +446,7 @@ def test_main(tmp_path, capsys):
     counts = [int(number) for number in re.findall(r"\d+", printed[3])]
     train, retained = (name.read_text().splitlines() for name in (out, tmp_path / "novel_retained.txt"))
     assert counts == [200, len(train), len(retained)] and min(counts) > 0 and len(printed) == 4 + 3
-    assert all(datasets.parse_text_line(line) for line in train + retained)
+    assert all(folder.parse_text_line(line) for line in train + retained)
     assert printed[4].startswith("  " + train[0].split("#")[0])
     before = out.read_bytes()
     composing.main(command)

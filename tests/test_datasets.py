@@ -9,6 +9,7 @@ import torch
 
 from common import InputError, datasets as D, features as F
 from common.embedded import english, movements
+from common.published import check, folder
 from tests import reference
 from tests.embedded_helpers import words_only
 
@@ -50,7 +51,7 @@ def make_folder(root, ids=10, width=251):
     ("walks#walk/VERB#-1.0#2.0", None), ("walks#walk/VERB#1.0#0.0", None),
 ])
 def test_parse_text_line(line, expected):
-    assert D.parse_text_line(line) == expected
+    assert folder.parse_text_line(line) == expected
 
 
 def test_unusable_lines_of_a_text_are_counted(tmp_path, capsys):
@@ -116,7 +117,7 @@ def test_eight_kinds_of_broken_files_are_counted(tmp_path, capsys, monkeypatch):
         break_clip(root, f"0{i:04d}", reason)
     with pytest.raises(InputError, match="more than 1 %.*missing_motion 1 \\(00000\\)"):
         D.load_folder(root)
-    monkeypatch.setattr(D, "MAX_LOSS", 1.0)
+    monkeypatch.setattr(folder, "MAX_LOSS", 1.0)
     data = D.load_folder(root)
     expected = {reason: f"1 (0{i:04d})" for i, reason in enumerate(BREAKAGES)}
     expected["bad_text_line"] = "2 (00006, 00007)"                      # the file without '#' is both
@@ -129,7 +130,7 @@ def test_eight_kinds_of_broken_files_are_counted(tmp_path, capsys, monkeypatch):
 def test_unreadable_motion_files_are_bad_shapes(tmp_path, content, monkeypatch, capsys):
     root = make_folder(tmp_path / "kit")
     (root / "new_joint_vecs" / "00003.npy").write_bytes(content)
-    monkeypatch.setattr(D, "MAX_LOSS", .1)
+    monkeypatch.setattr(folder, "MAX_LOSS", .1)
     D.load_folder(root)
     assert capsys.readouterr().out == "kit: not used: bad_shape 1 (00003)\n"
 
@@ -142,7 +143,7 @@ def test_pickled_motion_is_refused_and_not_executed(tmp_path, monkeypatch, capsy
             return Path.touch, (marker,)
 
     np.save(root / "new_joint_vecs" / "00003.npy", np.array([Payload()], dtype=object), allow_pickle=True)
-    monkeypatch.setattr(D, "MAX_LOSS", .1)
+    monkeypatch.setattr(folder, "MAX_LOSS", .1)
     D.load_folder(root)
     assert "bad_shape 1 (00003)" in capsys.readouterr().out and not marker.exists()
 
@@ -177,23 +178,23 @@ def test_incomplete_folders_list_what_is_missing(tmp_path):
 
 def test_check_command(tmp_path, capsys):
     root = make_folder(tmp_path / "kit")
-    D.main(["check", str(root)])
+    check.main([str(root)])
     assert "sound" in capsys.readouterr().out
     break_clip(root, "00004", "non_finite")
     with pytest.raises(InputError, match="train: non_finite 1"):
-        D.main(["check", str(root)])
+        check.main([str(root)])
     (root / "test.txt").write_text("M00005\n")  # the mirror image of a training clip
     with pytest.raises(InputError, match="in train and in test"):
-        D.main(["check", str(root)])
+        check.main([str(root)])
     np.save(root / "Std.npy", np.full(251, 25.0))
     with pytest.raises(InputError, match="Std.npy"):
-        D.main(["check", str(root)])
+        check.main([str(root)])
 
 
 @mini
 @pytest.mark.parametrize("name", ["mini_humanml3d", "mini_kit"])
 def test_check_accepts_the_mini_sets(name):
-    assert D.check_folder(DATA / name) == []
+    assert check.check_folder(DATA / name) == []
 
 
 # ---- names, paths and the embedded data --------------------------------------------------------------------

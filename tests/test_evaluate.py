@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from common import (InputError, NonFiniteError, evaluate, features, generator, length_mask, metrics,
-                    retrieval)
+from common import (InputError, NonFiniteError, evaluate, features, freeze, generator, length_mask,
+                    metrics, retrieval)
 from common.datasets import Clip, Statistics, Vocabulary, collate
 
 PAIRED = ("reward", "judge", "oracle", "oracle_all", "foot_skate", "jerk", "speed")
@@ -34,7 +34,7 @@ def scorers(clips):
     statistics = Statistics.from_clips(clips, "scorer")
     models = [retrieval.RetrievalModel(family, vocabulary, statistics, width=16, components=8, seed=seed)
               for seed, family in enumerate(("transformer", "bigru"))]
-    optimised, judge = map(retrieval.freeze, models)
+    optimised, judge = map(freeze, models)
     return evaluate.Scorers(optimised.similarity, judge, features.T2M)
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import stepwise_motion as sw
 from common import (
-    NonFiniteError, datasets, features, generator, length_mask, lora, motion_reward,
+    NonFiniteError, datasets, features, freeze, generator, length_mask, lora, motion_reward,
     perception, representations, retrieval, training, vae)
 from common.representations import REPRESENTATIONS, from_features
 
@@ -99,7 +99,7 @@ def random_model(skeleton=T2M, k=0):
         width = representations.width(name, skeleton)
         codec.mean.copy_(0.1 * normal(width, k=k))
         codec.basis.copy_(torch.linalg.qr(normal(4 * width, SMALL["components"], k=k))[0])
-    return retrieval.freeze(model)
+    return freeze(model)
 
 
 def batch_of(dataset, representation, lengths=(24, 12, 20, 8)):
@@ -459,7 +459,7 @@ def test_terms_without_weight_are_not_computed(kit, monkeypatch):
 
 def test_an_exported_model_is_the_same():
     model, before = random_model(KIT), torch.get_rng_state()
-    again = retrieval.freeze(motion_reward.MotionReward.load(model.export()))
+    again = freeze(motion_reward.MotionReward.load(model.export()))
     assert torch.equal(torch.get_rng_state(), before)
     assert again.skeleton is KIT and again.config == model.config
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())

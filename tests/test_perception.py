@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from common import (
-    InputError, NonFiniteError, datasets, features, generator, length_mask, perception, published,
-    retrieval, tokenizer, training)
+    InputError, NonFiniteError, datasets, features, freeze, generator, length_mask, perception, published,
+    tokenizer, training)
 from common.published import motion_critic
 from pareto_motion import ranking_loss
 
@@ -40,7 +40,7 @@ def vq(data, one_thread):
     training.initialise(vq, generator(0, 0, "tokenizer"))
     tokenizer.train_tokenizer(vq, data.splits["train"], KIT, iterations=120, lr=3e-3, batch=16,
                               patch_weight=1.0, seed=0, device="cpu")
-    return retrieval.freeze(vq)
+    return freeze(vq)
 
 
 def random_critic(skeleton=KIT):
@@ -49,7 +49,7 @@ def random_critic(skeleton=KIT):
     for k, value in enumerate(critic.state_dict().values()):
         value.copy_(normal(*value.shape, k=k) * 0.3)
     critic.std.abs_().add_(0.5)
-    return retrieval.freeze(critic)
+    return freeze(critic)
 
 
 def real_motions(data, count=4):
@@ -382,7 +382,7 @@ def random_net(**changes):
     net = motion_critic.MotionCritic(**{**SIZES, **changes})
     for k, value in enumerate(net.state_dict().values()):
         value.copy_(normal(*value.shape, k=k) * 0.3)
-    return retrieval.freeze(net)
+    return freeze(net)
 
 
 @pytest.mark.parametrize("wrap", (True, False))
@@ -474,7 +474,7 @@ def test_targets_rebuild_the_pose(data):
 
 def test_the_published_critic_scores_by_windows_of_sixty_frames(data, monkeypatch):
     g = motion_critic.JointsToRotations()
-    critic = retrieval.freeze(motion_critic.PublishedCritic(g, random_net(), KIT))
+    critic = freeze(motion_critic.PublishedCritic(g, random_net(), KIT))
     seen, net = [], critic.net.forward
     monkeypatch.setattr(critic.net, "forward", lambda x: seen.append(x) or net(x))
     motion = torch.cat([walk(data), walk(data), walk(data)])[None].repeat(2, 1, 1)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import InputError, generator, published, retrieval, tokenizer, training
+from common import InputError, freeze, generator, published, tokenizer, training
 from common.published import t2m_gpt
 from ppo_motion import MotionGPT
 
@@ -24,13 +24,13 @@ def own_vq(halvings=1):
     vq = tokenizer.VQVAE(WIDTH, 6, 5, 7, halvings)
     training.initialise(vq, generator(0, 0, "vq"))
     vq.quantizer.codebook.copy_(normal(7, 5))
-    return retrieval.freeze(vq)
+    return freeze(vq)
 
 
 def own_gpt():
     gpt = MotionGPT(7, 10, 8, 2, 3, 2, 6)
     training.initialise(gpt, generator(0, 0, "gpt"))
-    return retrieval.freeze(gpt)
+    return freeze(gpt)
 
 
 def vq_state(vq):

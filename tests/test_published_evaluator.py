@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import InputError, retrieval as ev
+from common import InputError
 from common.datasets import Statistics
-from common.published import evaluator
+from common.published import evaluator, tmr
 from tests import parity, reference
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
@@ -29,7 +29,7 @@ def test_reference_files(name):
 
 def test_official_evaluator_size_and_order(tmp_path):
     parts = {"movement_encoder": evaluator.MovementEncoder(259, 8, 6),
-             "motion_encoder": ev.MotionEncoderBiGRU(6, 8, 5),
+             "motion_encoder": evaluator.MotionEncoderBiGRU(6, 8, 5),
              "text_encoder": evaluator.TextEncoderBiGRU(hidden_size=8, output_size=5)}
     state = {name: part.state_dict() for name, part in parts.items()}
     scorer = Statistics(torch.zeros(263), torch.ones(263), "scorer")
@@ -51,9 +51,9 @@ def test_official_evaluator_size_and_order(tmp_path):
 def test_full_size_parameter_counts():
     """Millions, as in the released checkpoints."""
     count = lambda *modules: [round(sum(p.numel() for p in m.parameters()) / 1e6, 2) for m in modules]
-    official = (evaluator.MovementEncoder(259), ev.MotionEncoderBiGRU(), evaluator.TextEncoderBiGRU())
+    official = (evaluator.MovementEncoder(259), evaluator.MotionEncoderBiGRU(), evaluator.TextEncoderBiGRU())
     assert count(*official) == [1.84, 15.75, 4.10]
-    assert count(ev.TMREncoder(263), ev.TMREncoder(768), reference.TMRDecoder()) == [4.81, 4.94, 6.39]
+    assert count(tmr.TMREncoder(263), tmr.TMREncoder(768), reference.TMRDecoder()) == [4.81, 4.94, 6.39]
 
 
 def test_official_tokens_are_framed_and_padded():

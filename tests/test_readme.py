@@ -171,13 +171,14 @@ def test_links_lead_somewhere(path):
 
 def test_these_checks_notice(tmp_path):
     """The checks themselves: each kind of mistake is reported, and what is right is not."""
-    text = "```bash\nA=1 python -m common.datasets check X  # note\npython none.py \\\n  --seed 1\n```\n"
+    text = "```bash\nA=1 python -m common.published.check X  # note\npython none.py \\\n  --seed 1\n```\n"
     assert commands("say `python none.py --seed 1`, not `none.py --x`") == [["none.py", "--seed", "1"]]
     assert complaints(["-m", "results.studies", "tracker", "--prompts", "3", "--nothing"]) == [
         "-m results.studies has no --nothing"]
-    assert commands(text) == [["-m", "common.datasets", "check", "X"], ["none.py", "--seed", "1"]]
+    assert commands(text) == [["-m", "common.published.check", "X"], ["none.py", "--seed", "1"]]
     assert complaints(["none.py", "--seed"]) == ["none.py does not exist"]
-    assert complaints(["-m", "common.datasets", "--none"]) == ["-m common.datasets has no --none"]
+    assert complaints(["-m", "common.published.check", "--none"]) == [
+        "-m common.published.check has no --none"]
     (tmp_path / "a.py").write_text("# PPO\n# eq. (7)\n@cache\ndef f():\n    pass\n\n\ndef g():\n    pass\n")
     assert equation_complaint(tmp_path, "PPO eq. (7)", "a.py", "f") is None
     for citation, file, name in (("PPO eq. (7)", "a.py", "g"), ("PPO", "a.py", "h"), ("PPO", "b.py", "f")):

@@ -5,7 +5,7 @@ import numpy as np
 import torch
 
 import ppo_motion
-from common import datasets, generator, retrieval, tokenizer, training
+from common import datasets, freeze, generator, retrieval, tokenizer, training
 
 WIDTH = 251  # features of a KIT frame
 CAPTIONS = ["a person walks forward", "someone turns left slowly", "a man waves", "a person jumps twice",
@@ -50,7 +50,7 @@ def retrieval_model(clips):
     statistics = datasets.Statistics.from_clips(clips, "scorer")
     model = retrieval.RetrievalModel("transformer", vocabulary, statistics, width=16, layers=1, heads=2,
                                       components=8)
-    return retrieval.freeze(model)
+    return freeze(model)
 
 
 def tiny_policy(halvings=1, shift=0.2):
@@ -60,13 +60,13 @@ def tiny_policy(halvings=1, shift=0.2):
     text = tokenizer.TextEncoder(vocabulary.words, 16, 1, 2)
     for k, part in enumerate((vq, text)):
         training.initialise(part, generator(0, k, "parts"))
-        retrieval.freeze(part)
+        freeze(part)
     vq.quantizer.codebook.copy_(normal(12, 4))
     reference = small_gpt()
     gpt = copy.deepcopy(reference)
     for k, weight in enumerate(gpt.parameters()):
         weight.data.add_(shift * normal(*weight.shape, k=k))
-    return ppo_motion.Policy(vq, text, retrieval.freeze(gpt), retrieval.freeze(reference))
+    return ppo_motion.Policy(vq, text, freeze(gpt), freeze(reference))
 
 
 class Never:

@@ -5,11 +5,11 @@ Letters: b batch, t frames, n tokens or words, d features, c embedding.
 """
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
 
-from common import InputError, masked
-from common.retrieval import MotionEncoderBiGRU, freeze
+from common import InputError, freeze, masked
 
 
 class MovementEncoder(nn.Module):
@@ -24,6 +24,26 @@ class MovementEncoder(nn.Module):
 
     def forward(self, motion):
         return self.out_net(rearrange(self.main(rearrange(motion, "b t d -> b d t")), "b c n -> b n c"))
+
+
+class MotionEncoderBiGRU(nn.Module):
+    """Tokens (b n i) and their counts (b) -> embedding (b c), by the last states of a packed two-way GRU."""
+
+    def __init__(self, input_size=512, hidden_size=1024, output_size=512):
+        super().__init__()
+        self.input_emb = nn.Linear(input_size, hidden_size)
+        self.gru = nn.GRU(hidden_size, hidden_size, batch_first=True, bidirectional=True)
+        self.hidden = nn.Parameter(torch.zeros(2, 1, hidden_size))      # learned initial state
+        self.output_net = nn.Sequential(
+            nn.Linear(2 * hidden_size, hidden_size), nn.LayerNorm(hidden_size), nn.LeakyReLU(0.2),
+            nn.Linear(hidden_size, output_size))
+
+    def forward(self, tokens, counts):
+        start = repeat(self.hidden, "two 1 c -> two b c", b=len(tokens)).contiguous()
+        # The official wrapper sorts by length and returns that order; here the caller's order is kept.
+        _, last = self.gru(pack_padded_sequence(self.input_emb(tokens), counts.cpu(), batch_first=True,
+                                                enforce_sorted=False), start)
+        return self.output_net(rearrange(last, "two b c -> b (two c)"))
 
 
 class TextEncoderBiGRU(MotionEncoderBiGRU):

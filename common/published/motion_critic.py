@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 
-from common import InputError, datasets, features, generator, training
+from common import InputError, datasets, features, freeze, generator, training
 from common.published import load_strict, read_state, size
-from common.retrieval import freeze
 
 # ---- 1. The network ----------------------------------------------------------------------------------------
 

@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from common import InputError
+from common import InputError, freeze
 from common.published import load_strict, read_state, size
-from common.retrieval import freeze
 from common.runs import RunArgs, arg, refuse
 from common.tokenizer import VQVAE, TextEncoder, fit_gpt, fit_tokenizer
 

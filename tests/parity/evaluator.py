@@ -2,7 +2,7 @@
 import numpy as np
 import torch
 
-from common import retrieval as ev
+from common import freeze
 from common.datasets import Statistics
 from common.published import evaluator
 from tests import reference
@@ -24,12 +24,13 @@ def check_guo(z):
                     for name in ("movement_encoder", "motion_encoder", "text_encoder")}
         # mean 0 and std 1: the reference motions are normalised already
         plain = Statistics(torch.zeros(motions.shape[2]), torch.ones(motions.shape[2]), "scorer")
-        judge = ev.freeze(evaluator.OfficialEvaluator(networks, plain, max_length=motions.shape[1]))
+        judge = freeze(evaluator.OfficialEvaluator(networks, plain, max_length=motions.shape[1]))
         text = judge.embed_text(get("word_embs"), get("pos_onehot"), get("cap_lens"))
         movements = judge.movement_encoder(motions[..., :-4])
         motion = judge.embed_motion(motions, lengths)
         full = {"movement_encoder": evaluator.MovementEncoder(motions.shape[2] - 4),
-                "motion_encoder": ev.MotionEncoderBiGRU(), "text_encoder": evaluator.TextEncoderBiGRU()}
+                "motion_encoder": evaluator.MotionEncoderBiGRU(),
+                "text_encoder": evaluator.TextEncoderBiGRU()}
         rows += [(f"{kind}_movements", error(movements, get("movements")), 1e-5),
                  (f"{kind}_text_embedding", error(text, get("text_embedding")), 1e-5),
                  (f"{kind}_motion_embedding", error(motion, get("motion_embedding")), 1e-5),

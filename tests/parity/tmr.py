@@ -4,8 +4,9 @@ import re
 import numpy as np
 import torch
 
-from common import length_mask, retrieval as ev, vae
+from common import freeze, length_mask, vae
 from common.published import tmr
+from common.retrieval import info_nce
 from tests import reference
 from tests.parity.rows import error, shapes_error, state
 
@@ -35,13 +36,13 @@ def check_tmr(z):
     motion, text, sentences = (torch.from_numpy(z[key]) for key in ("motion_x", "text_x", "sent_emb"))
     motion_mask = length_mask(torch.from_numpy(z["motion_len"]), motion.shape[1])
     text_mask = length_mask(torch.from_numpy(z["text_len"]), text.shape[1])
-    motion_encoder = ev.TMREncoder(motion.shape[2], latent, ff, layers, heads)
-    text_encoder = ev.TMREncoder(text.shape[2], latent, ff, layers, heads)
+    motion_encoder = tmr.TMREncoder(motion.shape[2], latent, ff, layers, heads)
+    text_encoder = tmr.TMREncoder(text.shape[2], latent, ff, layers, heads)
     decoder = reference.TMRDecoder(motion.shape[2], latent, ff, layers, heads)
     for name, part in (("motion_encoder", motion_encoder), ("text_encoder", text_encoder),
                        ("motion_decoder", decoder)):
         part.load_state_dict(tmr.from_official_tmr(state(z, f"sd/{name}/")))
-        ev.freeze(part)
+        freeze(part)
     m, t = motion_encoder(motion, motion_mask), text_encoder(text, text_mask)
     losses = reference.tmr_losses(t, m, decoder, motion, motion_mask, sentences, size["temperature"],
                            size["threshold"])
@@ -53,7 +54,7 @@ def check_tmr(z):
             ("sim", error(2 * score - 1, z["sim"]), 1e-5), ("score", error(score, z["score"]), 1e-5)]
     rows += [(f"loss_{key}", error(value, z[f"loss_{key}"], relative=True), 1e-5)
              for key, value in losses.items()]
-    unfiltered = ev.info_nce(t[:, 0], m[:, 0], size["temperature"])
+    unfiltered = info_nce(t[:, 0], m[:, 0], size["temperature"])
     kl = vae.gaussian_kl(t[:, 0], t[:, 1], m[:, 0], m[:, 1])
     rows += [("infonce_filtered", error(losses["contrastive"], z["infonce_filtered"], relative=True), 1e-5),
              ("infonce_unfiltered", error(unfiltered, z["infonce_unfiltered"], relative=True), 1e-5),
@@ -66,7 +67,7 @@ def check_tmr(z):
         if found := re.fullmatch(r"ret_(normal|thr095|tie)_([tm]2[tm])_(\w+)", key):
             ours = retrieval[found[1]]["len" if found[3] == "len" else f"{found[2]}_{found[3]}"]
             rows.append((key, error(ours, z[key]), 0.0051))      # the reference is rounded to two decimals
-    full = {"motion_encoder": official_names(ev.TMREncoder(motion.shape[2]), "seqTransEncoder"),
-            "text_encoder": official_names(ev.TMREncoder(768), "seqTransEncoder"),
+    full = {"motion_encoder": official_names(tmr.TMREncoder(motion.shape[2]), "seqTransEncoder"),
+            "text_encoder": official_names(tmr.TMREncoder(768), "seqTransEncoder"),
             "motion_decoder": official_names(reference.TMRDecoder(motion.shape[2]), "seqTransDecoder")}
     return rows + [("full_size_keys", shapes_error(z["full_size_keys"], full), 0.0)]
