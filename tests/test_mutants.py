@@ -5,7 +5,7 @@ has to fail with it. Sync markers are taken out before, so none of this rests on
 piece that is not found fails too: whoever changes a line here changes its mutant.
 
 A test that is named here lives in test_shared.py and takes the script's module, or in the script's own file,
-test_ddpo.py for ddpo, and uses its global `ddpo`.
+test_ddpo.py for ddpo, which imports the script as a global.
 """
 import importlib.util
 import inspect
@@ -151,6 +151,48 @@ MUTANTS += [
         "matched and mismatched swapped", "torch.where(negative, (margin", "torch.where(~negative, (margin",
         "test_margin_loss_by_hand")),
 ]
+MUTANTS += [
+    *of(("ppo",), (
+        "sign of the text term", "return -lambda_t * text", "return lambda_t * text", "test_reward_by_hand"), (
+        "sign of the motion term", "= -lambda_m * motion", "= lambda_m * motion", "test_reward_by_hand"), (
+        "no pseudo score", "motion_term, pseudo), pseudo", "motion_term, 0.0), pseudo", "test_reward_by_hand"), (
+        "pseudo score of all", "motion_term[paired].mean()", "motion_term.mean()", "test_reward_by_hand"), (
+        "distance, not squared", "(f_text - f_motion).square().sum(-1)", "(f_text - f_motion).norm(dim=-1)",
+        "test_reward_by_hand"), (
+        "paired clips of others", "(encoders, motion, lengths, captions, clips)\n    paired",
+        "(encoders, motion, lengths, captions, clips[::-1])\n    paired", "test_rewards_stay_with_their_samples"), (
+        "groups across prompts", "groups - groups.mean(1, keepdim=True)", "groups - groups.mean()",
+        "test_merit_by_hand")),
+    *of(("pareto",), (
+        "better in all instead of none worse", "(other >= mine).all(-1)", "(other > mine).all(-1)",
+        "test_equal_motions_stay_and_a_tie_in_one_reward_saves_nobody"), (
+        "equal motions beat each other", " & (other > mine).any(-1)).any(-1)", ").any(-1)",
+        "test_equal_motions_stay_and_a_tie_in_one_reward_saves_nobody"), (
+        "the beaten stay", "(other >= mine).all(-1) & (other > mine)", "(other <= mine).all(-1) & (other < mine)",
+        {"test_nondominated_by_enumeration": {"n": 16, "k": 3}}), (
+        "fronts across tokens", "keep = nondominated(R)\n",
+        'keep = nondominated(R.transpose(1, 2)).transpose(1, 2)\n',
+        "test_sets_are_of_one_prompt_and_one_token"), (
+        "reward of another token", 'dim1=1, dim2=3), "p n c -> p c n")', 'dim1=1, dim2=3), "p n c -> p c n").flip(1)',
+        "test_own_reward_is_that_of_the_token"), (
+        "weight of one", "return keep, keep / keep.sum(dims, keepdim=True)", "return keep, keep / 1.0",
+        "test_weights_are_one_over_the_size_of_the_set")),
+    *of(("stepwise",), (
+        "the state is not stopped", "x = x_next.detach() if route.stop_state else x_next", "x = x_next",
+        "test_a_step_of_easytune_is_refl_of_that_step"), (
+        "the input is not stopped", "read = x.detach() if route.stop_input else x", "read = x",
+        "test_drtune_is_a_weighted_sum_over_steps"), (
+        "sign of the reward", "loss = -rewards.mean()", "loss = rewards.mean()",
+        "test_updates_raise_the_reward_and_the_anchor_goes_back_to_the_base"), (
+        "sign of the anchor", "loss + args.anchor * anchor", "loss - args.anchor * anchor",
+        "test_updates_raise_the_reward_and_the_anchor_goes_back_to_the_base"), (
+        "padding is anchored", "* mask[..., None]).sum((1, 2))", ").sum((1, 2))",
+        "test_the_anchor_counts_real_tokens_only"), (
+        "the step before is rewarded", "visit(i, p * x + q * e if", "visit(i, x if",
+        "test_a_step_of_easytune_is_refl_of_that_step"), (
+        "what is found is mined", "(top != own).all(1), top", "(top == own).any(1), top",
+        "test_spl_by_hand")),
+]
 CASES = [pytest.param(mutant, script, id=f"{script}-{mutant.name.replace(' ', '_')}")
          for mutant in MUTANTS for script in mutant.scripts]
 
@@ -168,19 +210,23 @@ def mutated(script, old, new, tmp_path, monkeypatch):
     return module
 
 
-def file_of(script):
-    """The module that holds a script's own tests."""
-    return importlib.import_module(f"tests.test_{script}")
+def home_of(name, script):
+    """The module that holds a test: shared tests, the script's own, or those of its reward model."""
+    files = ("test_shared", f"test_{script}", "test_motion_reward")
+    homes = [importlib.import_module(f"tests.{file}") for file in files]
+    return next(home for home in homes if hasattr(home, name))
 
 
 def run(name, script, module, arguments, tmp_path):
     """Call a test with a module in place of the script."""
-    home = test_shared if hasattr(test_shared, name) else file_of(script)
+    home = home_of(name, script)
     test, folder = getattr(home, name), tmp_path / "run of the test"
     folder.mkdir()
     with pytest.MonkeyPatch.context() as patch:
         if home is not test_shared:
-            patch.setattr(home, script, module)
+            original = importlib.import_module(f"{script}_motion")
+            own = next(key for key, value in vars(home).items() if value is original)
+            patch.setattr(home, own, module)
         known = {"script": module, "tmp_path": folder, "monkeypatch": patch, **arguments}
         test(**{name: known[name] for name in inspect.signature(test).parameters})
 

@@ -1,6 +1,7 @@
 """The algorithm of stepwise_motion.py against closed forms and identities, and the mutants that must not
 survive. Reference values are in tests/parity/stepwise.py."""
 from functools import partial
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -386,6 +387,27 @@ def test_the_anchor_counts_real_tokens_only():
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]], dtype=torch.bool)
     expected = [(e[0, :2] - e_ref[0, :2]).square().mean(), (e[1] - e_ref[1]).square().mean()]
     assert torch.allclose(sw.anchor_loss(e, e_ref, mask), torch.stack(expected))
+
+
+def updates(ask, count, *flags, lr):
+    """Updates of a disturbed policy -> what each logs."""
+    args, policy = denoiser("--steps", 3, "--window", 3, "--prompts", 3, *flags)
+    disturb(policy)
+    x, mask = sw.start_noise(policy, torch.tensor([48, 20, 32]), 0, 0, "test", range(3))
+    optimizer = torch.optim.SGD(policy.trained().values(), lr=lr)
+    move = partial(sw.learn, optimizer=optimizer, scheduler=training.rising(optimizer, 0))
+    loop, logs = SimpleNamespace(check=lambda: None), []
+    for k in range(count):
+        batch = dict(captions=CAPTIONS, mask=mask, noise=x, g=generator(0, k, "route"))
+        logs.append(sw.update(args, policy, ask, batch, move, k, loop))
+    return logs
+
+
+def test_updates_raise_the_reward_and_the_anchor_goes_back_to_the_base():
+    learned = updates(lambda z: -z.square().mean((1, 2)), 6, "--anchor", 0, lr=0.05)
+    assert learned[-1]["reward"] > learned[0]["reward"] + 1e-3
+    held = updates(lambda z: 0 * z.mean((1, 2)), 6, "--anchor", 1, lr=0.05)
+    assert 0 < held[-1]["anchor"] < 0.9 * held[0]["anchor"]
 
 
 def test_noise_of_a_sample_does_not_depend_on_its_batch():
