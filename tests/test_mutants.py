@@ -160,7 +160,8 @@ MUTANTS += [
         "distance, not squared", "(f_text - f_motion).square().sum(-1)", "(f_text - f_motion).norm(dim=-1)",
         "test_reward_by_hand"), (
         "paired clips of others", "(encoders, motion, lengths, captions, clips)\n    paired",
-        "(encoders, motion, lengths, captions, clips[::-1])\n    paired", "test_rewards_stay_with_their_samples"), (
+        "(encoders, motion, lengths, captions, clips[::-1])\n    paired",
+        "test_rewards_stay_with_their_samples"), (
         "groups across prompts", "groups - groups.mean(1, keepdim=True)", "groups - groups.mean()",
         "test_merit_by_hand")),
     *of(("pareto",), (
@@ -168,12 +169,14 @@ MUTANTS += [
         "test_equal_motions_stay_and_a_tie_in_one_reward_saves_nobody"), (
         "equal motions beat each other", " & (other > mine).any(-1)).any(-1)", ").any(-1)",
         "test_equal_motions_stay_and_a_tie_in_one_reward_saves_nobody"), (
-        "the beaten stay", "(other >= mine).all(-1) & (other > mine)", "(other <= mine).all(-1) & (other < mine)",
+        "the beaten stay", "(other >= mine).all(-1) & (other > mine)",
+        "(other <= mine).all(-1) & (other < mine)",
         {"test_nondominated_by_enumeration": {"n": 16, "k": 3}}), (
         "fronts across tokens", "keep = nondominated(R)\n",
         'keep = nondominated(R.transpose(1, 2)).transpose(1, 2)\n',
         "test_sets_are_of_one_prompt_and_one_token"), (
-        "reward of another token", 'dim1=1, dim2=3), "p n c -> p c n")', 'dim1=1, dim2=3), "p n c -> p c n").flip(1)',
+        "reward of another token", 'dim1=1, dim2=3), "p n c -> p c n")',
+        'dim1=1, dim2=3), "p n c -> p c n").flip(1)',
         "test_own_reward_is_that_of_the_token"), (
         "weight of one", "return keep, keep / keep.sum(dims, keepdim=True)", "return keep, keep / 1.0",
         "test_weights_are_one_over_the_size_of_the_set")),
