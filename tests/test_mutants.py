@@ -153,9 +153,11 @@ MUTANTS += [
 ]
 MUTANTS += [
     *of(("ppo",), (
-        "sign of the text term", "return -lambda_t * text", "return lambda_t * text", "test_reward_by_hand"), (
+        "sign of the text term", "return -lambda_t * text", "return lambda_t * text",
+        "test_reward_by_hand"), (
         "sign of the motion term", "= -lambda_m * motion", "= lambda_m * motion", "test_reward_by_hand"), (
-        "no pseudo score", "motion_term, pseudo), pseudo", "motion_term, 0.0), pseudo", "test_reward_by_hand"), (
+        "no pseudo score", "motion_term, pseudo), pseudo", "motion_term, 0.0), pseudo",
+        "test_reward_by_hand"), (
         "pseudo score of all", "motion_term[paired].mean()", "motion_term.mean()", "test_reward_by_hand"), (
         "distance, not squared", "(f_text - f_motion).square().sum(-1)", "(f_text - f_motion).norm(dim=-1)",
         "test_reward_by_hand"), (
