@@ -86,7 +86,7 @@ SIZE_ARGS = {  # what --size sets here; the network's sizes are in common/diffus
                  best_of=2),
     "paper": dict(steps=10, guidance_scale=2.5, prompts=32, kept_samples=0, micro_batch=64,
                   lr=3e-4, kl_coef=0.0, eval_repeats=20)}
-LORA_LAYERS = r"^(text_)?layers.*\.(q|k|v|out|up|down)$"  # attention and feed-forward, text too
+LORA_LAYERS = r"^(text_)?layers.*\.(q|k|v|out|up|down)$"  # of motion and text
 ADV_CLIP, MAX_GRAD_NORM = 5.0, 1.0                        # both as in the DDPO code
 
 
@@ -136,7 +136,7 @@ class Layer(nn.Module):
 
     def __init__(self, width, heads, cross):
         super().__init__()
-        # No dropout: rollout and update must agree on every log-probability.
+        # No dropout: rollout and update must see the same function.
         self.self_attention, self.norm_self = Attention(width, heads), nn.LayerNorm(width)
         self.cross_attention = Attention(width, heads) if cross else None
         self.norm_cross = nn.LayerNorm(width) if cross else None

@@ -1,28 +1,28 @@
 """Step-wise reward back-propagation: a diffusion model follows the gradient of its reward.
 
 The idea. A reward that is a network has a gradient, which says how a motion should change. Sent
-back through all denoising steps, it costs the memory of all of them. So the chain is cut: at
-every step the model guesses the finished motion, the reward scores that guess, and the weights
-move at once. Older methods keep the chain: --method.
+back through all denoising steps it costs the memory of all. So the chain is cut: at every step
+of a window the model guesses the finished motion, the reward scores the guess, and the weights
+are updated at once. --method has older ways; most keep the chain.
 
-Papers (the texts of [ET] and [MR] could not be read here: equations are from public notes)
-  [ET]    EasyTune 2026, arXiv 2602.07967: this method, SPL; code: wengwanjiang/EasyTune
-  [MR]    MotionRFT 2026, arXiv 2603.27185: the reward; code: Xiaofeng-Tan/MotionRFT
+Papers ([ET] and [MR] could not be read in full: equations are from other people's notes)
+  [ET]    EasyTune 2026, arXiv 2602.07967: the update, SPL; code: wengwanjiang/EasyTune
+  [MR]    MotionRFT 2026, arXiv 2603.27185: [ET] and its reward; code: Xiaofeng-Tan/MotionRFT
   [ReFL]  Xu et al. 2023 (ImageReward), [DRaFT] Clark et al. 2024, [AlignProp] Prabhudesai et
           al. 2023, [DRTune] Wu et al. 2024: other methods; [DDIM] Song et al. 2021: sampler
 
-`diff ddpo_motion.py stepwise_motion.py` is the lesson: the sampler draws nothing, so there is
-no density and no policy gradient; the reward is differentiated. For steps i = 0 .. N-1
+The sampler is deterministic: no density and no policy gradient, as ddpo_motion.py has them;
+the reward is differentiated. For steps i = 0 .. N-1
   in the code   symbol               meaning
   x, x_next     x_i, x_{i+1}         state: x_0 is noise, x_N the finished motion
   e             f_theta(x_i, t_i, c) the network's answer: motion, noise, v, or velocity
-  m             p x_i + q e_i        the guess of the finished motion, whose reward is R(m)
-With EasyTune the update follows sum_i grad E[R(m_i)], each state x_i held fixed; not E[R(x_N)].
+  m             p x_i + q e_i        the guess of the finished motion (x0hat), with reward R(m)
+EasyTune follows the gradient of sum_i R(m_i), each x_i held constant: not that of R(x_N).
 
 Read sections 5 and 6 first, then 7: policy, update, loop.
   python stepwise_motion.py --dataset kit           # from nothing to a tuned model
   python stepwise_motion.py --dataset kit --tiny    # the same at toy size
-  python stepwise_motion.py --prompt "a person waves" --load runs/stepwise_kit_seed0/adapter.pt
+  python stepwise_motion.py --prompt "he waves" --load runs/stepwise_kit_seed0/adapter.pt
 """
 
 # ---- 1. Imports ----
@@ -58,19 +58,19 @@ class Args(RunArgs):
     spacing: str = arg("linspace", "of the steps (MLD: leading)",
                        choices=("linspace", "trailing", "leading"))
     guidance_scale: float = arg(1.0, "classifier-free (MDM: 2.5, MLD: 7.5), costs twice")
-    weights: str = arg("semantic=1,preference=0.02,authenticity=0.05", "of the reward; m2m=1 "
-                       "adds recordings ([MR] code: 1, 2e-4, 2e-4, 1)", group="reward")
+    weights: str = arg("semantic=1,preference=0.02,authenticity=0.05", "of the reward ([MR] "
+                       "code: 1, 2e-4, 2e-4, m2m=1)", group="reward")
     reward: str = arg("motion-reward", "shuffled, a control, is asked with a wrong caption",
                       choices=("motion-reward", "shuffled"))
-    reward_input: str = arg("x0hat", "what is rewarded: m_i, x_{i+1}, or one after the other",
+    reward_input: str = arg("x0hat", "what is rewarded: m_i, x_{i+1}, or first m_i, then x_{i+1}",
                             choices=("x0hat", "xt", "mixed"))
     reward_data: str = arg("both", "whose motions the reward model saw; source: no MoCap",
                            choices=("source", "both"))
-    spl: str = arg("paper", "its self-refinement", choices=("paper", "code", "off"))
+    spl: str = arg("paper", "refine it where retrieval fails", choices=("paper", "code", "off"))
     method: str = arg("easytune", "how the reward's gradient reaches the weights", group="update",
                       choices=("easytune", "refl", "draft", "alignprop", "alignprop-bernoulli",
                                "drtune"))
-    window: int = arg(0, "the last K steps are trained; 0: half of all ([ET]: all)", lowest=0)
+    window: int = arg(0, "train the last K steps; 0: half, draft: all ([ET]: all)", lowest=0)
     sweep: float = arg(0.0, "share of training in which the window slides ([MR]: .03)")
     checkpointing: bool = arg(False, "chain methods: compute activations twice, keep none")
     iterations: int = arg(80, "of RL, a batch each")
@@ -89,10 +89,10 @@ class Args(RunArgs):
 SIZE_ARGS = {  # what --size sets here; the network's sizes are in common/diffusion.py
     "tiny": dict(steps=4, iterations=3, prompts=8, eval_every=2, eval_repeats=2, best_of=2),
     "paper": dict(steps=50, window=50, prompts=256, lr=1e-5, lora_rank=0, eval_repeats=20)}
-LORA_LAYERS = r"^(text_)?layers.*\.(q|k|v|out|up|down)$"  # attention and feed-forward, text too
+LORA_LAYERS = r"^(text_)?layers.*\.(q|k|v|out|up|down)$"  # of motion and text
 MAX_GRAD_NORM = 1.0  # of every optimizer step
 HEADS = ("preference", "authenticity")  # of MotionReward
-TERMS = ("semantic", "m2m", *HEADS)  # of the reward
+TERMS = ("semantic", "m2m", *HEADS)  # of the reward; m2m: like the recording?
 
 
 def weights_of(args):
@@ -103,14 +103,15 @@ def weights_of(args):
 
 def check_args(args):
     """Refuse at once what cannot work, and say which flag to change."""
-    weights_of(args)
-    stepwise = args.method == "easytune"
+    stepwise, weights = args.method == "easytune", weights_of(args)
     runs.refuse(
         (args.prompts < runs.process_count(), "--prompts: at least as many as processes"),
         (args.window > args.steps, f"--window: at most the {args.steps} denoising steps"),
         (args.sweep > 1, "--sweep: a share of the training, 0 to 1"),
-        (args.method == "drtune" and args.prediction == "sample",
-         "--method drtune: the way of its gradient, x, is in --prediction epsilon, v, velocity"),
+        ("m2m" in weights and args.reward_data == "source",
+         "--weights m2m: recordings of the target, not with --reward-data source"),
+        (args.method in ("drtune", "alignprop-bernoulli") and args.prediction == "sample",
+         f"--method {args.method}: needs --prediction epsilon, v or velocity"),
         (not stepwise and (args.reward_input, args.sweep) != ("x0hat", 0),
          "--reward-input and --sweep: for --method easytune"),
         (stepwise and args.checkpointing, "--checkpointing: for methods with a chain"))
@@ -151,7 +152,7 @@ class Layer(nn.Module):
 
     def __init__(self, width, heads, cross):
         super().__init__()
-        # No dropout: rollout and update must agree on every log-probability.
+        # No dropout: rollout and update must see the same function.
         self.self_attention, self.norm_self = Attention(width, heads), nn.LayerNorm(width)
         self.cross_attention = Attention(width, heads) if cross else None
         self.norm_cross = nn.LayerNorm(width) if cross else None
@@ -227,32 +228,32 @@ def make_model(args, vocabulary):
 
 
 def semantic_loss(z_t, z_m, gauss_t, gauss_m, decoded_t, decoded_m, tokens, duplicates=None, nce=1):
-    """Stage 1 [MR code]: captions and motions meet. duplicates (b b): see info_nce; decoded_t,
-    decoded_m, tokens (r n k): equal in padded rows."""
+    """Stage 1 [MR code]: one space for captions and motions. duplicates (b b): see info_nce;
+    decoded_t, decoded_m, tokens (r n k): some of the rows, zero on padding."""
     rec = (F.smooth_l1_loss(decoded_t, tokens) + F.smooth_l1_loss(decoded_m, tokens)
            + F.smooth_l1_loss(decoded_m, decoded_t))
-    t, m, normal = gauss_t, gauss_m, [torch.zeros_like(z_t)] * 2
-    kl = sum(vae.gaussian_kl(*a, *b) for a, b in ((t, m), (m, t), (m, normal), (t, normal)))
-    # Not in the paper: nce weighs 1, here and below, and not 0.1.
-    # R@1 on embedded KIT, one seed: .74 with 0.1, .82 with 1.
+    t, m, n01 = gauss_t, gauss_m, [torch.zeros_like(z_t)] * 2  # N(0, 1)
+    kl = sum(vae.gaussian_kl(*a, *b) for a, b in ((t, m), (m, t), (m, n01), (t, n01)))
+    # Not in the paper: InfoNCE weighs 1, in cross_loss too, and not 0.1.
+    # R@1 on embedded KIT: .74 with 0.1, .82 with 1.
     return (rec + 1e-5 * kl + 1e-5 * F.smooth_l1_loss(z_m, z_t)
             + nce * retrieval.info_nce(z_t, z_m, duplicates=duplicates))
 
 
 def cross_loss(z_a, z_b, gauss_a, gauss_b, nce=1):
-    """Stage 1 [MR code]: two representations a and b of the same clips meet."""
+    """Stage 1 [MR code]: one space for two representations a and b of the same clips."""
     kl = vae.gaussian_kl(*gauss_a, *gauss_b) + vae.gaussian_kl(*gauss_b, *gauss_a)
     return 0.1 * F.smooth_l1_loss(z_a, z_b) + 1e-5 * kl + nce * retrieval.info_nce(z_a, z_b)
 
 
 def mine(text, motion, k, duplicates=None):
-    """Where retrieval fails now ([ET] eq. 13). text, motion (b c) -> cosines (b b), fail (b):
-    the own motion is not among the first k, top (b k): the motions that are."""
+    """Where retrieval fails now ([ET] eq. 13). text, motion (b c) -> cosines (b b); fail (b):
+    is the own motion missing from the k best? top (b k): the indices of the k best."""
     if not 1 <= k < len(text):
         raise ValueError(f"top {k} of {len(text)} motions: nothing would ever fail")
     similarity = F.normalize(text, dim=-1) @ F.normalize(motion, dim=-1).T
     ranked, own = similarity.detach(), torch.arange(len(text), device=text.device)[:, None]
-    if duplicates is not None:  # Not in the paper: what fits the caption too is no loser.
+    if duplicates is not None:  # Not in the paper: what fits too is no error.
         ranked = ranked.masked_fill(duplicates & (own != own.T), -math.inf)
     top = ranked.topk(k, dim=1).indices
     return similarity, (top != own).all(1), top
@@ -296,8 +297,8 @@ LOSSES = motion_reward.Losses(semantic_loss, cross_loss, spl_paper, ranking_loss
 
 
 def weighted_reward(model, representation, weights, motion, lengths, captions, clips=None, level=0):
-    """R = sum of weight * term [MR] -> (b), with a gradient. motion (b t w) is raw, meaningless
-    after its lengths (b); level: share of noise in it; clips: of the captions."""
+    """R = sum of weight * term [MR] -> (b), with a gradient. motion (b t w) is raw, padded after
+    lengths (b); level: of its noise, timestep / 1000; clips: the recordings, for m2m."""
     tokens, mask = model.tokenise(motion, lengths, representation)
     level, total = motion.new_full((len(motion),), level), 0
     if "semantic" in weights or "m2m" in weights:
@@ -318,10 +319,10 @@ def weighted_reward(model, representation, weights, motion, lengths, captions, c
 
 
 def build_reward(args, source, target, policy, base, **options):
-    """reward(motion, lengths, captions, clips, level) -> (b), which is optimised; columns of
-    its heads for tables; notes. base: plain weights."""
+    """-> reward(motion, lengths, captions, clips, level) -> (b); its heads' scores, columns of
+    tables; notes. base: weights of the base, for the cache's key."""
     seen = [source] if args.reward_data == "source" else [source, target]
-    # The heads learn what is generated from the base, whatever --seed is.
+    # The heads learn from motions of the base, which every --seed shares.
     sampler = policy_sampler(replace(args, seed=args.base_seed), policy.base())
     noise = partial(diffusion.noised, policy.model.codec, args.prediction)
     model, notes = motion_reward.fit_motion_reward(
@@ -333,13 +334,13 @@ def build_reward(args, source, target, policy, base, **options):
     return reward, model.columns, notes
 
 
-# ---- 5. The policy: a denoising step is one line of a table ----
+# ---- 5. The policy: a denoiser and a deterministic sampler ----
 
 class Policy(NamedTuple):
     """A denoiser in training, and how it is sampled."""
     model: MotionDiffusion
     frozen: MotionDiffusion  # a copy of the model before any training
-    steps: samplers.Steps    # the table of the sampler, which draws nothing
+    steps: samplers.Steps    # p, q, x_coef, e_coef, timesteps, each (N,); level (N+1,)
     tokens: int              # n of every state: a sample must not depend on its batch
     guidance_scale: float
     device: torch.device
@@ -373,8 +374,8 @@ def predict(policy, x, timesteps, mask, text, text_mask):
 
 def make_network(args, policy, captions, mask):
     """network(x, i) -> the answer e (b n c) at step i."""
-    # Without gradients captions are read once. With them each step reads again, because
-    # the update of the step before has changed the layers that read.
+    # Without gradients captions are read once. With them each step reads again: EasyTune
+    # updates the text layers between two steps.
     known = None if torch.is_grad_enabled() else policy.model.encode_text(captions)
 
     def network(x, i):
@@ -395,13 +396,13 @@ class Route(NamedTuple):
 def denoise(network, steps, x, route, visit=None):
     """Walk from noise x (b n c) along a route -> the last state; network(x, i) -> e.
 
-    visit(i, z, e, trail) is called where a reward is due: z is rewarded, e is the answer, trail
-    the states x_0 .. x_i without gradients. It must not keep tensors with a graph: peak memory
-    depends on it.
+    visit(i, z, e, trail) is called where z is rewarded; e is the answer, trail the states
+    x_0 .. x_i without gradients.
+    It must keep no tensor that has a graph: peak memory depends on it.
     """
     trail = []
     for i in range(max(route.rewarded, default=len(route.graph) - 1) + 1):
-        # [ET] eq. (7): with the state stopped, only the direct term of the gradient is left.
+        # [ET] eq. (7): if x is stopped too, the gradient of e_i at a fixed x_i is left.
         read = x.detach() if route.stop_input else x
         with torch.set_grad_enabled(route.graph[i]):
             e = network(read, i)
@@ -411,7 +412,7 @@ def denoise(network, steps, x, route, visit=None):
         if i in route.rewarded:
             visit(i, p * x + q * e if route.rewarded[i] == "x0hat" else x_next, e, trail)
         x = x_next.detach() if route.stop_state else x_next
-        x_next = e = None  # the graph of a step goes before the next comes
+        x_next = e = None  # frees the graph of this step before the next one
     return x
 
 
@@ -419,13 +420,13 @@ def denoise(network, steps, x, route, visit=None):
 
 def easytune(steps, window, kinds):
     """[ET] eq. (6): each step i of the window is rewarded by itself, for kinds[i]."""
-    # Not in the paper: by default the window is the second half of the steps.
     graph = tuple(i in window for i in range(steps))
     return Route(graph, {i: kinds[i] for i in window}, stop_input=True, stop_state=True)
 
 
 def draw_route(args, progress, g):
     """The route of a batch, at a progress of 0 to 1 in the training; g: random choices."""
+    # Not in the paper: by default the second half of the steps, and not all.
     steps, window = args.steps, args.window or math.ceil(args.steps / 2)
     every = range(steps)
 
@@ -433,9 +434,9 @@ def draw_route(args, progress, g):
         return int(torch.randint(n, (), generator=g))
     if args.method == "easytune":
         # The window slides from the first steps to the last ones within `sweep` [MR code].
-        sliding = args.sweep and progress <= args.sweep
-        start = round((progress / args.sweep if sliding else 1.0) * (steps - window))
-        late = {"x0hat": steps, "xt": 0, "mixed": steps - window // 2}[args.reward_input]
+        done = min(progress / args.sweep, 1.0) if args.sweep else 1.0
+        start = round(done * (steps - window))
+        late = {"x0hat": steps, "xt": 0, "mixed": start + (window + 1) // 2}[args.reward_input]
         kinds = ["xt" if i >= late else "x0hat" for i in every]
         return easytune(steps, range(start, start + window), kinds)
     if args.method == "refl":
@@ -448,7 +449,7 @@ def draw_route(args, progress, g):
         apart = steps // window
         first, k = below(steps - window * apart + 1), steps - 1 - below(window)
         chosen = {first + j * apart for j in range(window)}
-        guess = {max(k, first): "x0hat"}  # it comes after a trained step
+        guess = {max(k, first): "x0hat"}  # earlier there is no gradient
         return Route(tuple(i in chosen for i in every), guess, stop_input=True)
     # The others reward the finished motion, and differ in the steps that have a graph.
     if args.method == "draft":  # [DRaFT]-K: the last K steps
@@ -456,21 +457,21 @@ def draw_route(args, progress, g):
     elif args.method == "alignprop":  # from a random step on; their code: N(42, 5) of 50
         cut = round(0.84 * steps + 0.1 * steps * float(torch.randn((), generator=g)))
         graph = [i >= min(max(cut, 1), steps - 1) for i in every]
-    else:  # "AlignProp" of [ET code]: a tenth, at least one
+    else:  # "AlignProp" of [ET code]: a tenth, or if none was drawn, one at random
         graph = torch.rand(steps, generator=g) < 0.1
         graph[below(steps)] |= not graph.any()
     return Route(tuple(map(bool, graph)), {steps - 1: "xt"})
 
 
 def anchor_loss(e, e_base, mask):
-    """|e - e_base|^2 (b) of answers (b n c) at one stopped x, a mean over tokens, mask (b n)."""
+    """|e - e_base|^2 (b) of answers (b n c) at one stopped x, mean over the mask (b n)."""
     # If a step had noise, it would be its KL to the base, up to a factor ([ET], appendix).
     return ((e - e_base).square() * mask[..., None]).sum((1, 2)) / (mask.sum(1) * e.shape[-1])
 
 
 def learn(loss, last, optimizer, scheduler, where):
     """Move the weights by the gradient of one loss -> its norm before the clip.
-    last: no other loss comes in this walk; a study may wait for it, and return None."""
+    last: no other loss comes in this walk; a study that waits for it returns None."""
     parameters = optimizer.param_groups[0]["params"]
     loss.backward()
     training.all_reduce_grads(parameters)
@@ -482,8 +483,8 @@ def learn(loss, last, optimizer, scheduler, where):
 
 
 def update(args, policy, ask, batch, move, iteration, loop):
-    """Stage 3: walk along a route, learn where a reward is due -> numbers to log.
-    ask(z) is `score`, move(loss, last, where) is `learn`."""
+    """Stage 3: walk along a route, and update the weights where a reward is due -> log.
+    ask(z) -> rewards (b), see score(); move(loss, last, where) -> norm, see learn()."""
     captions, mask, g, norms = batch["captions"], batch["mask"], batch["g"], []
     route, log = draw_route(args, iteration / args.iterations, g), training.Sums("anchor")
     share = len(captions) / args.prompts  # of the batch, that this process has
@@ -492,14 +493,14 @@ def update(args, policy, ask, batch, move, iteration, loop):
         base_network = make_network(args, policy.base(), captions, mask)
 
     def visit(i, z, e, trail):
-        loop.check()  # Ctrl-C ends here, with all saved
+        loop.check()  # Ctrl-C ends here; --resume repeats the iteration
         where, last = f"iteration {iteration}, step {i}", i == max(route.rewarded)
         more = {"level": policy.steps.level[i + 1].item()} if route.rewarded[i] == "xt" else {}
         rewards = ask(z, **more)
         loop.rewards = rewards.detach()
         loss = -rewards.mean()  # no baseline, no ratio
         if args.anchor:
-            if args.method != "easytune":  # one random step stands for a whole chain
+            if args.method != "easytune":  # from here on i is one random step of the chain
                 i = int(torch.randint(len(trail), (), generator=g))
                 e = network(trail[i], i)
             with torch.no_grad():
@@ -511,7 +512,7 @@ def update(args, policy, ask, batch, move, iteration, loop):
         norms.append(move(share * loss, last, where=f"{where}: gradient norm"))
 
     denoise(network, policy.steps, batch["noise"], route, visit)
-    # Calls of the network: a backward pass counts as one, and an anchor asks the base.
+    # Calls of the network, backward passes too, but not what checkpointing repeats.
     steps, anchors = max(route.rewarded) + 1, len(route.rewarded) if args.anchor else 0
     calls = steps + sum(route.graph[:steps]) + anchors * (1 if args.method == "easytune" else 3)
     log.add(calls=calls * len(captions) * (1 if args.guidance_scale == 1.0 else 2))
@@ -532,11 +533,11 @@ def start_noise(policy, lengths, seed, iteration, purpose, numbers):
 
 
 def collect(args, policy, clips, wrong, length_table, iteration):
-    """Stage 1: prompts, lengths, noise; the walk itself is stage 3, because it learns.
-    clips: {caption: clip}; wrong: {caption: what the reward is asked instead}."""
+    """Stage 1: captions, lengths, noise. The walk is stage 3: it learns at each step.
+    clips: {caption: clip}; wrong: {caption: the one that is scored in its place}."""
     g, prompts = generator(args.seed, iteration, "prompts"), sorted(clips)
     chosen = torch.randint(len(prompts), (args.prompts,), generator=g).tolist()
-    # Lengths are those of the source: of the target nothing is known but its words.
+    # Lengths are drawn from the source: the target gives only its words.
     lengths = datasets.draw_lengths(length_table, [prompts[k] for k in chosen], g)
     numbers = runs.share(args.prompts, 1, policy.device)  # of several processes each has some
     captions, lengths = [prompts[chosen[k]] for k in numbers], lengths[numbers]
@@ -585,11 +586,11 @@ def train(start, policy, reward, learn, scorers, source, target, folder):
             scheduler.load_state_dict(loop.state["scheduler"])
             calls, best = loop.state["calls"], loop.state["best"]
         for iteration in loop:
-            # 1. Roll out, as far as the noise.
+            # 1. Draw captions, lengths and noise; no step is taken yet.
             batch = collect(args, policy, clips, wrong, length_table, iteration)
-            # 2. Score: so the update asks for a reward, guess by guess.
+            # 2. Score: only a function so far; stage 3 calls it where a reward is due.
             ask = partial(score, policy, reward, batch)
-            # 3. Update: walk from noise to motion, learn from each guess at once.
+            # 3. Update: walk from noise to motion, and learn from each guess at once.
             log = update(args, policy, ask, batch, move, iteration, loop)
             watch.lap("update")
             # 4. Log, now and then look at validation prompts, save.
@@ -621,9 +622,8 @@ def make_policy(args, model, longest, device):
         model.requires_grad_(True)
     # With leading spacing MLD ends at the first timestep of training.
     final = "sigma_min" if args.spacing == "leading" else "zero"
-    grid = samplers.make_grid("linear", args.steps, args.spacing, final)
-    if args.prediction == "velocity":
-        grid = samplers.straight_grid(args.steps)
+    grid = (samplers.straight_grid(args.steps) if args.prediction == "velocity"
+            else samplers.make_grid("linear", args.steps, args.spacing, final))
     for network in (model, frozen):
         if diffusion.SIZES["joint"][args.size].bf16:
             network.forward = training.in_bfloat16(network.forward)
@@ -642,15 +642,16 @@ def load_policy(args, stored, device):
 
 
 def policy_sampler(args, policy):
-    """What common/evaluate.py asks for motions."""
-    # A number always starts from the same noise: base and tuned make pairs.
+    """The sampler that common/evaluate.py calls."""
+    # A caption's number decides its noise: base and tuned make pairs.
     @torch.no_grad()
     def motions(captions, lengths, numbers, purpose, repeat):
         x, mask = start_noise(policy, lengths, args.seed, repeat, purpose, numbers)
         network = make_network(args, policy, captions, mask)
         x = denoise(network, policy.steps, x, Route((False,) * args.steps, {}))
         motion = policy.model.codec.decode(x).cpu()
-        return representations.to_features(motion, lengths, args.representation, features.T2M), None
+        made = representations.to_features(motion, lengths, args.representation, features.T2M)
+        return made, None
     return evaluate.in_chunks(motions)
 
 
@@ -680,7 +681,7 @@ def main(argv, reward=None, learn=learn):
     if stored:
         base, policy = stored, load_policy(args, stored, device)
     else:
-        parts = sinusoid, Attention, Layer, MotionDiffusion  # change one: a new base is trained
+        parts = sinusoid, Attention, Layer, MotionDiffusion  # their code is in the cache's key
         known = args.representation == "features"  # then the base is that of DDPO
         parts += () if known else (representations.from_features,)
         clips = representations.convert_clips(

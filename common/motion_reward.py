@@ -277,10 +277,11 @@ class Library:
         return padded([self.tokens[name][row] for row in rows.tolist()])
 
     def noised(self, rows, name, noise, g):
-        """The same from noised motions, and the levels (b), uniform in (0, .5]."""
+        """The same from noised motions, and the levels (b), uniform in (0, 1]: up to 0.5 in EasyTune's code,
+        but a window of early steps asks for more."""
         motion, mask = padded([self.raw[row] for row in rows.tolist()])
         lengths = mask.sum(1).to(self.device)
-        level = (0.5 * (1 - torch.rand(len(rows), generator=g))).to(self.device)
+        level = (1 - torch.rand(len(rows), generator=g)).to(self.device)
         motion = noise(motion.to(self.device), lengths, level, g)
         return *self.model.tokenise(motion, lengths, name), level
 

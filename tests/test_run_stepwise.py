@@ -90,7 +90,8 @@ QUICK = ["--eval-repeats", 1, "--best-of", 1]
     (["--method", "draft"], 1, 8 * (2 + 4 + 2 + 1)),
     (["--method", "draft", "--window", 4], 1, 8 * (8 + 2 + 1)),
     (["--method", "draft", "--checkpointing"], 1, 8 * (2 + 4 + 2 + 1)),
-    (["--method", "alignprop"], 1, None), (["--method", "alignprop-bernoulli"], 1, None),
+    (["--method", "alignprop"], 1, None),
+    (["--method", "alignprop-bernoulli", "--prediction", "v"], 1, None),
     (["--reward-input", "xt"], 2, 64),
     (["--reward-input", "mixed"], 2, 64), (["--anchor", 0], 2, 48), (["--sweep", 0.5], 2, 48),
     (["--lora-rank", 0, "--lr", 1e-3], 2, 64), (["--weights", "semantic=1,m2m=1"], 2, 64),
@@ -208,6 +209,8 @@ def test_the_column_reward_is_what_is_optimised(finished):
 
 @pytest.mark.parametrize("flags, words", [
     (["--method", "drtune"], ["--method drtune", "--prediction epsilon"]),
+    (["--method", "alignprop-bernoulli"], ["--method alignprop-bernoulli", "--prediction epsilon"]),
+    (["--weights", "m2m=1", "--reward-data", "source"], ["--weights m2m", "--reward-data source"]),
     (["--window", 5], ["--window", "4 denoising steps"]), (["--prompts", 0], ["--prompts"]),
     (["--steps", 0], ["--steps"]), (["--lr", "nan"], ["--lr"]), (["--anchor", -1], ["--anchor"]),
     (["--weights", "semantic=0"], ["--weights"]), (["--prompt", "a man walks"], ["--load"]),

@@ -252,6 +252,8 @@ def test_what_easytune_judges():
     kinds = {flag: [*routes("--steps", 8, "--window", 4, "--reward-input", flag)[0].rewarded.values()]
              for flag in ("x0hat", "xt", "mixed")}
     assert kinds == {"x0hat": ["x0hat"] * 4, "xt": ["xt"] * 4, "mixed": ["x0hat"] * 2 + ["xt"] * 2}
+    sliding = routes("--steps", 8, "--window", 4, "--reward-input", "mixed", "--sweep", 1)
+    assert [*sliding[0].rewarded.values()] == [*sliding[-1].rewarded.values()] == kinds["mixed"]
 
 
 def test_draws_of_the_chain_methods():
@@ -261,7 +263,8 @@ def test_draws_of_the_chain_methods():
     assert routes("--method", "draft", "--steps", 6, "--window", 2)[0] == draft(6, 2)
     cuts = [route.graph.index(True) for route in routes("--method", "alignprop", "--steps", 20, count=400)]
     assert min(cuts) >= 1 and max(cuts) == 19 and abs(sum(cuts) / 400 - 0.84 * 20) < 0.4
-    masks = [route.graph for route in routes("--method", "alignprop-bernoulli", "--steps", 20, count=400)]
+    masks = [route.graph for route in routes(
+        "--method", "alignprop-bernoulli", "--prediction", "v", "--steps", 20, count=400)]
     assert min(map(sum, masks)) == 1 and 0.09 < sum(map(sum, masks)) / 8000 < 0.13
     flow = ("--prediction", "velocity", "--steps", 20, "--window", 6)
     for route in routes("--method", "drtune", *flow, count=200):
@@ -274,7 +277,7 @@ def test_draws_of_the_chain_methods():
 
 @pytest.mark.parametrize("method", ("easytune", "refl", "draft", "alignprop", "alignprop-bernoulli"))
 def test_one_step_is_enough_for_every_method(method):
-    for route in routes("--method", method, "--steps", 1):
+    for route in routes("--method", method, "--prediction", "v", "--steps", 1):
         assert route.graph == (True,) and list(route.rewarded) == [0]
 
 
