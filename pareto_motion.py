@@ -10,20 +10,19 @@ Papers
   [IM]   InstructMotion, Mao et al. 2024, arXiv 2405.15541: PPO on motion tokens
   [MC]   MotionCritic, Wang et al. 2024, arXiv 2407.02272: preferences of people
 
-`diff ppo_motion.py pareto_motion.py` is the lesson: one reward becomes a vector, a prompt is asked
-three times, and not every motion is learnt from.
+`diff ppo_motion.py pareto_motion.py` is the lesson: one reward becomes a vector, a prompt gets
+three reward tokens, and not every motion is learnt from.
   in the code          symbol        meaning
   f_t, f_tk            f(t), f(t_k)  text feature without and with the token of reward k
-  R (p c n k)          r^1 .. r^K    all rewards of all motions: p prompts, c tokens, n of each
-  keep (p c n)         m in P        not beaten by another motion of its prompt and token
+  R (p c n k)          r^1 .. r^K    all rewards: p prompts, c reward tokens, n motions of each
+  keep (p c n)         m in P        beaten by none in its set P: of its prompt and token
   weight (p c n)       1 / n(P)      of a motion in the loss; 0 where it is beaten
   own (p c n)          r(t_k, m_k)   the reward that the token of the motion asks for
 
 Read the first half of section 6, then 4 and 7: selection, rewards, loop.
   python pareto_motion.py --dataset kit           # from nothing to a tuned model
   python pareto_motion.py --dataset kit --tiny    # the same at toy size
-  python pareto_motion.py --prompt "a man waves" --prefer text=0.7,quality=0.2,preference=0.1 \\
-      --load runs/pareto_kit_seed0/policy.pt
+  python pareto_motion.py --load runs/pareto_kit_seed0/policy.pt --prompt "he waves" --prefer text=1
 """
 
 # ---- 1. Imports ----
@@ -48,15 +47,15 @@ from common.runs import arg
 
 @dataclass
 class Args(t2m_gpt.WeightArgs):
-    """Every field is a flag. The classes before it have --dataset, --seed ..."""
+    """Every field, own or inherited, is a flag. shaping: see common/runs.py."""
     perception_checkpoint: str = arg("", "published MotionCritic (.pth) for preference")
-    selection: str = arg("per-token", "sets in which motions compete; weighted-sum: no tokens",
+    selection: str = arg("per-token", "who competes, see select(); weighted-sum: no tokens",
                          choices=("per-token", "union", "literal", "none", "weighted-sum"),
                          group="selection and tokens")
     weights: str = arg("", "of the weighted sum, as in --prefer; empty: equal")
     alpha: float = arg(0.5, "share of the token, Eq. (11) ([MRL]: unknown)")
     prefer: str = arg("", "of a --prompt: text=0.7,quality=0.2,preference=0.1", shaping=False)
-    token_reward: str = arg("own", "what Eq. (7) sums: the token's reward, or the mean",
+    token_reward: str = arg("own", "r of Eq. (7): of the motion's reward token, or the mean",
                             choices=("own", "mean"))
     baseline: str = arg("all", "motions that spread, values and whitening are taken from",
                         choices=("all", "kept"))
@@ -85,7 +84,7 @@ REWARDS = ("text", "quality", "preference")  # [MRL] <mt>, <mm>, <perception>
 MARGIN = 1.4  # of Eq. (1): unit vectors are at most 2 apart ([MRL]: unknown)
 WARMUP, CRITIC_LR = 20, 1e-3  # iterations in which the rate rises; the critic's own rate
 GAMMA, VF_COEF, MAX_GRAD_NORM = 1.0, 0.5, 1.0  # episodes are finite, so there is no discount
-TOKEN_LENGTH = 12.0  # of a token, in text features: it can grow in some hundred steps
+TOKEN_LENGTH = 12.0  # in norms of a text feature: zero weights learn from it quickly
 
 
 def check_args(args):
@@ -238,20 +237,20 @@ def normalise(R, low, high):
 
 
 @torch.no_grad()
-def all_rewards(encoders, critic, scales, motion, lengths, captions, clips):
+def all_rewards(encoders, people, scales, motion, lengths, captions, clips):
     """Raw motions (b t d), lengths (b), captions, real clips -> R (b k), as in REWARDS."""
-    # encoders: by InfoNCE, Eq. (2), and by a margin, Eq. (1). critic.score is Eq. (6).
+    # encoders: by InfoNCE, Eq. (2), and by a margin, Eq. (1). people.score is Eq. (6).
     # scales: lambdas (i), low and high (k), see calibrate.
     embedded = [retrieval.embed_pairs(encoder, motion, lengths, captions, clips)
                 for encoder in encoders]
     f_text, f_motion, f_real = (torch.stack(parts) for parts in zip(*embedded))  # i b c
     R = torch.stack([distance_reward(f_text, f_motion, scales["lambdas"]),
                      distance_reward(f_real, f_motion, scales["lambdas"]),
-                     critic.score(motion, lengths)], -1)
+                     people.score(motion, lengths)], -1)
     return normalise(R, scales["low"], scales["high"])
 
 
-def calibrate(args, policy, count, encoders, critic, clips):
+def calibrate(args, policy, count, encoders, people, clips):
     """Scales of the rewards from motions of pi_ref, a dict; they never change."""
     g = generator(args.base_seed, 0, "calibration")
     captions, chosen = compose.draw(clips, [], count, 0.0, g)
@@ -260,9 +259,9 @@ def calibrate(args, policy, count, encoders, critic, clips):
                   range(count), args.temperature)[:2]
     embedded = (retrieval.embed_pairs(encoder, *made, captions, chosen) for encoder in encoders)
     distances = torch.stack([(text - motion).square().sum(-1) for text, motion, _ in embedded])
-    # lambda of Eqs. (3), (4): all encoders count alike. Eq. (12): quantiles, not extremes.
+    # 1 / lambda: spread of text distances, for Eq. (4) too. Eq. (12): quantiles, not extremes.
     scales = {"lambdas": 1 / distances.std(1).clamp(min=1e-6), "low": 0.0, "high": 1.0}
-    R = all_rewards(encoders, critic, scales, *made, captions, chosen)
+    R = all_rewards(encoders, people, scales, *made, captions, chosen)
     low, high = (R.quantile(q, dim=0) for q in (0.01, 0.99))
     for name, a, b in zip(REWARDS, low.tolist(), high.tolist()):
         print(f"  reward {name}: {a:.2f} to {b:.2f} for 98 % of pi_ref's motions")
@@ -299,8 +298,8 @@ def read_text(policy, captions, weights=None, alpha=0.0):
 
 def with_tokens(policy, clips):
     """The policy with a token for each reward, an extra dimension of the text feature."""
-    # [MRL] appends words to the caption. Here the weights of the GPT for the new dimensions
-    # start at zero: random directions would cost some text reward at once.
+    # [MRL] appends words to the caption. Here the GPT's weights for the new dimensions start
+    # at zero: random ones would change each caption, and lower the text reward.
     count, text = len(REWARDS), read_text(policy, [clip.captions[0] for clip in clips[:512]])
     for gpt in (policy.gpt, policy.reference):
         first = gpt.trans_base["cond_emb"]
@@ -312,7 +311,7 @@ def with_tokens(policy, clips):
 
 # [sync:policy]
 def action_logits(logits, first, shortest, temperature):
-    """Logits (b n v) of the positions first, first + 1 ..., as the policy uses them."""
+    """Raw logits (b n v) of the positions first, first + 1 ... -> those that are sampled."""
     # Rollout, update and reference all come here: a temperature, or the ban of the end before
     # `shortest` tokens, in one of them alone would make every ratio wrong.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
@@ -376,12 +375,12 @@ def own_reward(R):
 
 
 def select(R, selection):
-    """Algorithm 1, who is learnt from: R (p c n k) -> keep, and weight 1 / n(P), both (p c n)."""
+    """Algorithm 1: R (p c n k) -> keep (learnt from?), and weight 1 / n(P), both (p c n)."""
     keep = torch.ones_like(R[..., 0], dtype=torch.bool)
     if selection == "union":        # all motions of a prompt compete
         keep = nondominated(rearrange(R, "p c n k -> p (c n) k"))
         keep = rearrange(keep, "p (c n) -> p c n", c=R.shape[1])
-    elif selection == "literal":    # word for word: triples of i-th motions
+    elif selection == "literal":    # as printed: i-th motions of all tokens
         keep = nondominated(rearrange(own_reward(R), "p c n -> p n c"))
         keep = repeat(keep, "p n -> p c n", c=R.shape[1])
     elif selection == "per-token":  # those of a prompt and token ([MRL] section 4.2)
@@ -391,7 +390,7 @@ def select(R, selection):
 
 
 def token_weights(weight, mask, reduction):
-    """The weight of a motion (b) shared by its tokens, or on each of them -> (b n)"""
+    """The weight of a motion (b), split over its actions or given to each -> (b n)"""
     return (weight / mask.sum(1) if reduction == "motion" else weight)[:, None] * mask
 
 
@@ -407,20 +406,20 @@ def standardise(r, counted):
 
 
 def choose(args, R, sets, weights):
-    """R (p*c*n k) -> r, weight (p*c*n), lists of motions, counted and dominated, log."""
+    """R (p*c*n k) -> r, weight (p*c*n), numbers of those counted, of those beaten, log."""
     R = rearrange(R, "(p c n) k -> p c n k", p=args.prompts, c=sets)
     (keep, weight), flat = select(R, args.selection), R.flatten(0, 2)
     # Eq. (7): what a motion is paid for, (p c n).
     own = own_reward(R) if args.token_reward == "own" and sets > 1 else R.mean(-1)
     if args.selection == "weighted-sum":
         own = R @ weights
-    # Beaten motions are no example, but the others are good in comparison with them.
+    # Beaten motions are not imitated, but count in the mean that others must exceed.
     counted = keep if args.baseline == "kept" else torch.ones_like(keep)
     lists = (part.flatten().nonzero()[:, 0].tolist() for part in (counted, ~keep))
     return standardise(own, counted).flatten(), weight.flatten(), *lists, {
         "reward": (flat @ weights).mean(), **dict(zip(REWARDS, flat.mean(0))), "own": own.mean(),
         "kept": keep.double().mean(), "text_quality": torch.corrcoef(flat[:, :2].T)[0, 1],
-        "constant": (R.amax(2) == R.amin(2)).sum()}
+        "constant": (R.amax(2) == R.amin(2)).sum()}  # rewards equal in a whole set
 
 
 # [sync:ppo]
@@ -435,7 +434,7 @@ def token_rewards(r, logp_old, logp_ref, mask, kl_coef):
 def gae(rewards, values, mask, gamma, gae_lambda):
     """Schulman et al. 2016, eq. 16; all (b n) -> advantages, returns, zero outside the mask."""
     advantages, last = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
-    # After the last action there is nothing, not even at the token limit: it is part of the task.
+    # No bootstrap after the last action, nor at the token limit, which is part of the task.
     following = F.pad(values * mask, (0, 1))[:, 1:]
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * following[:, t] - values[:, t]
@@ -445,9 +444,10 @@ def gae(rewards, values, mask, gamma, gae_lambda):
 
 
 def whiten(advantages, mask):
-    """Mean 0 and variance 1 over the valid tokens of the whole batch; never of the returns."""
+    """Mean 0 and variance 1 over the actions in mask; never of the returns."""
     valid = training.all_gather_rows(advantages[mask])  # of all processes
-    return (advantages - valid.mean()) / torch.sqrt(valid.var(correction=0) + 1e-8) * mask
+    white = (advantages - valid.mean()) / torch.sqrt(valid.var(correction=0) + 1e-8)
+    return torch.where(mask, white, 0.0)  # also if the mask is empty
 
 
 def clipped_loss(ratio, advantages, clip_range):
@@ -464,7 +464,7 @@ def value_loss(values, returns):
 
 @torch.no_grad()
 def assess(args, policy, critic, batch, groups, epochs):
-    """Judge every action: what update needs, into the batch -> numbers to log."""
+    """Add log-probabilities, values and advantages of all actions to the batch -> log."""
     tokens, text, mask = batch["tokens"], batch["text"], batch["mask"]
     old, ref, values, entropy, kl = (torch.zeros_like(mask, dtype=text.dtype) for _ in range(5))
     # In the very chunks of the first update, so that its ratios are 1 to the last bit.
@@ -476,7 +476,7 @@ def assess(args, policy, critic, batch, groups, epochs):
         kl[rows] = (logps.exp() * (logps - logps_ref)).sum(-1)  # exact, over all actions
     rewards = token_rewards(batch["r"], old, ref, mask, args.kl_coef)
     advantages, returns = gae(rewards, values, mask, GAMMA, args.gae_lambda)
-    # groups (g b): which motions are whitened together, each motion in one group.
+    # groups: masks (b) of motions that are whitened together; each motion is in one.
     white = sum(whiten(advantages, mask & own[:, None]) for own in groups)
     batch |= dict(logp_old=old, logp_ref=ref, values=values, returns=returns, advantages=white)
     log = training.token_stats(tokens, mask, batch["lengths"], policy.gpt.end, kl, entropy)
@@ -485,17 +485,17 @@ def assess(args, policy, critic, batch, groups, epochs):
 
 def update(args, policy, critic, batch, epochs, optimizer, iteration, loop):
     """Stage 3: clipped loss of the policy, squared loss of the critic -> numbers to log."""
-    actor, head = (group["params"] for group in optimizer.param_groups)
+    actor, valuer = (group["params"] for group in optimizer.param_groups)
     log = training.Sums("pg_loss", "vf_loss", "approx_kl", "clipfrac", "grad_norm", "vf_grad_norm")
     parts = "tokens", "text", "mask", "weight", "logp_old", "returns", "advantages"
     steps, ratios = [step for epoch in epochs for step in epoch], []
     for _, chunks in steps:
         optimizer.zero_grad()
         # Both losses are means over a minibatch, over all its chunks on all processes.
-        total, weight = (training.total(batch[name][rows] for rows in chunks)
-                         for name in ("mask", "weight"))
+        actions, shares = (training.total(batch[name][rows] for rows in chunks)
+                           for name in ("mask", "weight"))
         for rows in chunks:
-            loop.check()                     # Ctrl-C ends here, with all saved
+            loop.check()                     # Ctrl-C ends here
             part = [batch[name][rows] for name in parts]
             tokens, text, mask, share, logp_old, returns, advantages = part
             # A chunk of motions without weight trains only the critic.
@@ -505,19 +505,19 @@ def update(args, policy, critic, batch, epochs, optimizer, iteration, loop):
             logratio = torch.where(mask, logp - logp_old, 0.0)
             ratio = logratio.exp()           # b n
             pg = clipped_loss(ratio, advantages, args.clip_range)
-            pg = (pg * share).sum() / (weight or 1.0)  # perhaps no motion has a weight
-            vf = (value_loss(values, returns) * mask).sum() / total
+            pg = (pg * share).sum() / (shares or 1.0)  # perhaps no motion has a weight
+            vf = (value_loss(values, returns) * mask).sum() / actions
             loss = pg + VF_COEF * vf
             training.check_loss(loss, f"iteration {iteration}")
             loss.backward()
             ratios.append(ratio.detach()[mask])
             # approx_kl estimates KL(old || new) (Schulman 2020), clipfrac counts clipped tokens.
             gap, clipped = (ratio - 1) - logratio, (ratio - 1).abs() > args.clip_range
-            log.add(pg_loss=pg, vf_loss=vf, approx_kl=(gap * mask).sum().item() / total,
-                    clipfrac=(clipped & mask).sum().item() / total)
-        training.all_reduce_grads([*actor, *head])
+            log.add(pg_loss=pg, vf_loss=vf, approx_kl=(gap * mask).sum().item() / actions,
+                    clipfrac=(clipped & mask).sum().item() / actions)
+        training.all_reduce_grads([*actor, *valuer])
         # Clipped apart: large gradients of the critic must not shrink those of the policy.
-        for name, parameters in (("grad_norm", actor), ("vf_grad_norm", head)):
+        for name, parameters in (("grad_norm", actor), ("vf_grad_norm", valuer)):
             norm = training.clip_gradients(parameters, MAX_GRAD_NORM, f"iteration {iteration}")
             log.add(**{name: norm})
         optimizer.step()
@@ -529,13 +529,13 @@ def update(args, policy, critic, batch, epochs, optimizer, iteration, loop):
 
 @torch.no_grad()
 def collect(args, policy, clips, iteration):
-    """Stage 1: N motions for each of P prompts and K tokens, or KN for a prompt without tokens."""
+    """Stage 1: N motions for each of P prompts and K tokens; without tokens KN for a prompt."""
     g, sets = generator(args.seed, iteration, "prompts"), 1 if policy.tokens is None else 3
     drawn, size = compose.draw(clips, [], args.prompts, 0.0, g), len(REWARDS) * args.samples
     # Of several processes each samples its own share of whole prompts.
     numbers = runs.share(args.prompts, size, policy.vq.mean.device)
     captions, pairs = ([part[k // size] for k in numbers] for part in drawn)
-    # Motion number k has place k in (p c n): its token is the c.
+    # Place k of a rollout in the order (p c n): which token is it?
     token = torch.tensor(numbers, device=policy.vq.mean.device) // (size // sets) % sets
     text = read_text(policy, captions, F.one_hot(token, len(REWARDS)), args.alpha)
     motion, lengths, tokens = sample(policy, text, args.seed, iteration, "rollout", numbers,
@@ -583,12 +583,12 @@ def train(start, policy, rewards, weights, data, scorers, folder):
             weight = token_weights(weight[batch["numbers"]], batch["mask"], args.reduction)
             batch |= {"r": r[batch["numbers"]], "weight": weight}
             watch.lap("reward")
-            # 3. Update: judge every action, then learn. Dominated motions teach the critic alone.
+            # 3. Update. By default beaten motions train only the critic.
             batch = training.select_rows(batch, counted)
             epochs = training.epochs(args, counted, batch["numbers"], iteration, dominated)
             factor = training.rise_and_fall(iteration, args.iterations, WARMUP)
             optimizer.param_groups[0]["lr"] = factor * args.lr  # of the GPT
-            # Whitened token by token: else the reward of the widest spread would win.
+            # Whitened apart for each reward token: their advantages differ in spread.
             groups = [batch["token"] == token for token in range(sets)]
             log |= assess(args, policy, critic, batch, groups, epochs)
             log |= update(args, policy, critic, batch, epochs, optimizer, iteration, loop)
@@ -619,7 +619,7 @@ def load_policy(args, stored, device):
 
 
 def policy_sampler(args, policy, weights=(1 / 3, 1 / 3, 1 / 3)):
-    """What common/evaluate.py asks for motions, with the same draws every time."""
+    """The sampler that common/evaluate.py calls; always the same draws."""
     def motions(captions, lengths, numbers, purpose, repeat):
         text = read_text(policy, captions, weights, args.alpha)
         return sample(policy, text, args.seed, repeat, purpose, numbers, 1.0)[:2]
@@ -679,12 +679,12 @@ def main(argv):
         loss_name=f"margin {MARGIN}", **scoring)
     judge, notes["judge"] = retrieval.judge([data], **scoring)
     options["iterations"], encoders = size.perception_iterations, [nce, margin]
-    critic, notes["perception"] = perception.fit_perception(
+    people, notes["perception"] = perception.fit_perception(
         data, policy.vq, ranking_loss, args.perception_checkpoint, **options)
     scales = stored["rewards"] if stored else calibrate(
-        args, policy, size.calibration, encoders, critic, data.splits["train"])
+        args, policy, size.calibration, encoders, people, data.splits["train"])
     scales = {name: value.to(device) for name, value in scales.items()}
-    rewards = partial(all_rewards, encoders, critic, scales)
+    rewards = partial(all_rewards, encoders, people, scales)
     # The column `reward` of a table is the weighted sum; each reward has its own, too.
     weights = torch.tensor(runs.parse_weights(args.weights, REWARDS, "--weights"), device=device)
     scorers = evaluate.Scorers(

@@ -2,8 +2,9 @@
 
 The idea. A GPT that has learnt motion tokens from captioned motions repeats what it has seen; new
 combinations of known movements are hardly ever right. For a new sentence no motion exists to
-learn from, but encoders can say how well a motion fits it. So the GPT samples motions for known
-and for composed captions, and PPO makes the tokens of well-fitting motions more likely.
+learn from, but encoders of text and motion can say how well the two fit. So the GPT samples
+motions for known captions and for new combinations of them ("composed"), and PPO makes the tokens
+of well-fitting motions more likely.
 
 Papers
   [IM]   InstructMotion, Mao et al. 2024, arXiv 2405.15541: this method, Eq. (1) to (5)
@@ -19,7 +20,7 @@ The decision process ([IM] section 4): one motion is one episode
   logp_ref              log pi_ref            of the supervised GPT, which never changes
   ratio                 rho_t                 pi_theta / pi_old, clipped to 1 +- eps
   r (b)                 Eq. (2)               how well the finished motion fits
-  rewards (b n)         Eq. (3)               -beta (logp_old - logp_ref), plus r at the end
+  rewards (b n)         Eq. (3)               -beta (logp_old - logp_ref); at the end also r
   values, advantages    V(s_t), A_t           of a small critic; GAE, whitened over the batch
 
 Read sections 5 and 6 first, then 7: policy, update, loop.
@@ -51,9 +52,9 @@ from common.runs import arg
 
 @dataclass
 class Args(t2m_gpt.WeightArgs):
-    """Every field is a flag. The classes before it have --dataset, --seed ..."""
+    """Every field, own or inherited, is a flag. shaping: see common/runs.py."""
     composed: int = arg(3000, "sentences made of known captions", group="prompts")
-    text_only_share: float = arg(0.5, "share of them in a rollout ([IM]: 0 or 1/2)")
+    text_only_share: float = arg(0.5, "share of composed prompts in a rollout ([IM]: 0 or 1/2)")
     write_captions: str = arg("", "write them to this file and stop", shaping=False)
     reward: str = arg("encoders", "shuffled and random are controls: they must teach nothing",
                       choices=("encoders", "shuffled", "random"), group="reward")
@@ -64,7 +65,7 @@ class Args(t2m_gpt.WeightArgs):
     iterations: int = arg(300, "of PPO ([IM]: 40000)", group="update")
     prompts: int = arg(32, "prompts P of a rollout ([IM]: 128)")
     samples: int = arg(16, "motions G of each prompt, which compete ([IM]: 1)")
-    kept_samples: int = arg(128, "motions trained on, the most unusual; 0: all", lowest=0)
+    kept_samples: int = arg(128, "best and worst motions trained on; 0, samples 1: all", lowest=0)
     epochs: int = arg(2, "passes over a rollout ([IM]: 2)")
     minibatches: int = arg(1, "optimizer steps of a pass ([IM]: 1)")
     micro_batch: int = arg(0, "motions of a forward pass; 0: a minibatch. Fewer save memory")
@@ -83,8 +84,8 @@ SIZE_ARGS = {  # what --size sets here; the sizes of networks are in common/toke
     "tiny": dict(composed=300, iterations=3, prompts=16, eval_every=2, eval_repeats=2, best_of=2),
     "paper": dict(iterations=40_000, prompts=128, samples=1, lr=5e-6, eval_repeats=20)}
 MARGIN = 1.4  # of Eq. (1): unit vectors are at most 2 apart ([IM]: unknown)
-WARMUP, CRITIC_LR = 20, 1e-3  # iterations in which the rate rises; the critic's own rate
-GAMMA, VF_COEF, MAX_GRAD_NORM = 1.0, 0.5, 1.0  # episodes are finite, so there is no discount
+WARMUP, CRITIC_LR = 20, 1e-3  # iterations in which the GPT's rate rises; the critic's rate
+GAMMA, VF_COEF, MAX_GRAD_NORM = 1.0, 0.5, 1.0  # no discount; weight of the value loss; clipping
 
 
 def check_args(args):
@@ -236,17 +237,17 @@ def motion_reward(text_distance, motion_distance, paired, lambda_t, lambda_m):
 
 @torch.no_grad()
 def distances(encoders, motion, lengths, captions, clips):
-    """Raw motions (b t d), lengths (b), captions and clips of b -> distances to the text and to
-    the paired motion, and 1 where there is one (b 3)."""
-    # The clip of a composed caption has no frames, and is as good as none.
+    """Raw motions (b t d), lengths (b), captions and clips of b -> (b 3): squared distances to
+    the text and to the paired motion, and 1 if there is a paired motion, else 0."""
+    # The clip of a composed caption has no frames: its motion distance is 0.
     unit = retrieval.embed_pairs(encoders, motion, lengths, captions, clips)
     paired = torch.tensor([float(len(clip.features) > 0) for clip in clips], device=motion.device)
     return torch.stack([*reward_terms(*unit), paired], -1)
 
 
 def build_reward(args, data, given, **options):
-    """The reward of tables, what training asks, both functions of (motion, lengths, captions,
-    clips), and notes. Training asks for the distances (b 3): the pseudo score needs a batch."""
+    """-> the reward (b) of tables, what training measures (b 3), notes. Both are functions of
+    (motion, lengths, captions, clips). Eq. (2) takes a mean over a batch, so training does it."""
     if given:  # a function of a study, see main()
         def other(motion, lengths, captions, clips):
             return given(motion, lengths, captions)
@@ -257,7 +258,7 @@ def build_reward(args, data, given, **options):
     measure = partial(distances, encoders)
 
     def reward(*question):
-        # In a table all captions of a call have a motion, or none: then the text term is left.
+        # All captions of a table have a motion, or none has: then r is the text term alone.
         text, motion, paired = measure(*question).T
         return motion_reward(text, motion, paired > 0, args.lambda_t, args.lambda_m)[0]
     return reward, measure, notes
@@ -275,7 +276,7 @@ class Policy(NamedTuple):
 
 # [sync:policy]
 def action_logits(logits, first, shortest, temperature):
-    """Logits (b n v) of the positions first, first + 1 ..., as the policy uses them."""
+    """Raw logits (b n v) of the positions first, first + 1 ... -> those that are sampled."""
     # Rollout, update and reference all come here: a temperature, or the ban of the end before
     # `shortest` tokens, in one of them alone would make every ratio wrong.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
@@ -356,7 +357,7 @@ def token_rewards(r, logp_old, logp_ref, mask, kl_coef):
 def gae(rewards, values, mask, gamma, gae_lambda):
     """Schulman et al. 2016, eq. 16; all (b n) -> advantages, returns, zero outside the mask."""
     advantages, last = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
-    # After the last action there is nothing, not even at the token limit: it is part of the task.
+    # No bootstrap after the last action, nor at the token limit, which is part of the task.
     following = F.pad(values * mask, (0, 1))[:, 1:]
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * following[:, t] - values[:, t]
@@ -366,9 +367,10 @@ def gae(rewards, values, mask, gamma, gae_lambda):
 
 
 def whiten(advantages, mask):
-    """Mean 0 and variance 1 over the valid tokens of the whole batch; never of the returns."""
+    """Mean 0 and variance 1 over the actions in mask; never of the returns."""
     valid = training.all_gather_rows(advantages[mask])  # of all processes
-    return (advantages - valid.mean()) / torch.sqrt(valid.var(correction=0) + 1e-8) * mask
+    white = (advantages - valid.mean()) / torch.sqrt(valid.var(correction=0) + 1e-8)
+    return torch.where(mask, white, 0.0)  # also if the mask is empty
 
 
 def clipped_loss(ratio, advantages, clip_range):
@@ -385,7 +387,7 @@ def value_loss(values, returns):
 
 @torch.no_grad()
 def assess(args, policy, critic, batch, groups, epochs):
-    """Judge every action: what update needs, into the batch -> numbers to log."""
+    """Add log-probabilities, values and advantages of all actions to the batch -> log."""
     tokens, text, mask = batch["tokens"], batch["text"], batch["mask"]
     old, ref, values, entropy, kl = (torch.zeros_like(mask, dtype=text.dtype) for _ in range(5))
     # In the very chunks of the first update, so that its ratios are 1 to the last bit.
@@ -397,7 +399,7 @@ def assess(args, policy, critic, batch, groups, epochs):
         kl[rows] = (logps.exp() * (logps - logps_ref)).sum(-1)  # exact, over all actions
     rewards = token_rewards(batch["r"], old, ref, mask, args.kl_coef)
     advantages, returns = gae(rewards, values, mask, GAMMA, args.gae_lambda)
-    # groups (g b): which motions are whitened together, each motion in one group.
+    # groups: masks (b) of motions that are whitened together; each motion is in one.
     white = sum(whiten(advantages, mask & own[:, None]) for own in groups)
     batch |= dict(logp_old=old, logp_ref=ref, values=values, returns=returns, advantages=white)
     log = training.token_stats(tokens, mask, batch["lengths"], policy.gpt.end, kl, entropy)
@@ -406,17 +408,17 @@ def assess(args, policy, critic, batch, groups, epochs):
 
 def update(args, policy, critic, batch, epochs, optimizer, iteration, loop):
     """Stage 3: clipped loss of the policy, squared loss of the critic -> numbers to log."""
-    actor, head = (group["params"] for group in optimizer.param_groups)
+    actor, valuer = (group["params"] for group in optimizer.param_groups)
     log = training.Sums("pg_loss", "vf_loss", "approx_kl", "clipfrac", "grad_norm", "vf_grad_norm")
     parts = "tokens", "text", "mask", "weight", "logp_old", "returns", "advantages"
     steps, ratios = [step for epoch in epochs for step in epoch], []
     for _, chunks in steps:
         optimizer.zero_grad()
         # Both losses are means over a minibatch, over all its chunks on all processes.
-        total, weight = (training.total(batch[name][rows] for rows in chunks)
-                         for name in ("mask", "weight"))
+        actions, shares = (training.total(batch[name][rows] for rows in chunks)
+                           for name in ("mask", "weight"))
         for rows in chunks:
-            loop.check()                     # Ctrl-C ends here, with all saved
+            loop.check()                     # Ctrl-C ends here
             part = [batch[name][rows] for name in parts]
             tokens, text, mask, share, logp_old, returns, advantages = part
             # A chunk of motions without weight trains only the critic.
@@ -426,19 +428,19 @@ def update(args, policy, critic, batch, epochs, optimizer, iteration, loop):
             logratio = torch.where(mask, logp - logp_old, 0.0)
             ratio = logratio.exp()           # b n
             pg = clipped_loss(ratio, advantages, args.clip_range)
-            pg = (pg * share).sum() / (weight or 1.0)  # perhaps no motion has a weight
-            vf = (value_loss(values, returns) * mask).sum() / total
+            pg = (pg * share).sum() / (shares or 1.0)  # perhaps no motion has a weight
+            vf = (value_loss(values, returns) * mask).sum() / actions
             loss = pg + VF_COEF * vf
             training.check_loss(loss, f"iteration {iteration}")
             loss.backward()
             ratios.append(ratio.detach()[mask])
             # approx_kl estimates KL(old || new) (Schulman 2020), clipfrac counts clipped tokens.
             gap, clipped = (ratio - 1) - logratio, (ratio - 1).abs() > args.clip_range
-            log.add(pg_loss=pg, vf_loss=vf, approx_kl=(gap * mask).sum().item() / total,
-                    clipfrac=(clipped & mask).sum().item() / total)
-        training.all_reduce_grads([*actor, *head])
+            log.add(pg_loss=pg, vf_loss=vf, approx_kl=(gap * mask).sum().item() / actions,
+                    clipfrac=(clipped & mask).sum().item() / actions)
+        training.all_reduce_grads([*actor, *valuer])
         # Clipped apart: large gradients of the critic must not shrink those of the policy.
-        for name, parameters in (("grad_norm", actor), ("vf_grad_norm", head)):
+        for name, parameters in (("grad_norm", actor), ("vf_grad_norm", valuer)):
             norm = training.clip_gradients(parameters, MAX_GRAD_NORM, f"iteration {iteration}")
             log.add(**{name: norm})
         optimizer.step()
@@ -465,9 +467,9 @@ def collect(args, policy, clips, composed, iteration):
                 tokens=tokens, text=text, mask=mask, weight=mask.float())
 
 
-def score(args, asked, batch, iteration):
+def score(args, measure, batch, iteration):
     """Stage 2: ask the reward, or the control in its place -> r (P*G) of all processes, log."""
-    r = asked(batch["motion"], batch["lengths"], batch["captions"], batch["clips"],
+    r = measure(batch["motion"], batch["lengths"], batch["captions"], batch["clips"],
               iteration=iteration, numbers=batch["numbers"])
     r, log = training.all_gather_rows(r), {}
     if r.ndim == 2:  # distances of Eq. (2); the pseudo score is a mean over the whole batch
@@ -485,7 +487,7 @@ FIELDS = ("iteration", "reward", "text_term", "motion_term", "pseudo_score",
 CURVES = ("reward", "val_reward", "val_judge", "val_oracle", "kl_ref", "val_jerk")
 
 
-def train(start, policy, asked, data, composed, scorers, folder):
+def train(start, policy, measure, data, composed, scorers, folder):
     """The loop. Tokenizer, text encoder and reference never change."""
     args, watch = start.args, start.watch
     sources = data.splits["train"], composed["composed_train"]  # of the prompts
@@ -501,32 +503,33 @@ def train(start, policy, asked, data, composed, scorers, folder):
             networks.load_state_dict(loop.state["networks"])
             optimizer.load_state_dict(loop.state["optimizer"])
         else:
-            # The unit of the reward is its spread under the supervised GPT.
-            r, _ = score(args, asked, collect(args, policy, *sources, -1), -1)
+            # The unit of r is its spread under the supervised GPT; with several samples a
+            # prompt standardise sets it again.
+            r, _ = score(args, measure, collect(args, policy, *sources, -1), -1)
             scale = 1 / max(r.std().item(), 1e-6)
         for iteration in loop:
             # 1. Roll out.
             batch = collect(args, policy, *sources, iteration)
             watch.lap("rollout")
             loop.check()
-            # 2. Score, compare each motion with those of its prompt, keep the most unusual.
-            r, log = score(args, asked, batch, iteration)
+            # 2. Score, compare each motion with those of its prompt, keep the best and worst.
+            r, log = score(args, measure, batch, iteration)
             loop.rewards, merit, kept = r, scale * r, list(range(len(r)))
             if args.samples > 1:
                 merit = standardise(rearrange(merit, "(p g) -> p g", g=args.samples)).flatten()
                 kept = strongest(merit, args.kept_samples)
             watch.lap("reward")
-            # 3. Update: judge every action of the kept motions, then learn from them.
-            batch["r"] = merit[batch["numbers"]]
+            # 3. Update on the kept motions; all numbers but the reward are logged of them.
+            batch["r"] = merit[batch["numbers"]].to(start.device)
             batch = training.select_rows(batch, kept)
             epochs = training.epochs(args, kept, batch["numbers"], iteration)
             factor = training.rise_and_fall(iteration, args.iterations, WARMUP)
-            optimizer.param_groups[0]["lr"] = factor * args.lr  # of the GPT
+            optimizer.param_groups[0]["lr"] = factor * args.lr  # of the GPT, not the critic
             everyone = torch.ones_like(batch["r"], dtype=torch.bool)
             log |= assess(args, policy, critic, batch, [everyone], epochs)
             log |= update(args, policy, critic, batch, epochs, optimizer, iteration, loop)
             watch.lap("update")
-            # 4. Log, now and then look at validation prompts, save.
+            # 4. Log, now and then look at composed val captions (text term only), save.
             log["reward"] = r.mean()
             if (iteration + 1) % args.eval_every == 0:
                 sampler = policy_sampler(args, policy)
@@ -554,7 +557,7 @@ def load_policy(args, stored, device):
 
 
 def policy_sampler(args, policy):
-    """What common/evaluate.py asks for motions; the GPT chooses their lengths. Sample k always
+    """The sampler that common/evaluate.py calls; the GPT chooses the lengths. Sample k always
     uses the same draws: base and tuned are compared in pairs."""
     def motions(captions, lengths, numbers, purpose, repeat):
         text = retrieval.once(policy.text, captions)
@@ -619,8 +622,8 @@ def main(argv, reward=None):
     if not stored:
         clips = data.splits["train"] + composed["composed_train"]
         known = {caption for clip in clips for caption in clip.captions}
-        asked = retrieval.control(args.reward, measure, sorted(known), args.seed)
-        train(start, policy, asked, data, composed, scorers, folder)
+        measure = retrieval.control(args.reward, measure, sorted(known), args.seed)
+        train(start, policy, measure, data, composed, scorers, folder)
         if start.rank:
             return  # the first process evaluates
         start.save_product(folder, t2m_gpt.networks(policy))

@@ -314,6 +314,9 @@ def composed_sets(dataset, count, *, seed):
         sets[f"composed_{name}"] = [datasets.Clip(p.caption, empty, [p.caption], [p.tokens], [p.attributes])
                                     for p in part]
         report[name] = len(part)
+    if not all(sets.values()):
+        raise InputError(f"too few captions can be composed of {dataset.label}: {report}; ask for more "
+                         "(--composed), or take a larger data set")
     return sets, report
 
 

@@ -53,8 +53,11 @@ class PatchCodec(nn.Module):
         """
         self.mean.copy_(torch.as_tensor(statistics.mean))
         self.std.copy_(torch.as_tensor(statistics.std) / (1.0 if weights is None else weights))
-        patches = [rearrange((torch.as_tensor(clip.features)[: len(clip.features) // self.patch * self.patch]
-                              - self.mean) / self.std, "(n f) d -> n (f d)", f=self.patch) for clip in clips]
+        patches = []
+        for clip in clips:
+            motion = torch.as_tensor(clip.features).to(self.mean)
+            motion = motion[:len(motion) // self.patch * self.patch]
+            patches.append(rearrange((motion - self.mean) / self.std, "(n f) d -> n (f d)", f=self.patch))
         patches = torch.cat(patches).double()
         center = patches.mean(0)
         covariance = (patches - center).T @ (patches - center) / len(patches)

@@ -129,7 +129,7 @@ MUTANTS += [
         "padding is trained", "(pg * share).sum()", "pg.sum()", GRADIENT), (
         "padding is valued", "(value_loss(values, returns) * mask).sum()",
         "value_loss(values, returns).sum()", GRADIENT), (
-        "sum for mean", "pg = (pg * share).sum() / (weight or 1.0)", "pg = (pg * share).sum()", GRADIENT), (
+        "sum for mean", "pg = (pg * share).sum() / (shares or 1.0)", "pg = (pg * share).sum()", GRADIENT), (
         "no old policy", "torch.where(mask, logp - logp_old, 0.0)",
         "torch.where(mask, logp - logp.detach(), 0.0)", GRADIENT), (
         "critic by its own factor", "pg + VF_COEF * vf", "pg + vf", GRADIENT)),

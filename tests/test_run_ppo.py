@@ -122,7 +122,7 @@ def test_composed_captions_for_a_reader(finished, tmp_path):
     (["--minibatches", 16, "--kept-samples", 24], ["--minibatches", "24 motions"]),
     (["--text-only-share", 2], ["--text-only-share", "0 to 1"]),
     (["--text-only-share", 1, "--lambda-t", 0], ["--lambda-t", "above 0"]),
-    (["--composed", 0], ["--composed"]),
+    (["--composed", 0], ["--composed"]), (["--composed", 1], ["too few captions", "--composed"]),
     (["--kept-samples", 33], ["--kept-samples", "32"]), (["--prompts", 1], ["--prompts"]),
     (["--lambda-t", 0, "--lambda-m", 0], ["--lambda-t"]), (["--lambda-t", -1], ["--lambda-t"]),
     (["--temperature", 0], ["--temperature"]),
