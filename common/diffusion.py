@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from common import datasets, features, generator, padded, samplers
-from common.patches import PatchCodec
+from common.patches import LappedCodec, PatchCodec
 from common.training import cached, initialise, source_of, supervised
 from common.vae import MotionVAE, fit_vae
 
@@ -23,7 +23,7 @@ class Size(NamedTuple):
     heads: int = 4
     text_layers: int = 1
     patch: int = 4                # frames of a token (MDM: 1)
-    patch_dims: int = 64          # principal components that are kept of a patch; 0: all
+    patch_dims: int = 64          # principal components that are kept of two lapped patches; 0: all
     latents: int = 0              # tokens of a motion in the latent space; 0: no VAE
     latent_dims: int = 32
     iterations: int = 3000        # of the base
@@ -56,9 +56,12 @@ SPACES = {"joint": ("sample", "linear"), "latent": ("epsilon", "scaled_linear")}
 
 
 def make_codec(size, frame_width):
-    """Motion <-> tokens, with the interface of patches.PatchCodec: patches, or a VAE if there are latents."""
+    """Motion <-> tokens, with the interface of patches.PatchCodec: frames, lapped patches, or a VAE."""
     if not size.latents:
-        return PatchCodec(size.patch, frame_width, size.patch_dims or size.patch * frame_width)
+        if size.patch == 1:
+            return PatchCodec(1, frame_width, size.patch_dims or frame_width)
+        every = LappedCodec.width * size.patch * frame_width
+        return LappedCodec(size.patch, frame_width, size.patch_dims or every)
     return MotionVAE(frame_width, patch=size.patch, patch_dims=size.patch_dims, width=size.width,
                      heads=size.heads, tokens=size.latents, dims=size.latent_dims).requires_grad_(False)
 
@@ -83,7 +86,7 @@ def corrupt(x_start, noise, timesteps, schedule, prediction):
 def noised(codec, prediction, motion, lengths, level, g):
     """Motion (b t d) at a noise level (b) from 0 to 1, as the linear schedule or a flow has it, decoded: what
     a state x_t looks like."""
-    x, t = codec.encode(motion), 1 - level if prediction == "velocity" else level
+    x, t = codec.encode(motion, lengths), 1 - level if prediction == "velocity" else level
     noise = torch.randn(x.shape, generator=g).to(x)
     return codec.decode(corrupt(x, noise, (t * (TIMESTEPS - 1)).long(), "linear", prediction)[0])
 
@@ -140,7 +143,7 @@ def fit_base(make_model, parts, source, size, prediction, schedule, *, clips=Non
         return {"model": model.state_dict(), **notes}
 
     parts += (MotionVAE, fit_vae) if size.latents else ()
-    code = source_of(PatchCodec, corrupt, train_base, supervised, datasets.Vocabulary, *parts)
+    code = source_of(PatchCodec, LappedCodec, corrupt, train_base, supervised, datasets.Vocabulary, *parts)
     shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
     key = [saw, shapes, code, [] if weights is None else weights.tolist(), list(size), training,
            [TEXT_DROP, datasets.WORD_DROP, datasets.WORD_SWAP]]

@@ -15,8 +15,8 @@ from einops import repeat
 from torch import nn
 
 from common import (
-    Attention, InputError, TransformerLayer, datasets, generator, length_mask, padded, sinusoid)
-from common.patches import PatchCodec
+    Attention, InputError, TransformerLayer, datasets, generator, padded, sinusoid)
+from common.patches import LappedCodec, PatchCodec
 from common.training import cached, initialise, source_of, supervised
 
 
@@ -56,9 +56,10 @@ class MotionVAE(nn.Module):
     def __init__(self, feature_dim, *, patch=4, patch_dims=64, width=64, heads=4, layers=3, tokens=8,
                  dims=32):
         super().__init__()
-        patch_dims, ff = patch_dims or patch * feature_dim, 2 * width
+        kind = LappedCodec if patch > 1 else PatchCodec
+        patch_dims, ff = patch_dims or kind.width * patch * feature_dim, 2 * width
         self.patch, self.tokens, self.dims = patch, tokens, dims
-        self.patches = PatchCodec(patch, feature_dim, patch_dims)
+        self.patches = kind(patch, feature_dim, patch_dims)
         self.queries = nn.Parameter(torch.zeros(2 * tokens, width))  # of means and log variances [MLD]
         self.project_in = nn.Linear(patch_dims, width)
         self.encoder = Skips([TransformerLayer(width, heads, ff) for _ in range(layers)], width)
@@ -95,16 +96,16 @@ class MotionVAE(nn.Module):
 
     def encode(self, motion, lengths=None):
         """Raw motion (b t d), lengths (b) in frames, by default all t -> standardised mean latents (b k c)"""
-        n = motion.shape[1] // self.patch
-        lengths = torch.full((len(motion),), motion.shape[1]) if lengths is None else lengths
-        mask = length_mask(lengths.to(motion.device) // self.patch, n)
-        x = self.patches.encode(motion[:, :n * self.patch]) * mask[..., None]
+        frames = motion.shape[1] // self.patch * self.patch
+        lengths = torch.full((len(motion),), frames) if lengths is None else lengths
+        mask = self.patches.mask(lengths.to(motion.device), self.patches.count(frames))
+        x = self.patches.encode(motion[:, :frames], lengths) * mask[..., None]
         return (self.posterior(x, mask)[0] - self.mean) / self.std
 
     def decode(self, z, lengths):
         """Standardised latents (b k c), lengths (b) in frames -> raw motion (b t d); differentiable"""
-        lengths = lengths.to(z.device) // self.patch
-        mask = length_mask(lengths, lengths.max())
+        lengths = lengths.to(z.device)
+        mask = self.patches.mask(lengths, self.patches.count(int(lengths.max())))
         return self.patches.decode(self.reconstruct(z * self.std + self.mean, mask))
 
 
@@ -144,7 +145,8 @@ def fit_vae(vae, clips, weights, *, shaped_by, seed, device, cache_dir, use_cach
         notes = train_vae(vae.to(device), clips, device, **training)
         return {"vae": vae.state_dict(), "variance_kept": kept, **notes}
 
-    code = source_of(Skips, MotionVAE, PatchCodec, TransformerLayer, Attention, train_vae, supervised)
+    code = source_of(Skips, MotionVAE, PatchCodec, LappedCodec, TransformerLayer, Attention, train_vae,
+                     supervised)
     shape = {name: list(value.shape) for name, value in vae.state_dict().items()}
     key = [shaped_by, shape, vae.patch, weights.tolist(), training, code]
     stored = cached(cache_dir, key, build, "vae", use_cache)

@@ -418,7 +418,7 @@ def test_noise_of_a_sample_does_not_depend_on_its_batch():
     lengths = torch.tensor([48, 20, 32])
     together, mask = sw.start_noise(policy, lengths, 0, 3, "test", [4, 5, 6])
     alone, _ = sw.start_noise(policy, lengths[1:2], 0, 3, "test", [5])
-    assert torch.equal(together[1], alone[0]) and (together[1, 5:] == 0).all() and mask[1].sum() == 5
+    assert torch.equal(together[1], alone[0]) and (together[1, 7:] == 0).all() and mask[1].sum() == 7
     assert abs(together[0].std() - 1) < 0.3
 
 
@@ -430,7 +430,7 @@ def test_padding_and_guidance():
         x, mask = sw.start_noise(policy, torch.tensor([48, 20, 32]), 0, 0, "test", range(3))
         with torch.no_grad():
             answers[w] = sw.make_network(args, policy, CAPTIONS, mask)(x, 2)
-    assert (answers[1.0][1, 5:] == 0).all() and answers[1.0][1, :5].abs().min() > 0
+    assert (answers[1.0][1, 7:] == 0).all() and answers[1.0][1, :7].abs().min() > 0
     assert torch.allclose(answers[3.0] - answers[2.0], answers[2.0] - answers[1.0], atol=1e-5)
 
 

@@ -78,7 +78,7 @@ def test_padding_has_no_say():
     """Neither in the latents nor in what comes back."""
     vae = vae_room.MotionVAE(263, **SMALL)
     training.initialise(vae, generator(0, 0, "weights"))
-    vae.patches.basis.copy_(torch.linalg.qr(normal(4 * 263, 12))[0])
+    vae.patches.basis.copy_(torch.linalg.qr(normal(*vae.patches.basis.shape))[0])
     motion = normal(2, 32, 263)
     lengths = torch.tensor([20, 32])
     z = vae.encode(motion, lengths)
