@@ -127,9 +127,10 @@ def evaluate(clips, scorers, sampler=None, *, purpose="", repeats=1, compare_wit
 
     sampler None measures the clips themselves, the ground truth. Clips without frames are captions that have
     no motion: their row lacks the metrics that need one. compare_with_data=False leaves FID and the other
-    metrics of a whole set out. "_prompts" keeps each prompt's mean over the repeats for paired_gain; "checks"
-    says for each thing that the oracle was asked for, such as "gait walk", which share of the motions does
-    it, and in how many it was asked. length_error is in frames, of a sampler that chooses its own lengths.
+    metrics of a whole set out. "_prompts" keeps each prompt's mean over the repeats for paired_gain, "_asked"
+    what it asks for; "checks" says for each thing that the oracle was asked for, such as "gait walk", which
+    share of the motions does it, and in how many it was asked. length_error is in frames, of a sampler that
+    chooses its own lengths.
     """
     results, checks, real = [], {}, have_motion(clips)
     for repeat in range(repeats):
@@ -150,6 +151,8 @@ def evaluate(clips, scorers, sampler=None, *, purpose="", repeats=1, compare_wit
     row = {name: [float(y) for y in metrics.mean_interval([f[name] for f in flat])] for name in flat[0]}
     repeats_of = {name: np.stack([each[name] for each, _ in results], 1) for name in results[0][0]}  # b r
     row["_prompts"] = {name: np.array([finite_mean(v) for v in table]) for name, table in repeats_of.items()}
+    # What is asked for, or the clip where nothing can be checked: prompts of a name are alike.
+    row["_asked"] = [retrieval.signature(clip.attributes[0]) or clip.name for clip in clips]
     row["checks"] = {name: [float(np.mean(held)), len(held)] for name, held in sorted(checks.items())}
     return row
 
@@ -167,20 +170,21 @@ def check_names(names, clips, scorers):
     known |= {"length_error": None}  # only a sampler that chooses its own lengths has one
     for name in names:
         if name not in known:
-            columns = ", ".join(column for column in known if column not in ("_prompts", "checks"))
+            columns = ", ".join(column for column in known if column not in ("_prompts", "_asked", "checks"))
             raise InputError(f"no column {name!r} to look at while training; there are {columns}")
 
 
 def paired_gain(after, before):
     """Mean of after - before over prompts, and the half width of its 95 % interval. Prompts are the sample
-    here, so unlike that of the repeats this interval says how far other prompts may differ."""
+    here, in clusters that ask for the same, so unlike that of the repeats this interval says how far other
+    prompts may differ."""
     gain = {}
     for name, values in after["_prompts"].items():
         difference = values - before["_prompts"][name]
-        difference = difference[np.isfinite(difference)]
-        if len(difference) > 1:
-            half_width = 1.96 * difference.std(ddof=1) / math.sqrt(len(difference))
-            gain[name] = [float(difference.mean()), float(half_width)]
+        known = np.isfinite(difference)
+        asked = [name for name, there in zip(after["_asked"], known) if there]
+        if len(asked) > 1:
+            gain[name] = [*metrics.clustered_interval(difference[known], asked)]
     return gain
 
 
@@ -220,7 +224,7 @@ def best_of(sampler, count, scorers, clips):
 def variety(clips, scorers, sampler, *, prompts=32, samples=10, seed=0):
     """`samples` motions for each of the first `prompts` clips -> {"multimodality": mean distance of two of a
     prompt (the papers take 100 x 30), "distinct": share of a prompt's motions that are not repeated}, as
-    [value, 0]: one repeat has no interval."""
+    [value, NaN]: one repeat has no interval."""
     captions, _, lengths = questions(clips[:prompts], 0)
     made = [sampler(captions, lengths, "multimodality", n) for n in range(samples)]
     motion = torch.stack(side_by_side([motion for motion, _ in made]), 1)  # p g t d
@@ -232,7 +236,7 @@ def variety(clips, scorers, sampler, *, prompts=32, samples=10, seed=0):
     limit = 1e-3 * scorers.skeleton.units_per_metre
     differ = (motion[:, :, None] - motion[:, None]).abs().amax((-1, -2)) > limit
     first = [[all(differ[p, g, :g]) for g in range(samples)] for p in range(len(motion))]
-    return {"multimodality": [float(value), 0.0], "distinct": [float(np.mean(first)), 0.0]}
+    return {"multimodality": [float(value), math.nan], "distinct": [float(np.mean(first)), math.nan]}
 
 
 # ---- 3. Tables ---------------------------------------------------------------------------------
@@ -248,7 +252,7 @@ def compare(title, clips, scorers, samplers, *, repeats, purpose="", gain=("tune
             rows[name] |= variety(clips, scorers, sampler)
     rows["gain"] = paired_gain(*(rows[name] for name in gain))
     for row in rows.values():
-        row.pop("_prompts", None)
+        row.pop("_prompts", None), row.pop("_asked", None)
     heading = f"{title.replace('_', ' ')}: {len(clips)} clips, {repeats} repeats"
     print_table(f"{heading} (gain: paired, its interval is over prompts)", rows)
     if "gt" in rows and len(clips) < 2 * scorers.judge.config["width"]:
@@ -294,6 +298,13 @@ def columns_of(rows):
     return [name for name in (*FIRST, *own, *LAST) if name in present]
 
 
+def shown(pair):
+    """A cell of a table: [mean, half width], of which the second may be unknown, or None."""
+    if pair is None:
+        return "-"
+    return f"{pair[0]:.3f} " + (f"+-{pair[1]:.3f}" if math.isfinite(pair[1]) else "+-  -  ")
+
+
 def print_table(title, rows):
     """Print rows {name: {metric: [mean, half width]}} under the benchmark's names."""
     columns = columns_of(rows.values())
@@ -301,7 +312,7 @@ def print_table(title, rows):
     print(f"\n{title}\n" + " " * 10 + "".join(f" {heading:>16s}" for heading in headings))
     for name, row in rows.items():
         known = [row[c] if c in row and math.isfinite(row[c][0]) else None for c in columns]
-        print(f"{name:10s}" + "".join(f" {f'{y[0]:.3f} +-{y[1]:.3f}' if y else '-':>16s}" for y in known))
+        print(f"{name:10s}" + "".join(f" {shown(y):>16s}" for y in known))
 
 
 # ---- 4. Pictures and motions -------------------------------------------------------------------

@@ -106,10 +106,41 @@ def multimodality(motion, first, second):
     return mm_dist(motion[:, first], motion[:, second])
 
 
+def student(freedom):
+    """97.5 % quantile of Student's t: a 95 % interval is the mean +- so many standard errors."""
+    if freedom <= 8:
+        return (math.inf, 12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060)[freedom]
+    z = 1.959964  # Abramowitz & Stegun 26.7.5; the error is below 3e-4
+    terms = (z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+             (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
+    return sum(term / freedom**k for k, term in enumerate(terms))
+
+
 def mean_interval(values):
-    """(mean, half width of the 95 % interval) over the first axis: 1.96 * population std / sqrt(n)."""
+    """(mean, half width of the 95 % interval) over the first axis (n ...): by Student's t, NaN for one value.
+    From 20 on the benchmark's formula, 1.96 * population std / sqrt(n), so that papers can be compared."""
     values = torch.as_tensor(values, dtype=torch.float64)  # a list of floats must not pass through float32
-    return values.mean(0), 1.96 * values.std(0, unbiased=False) / math.sqrt(len(values))
+    n, mean = len(values), values.mean(0)
+    if n >= 20:
+        return mean, 1.96 * values.std(0, correction=0) / math.sqrt(n)
+    if n == 1:
+        return mean, torch.full_like(mean, math.nan)
+    return mean, student(n - 1) * values.std(0) / math.sqrt(n)
+
+
+def clustered_interval(values, clusters):
+    """(mean, half width of the 95 % interval) of values (n) that are alike within clusters, n names: prompts
+    that ask for the same thing succeed and fail together. NaN for one cluster."""
+    values, sums = [float(value) for value in values], {}
+    mean = math.fsum(values) / len(values)
+    for value, name in zip(values, clusters):
+        sums[name] = sums.get(name, 0.0) + value - mean
+    groups = len(sums)
+    if groups < 2:
+        return mean, math.nan
+    # The sandwich estimator with its usual small-sample factor (Cameron & Miller 2015, section II).
+    variance = groups / (groups - 1) * sum(s * s for s in sums.values()) / len(values) ** 2
+    return mean, student(groups - 1) * math.sqrt(variance)
 
 
 def hypervolume(points, reference):

@@ -1,4 +1,5 @@
 """The benchmark's metrics in closed form, and against the official code."""
+import math
 from pathlib import Path
 
 import pytest
@@ -79,8 +80,31 @@ def test_diversity_multimodality_interval():
     assert metrics.diversity(line, torch.tensor([0, 3]), torch.tensor([4, 3])) == 2
     samples = torch.stack([line[:4], 100 + 2 * line[:4]])                            # two prompts, far apart
     assert metrics.multimodality(samples, torch.tensor([0]), torch.tensor([3])) == 4.5
-    mean, half = metrics.mean_interval([1.0, 3.0])
-    assert mean == 2 and half == pytest.approx(1.96 / 2 ** 0.5)
+    mean, half = metrics.mean_interval([1.0, 3.0])  # Student's t with one degree of freedom
+    assert mean == 2 and half == pytest.approx(12.7062 * 2 ** 0.5 / 2 ** 0.5)
+    mean, half = metrics.mean_interval([5.0])
+    assert mean == 5 and math.isnan(half)
+    mean, half = metrics.mean_interval([1.0, 3.0] * 10)  # the benchmark's own formula
+    assert mean == 2 and half == pytest.approx(1.96 / 20 ** 0.5)
+
+
+def test_students_t():
+    """Against a table of the distribution."""
+    known = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 9: 2.262, 19: 2.093, 50: 2.009,
+             400: 1.966}
+    assert {n: pytest.approx(metrics.student(n), abs=6e-4) for n in known} == known
+    assert metrics.student(0) == math.inf
+
+
+def test_alike_prompts_are_one_try():
+    """Copies of a prompt add nothing; prompts of clusters of their own give the usual interval."""
+    values = [0.1, 0.4, 0.5, 0.9]
+    mean, half = metrics.clustered_interval(values, "abcd")
+    usual = metrics.mean_interval(values)
+    assert (mean, half) == (pytest.approx(float(usual[0])), pytest.approx(float(usual[1])))
+    copied = metrics.clustered_interval(values * 5, list("abcd") * 5)
+    assert copied == (pytest.approx(mean), pytest.approx(half))
+    assert math.isnan(metrics.clustered_interval(values, "aaaa")[1])
 
 
 def test_benchmark_of_known_embeddings():
