@@ -576,7 +576,8 @@ def final_tables(args, policy, scorers, data, composed, before, after):
         if name.endswith("test"):
             best = evaluate.best_of(before, args.best_of, scorers, clips)
             rows[f"best of {args.best_of}"] = best
-        tables[name] = evaluate.compare(name, clips, scorers, rows, repeats=args.eval_repeats)
+        tables[name] = evaluate.compare(name, clips, scorers, rows, repeats=args.eval_repeats,
+                                        real=data.splits["test"])
     return tables
 
 

@@ -80,7 +80,7 @@ class Args(RunArgs):
     anchor: float = arg(1.0, "pull of the answers to those of the base ([ET]: optional)")
     lora_rank: int = arg(8, "rank of the adapters; 0: all weights are trained", lowest=0)
     lora_alpha: float = arg(16.0, "their scale is alpha / rank")
-    keep: str = arg("best", "weights of the best look, by the judge on val, or the last",
+    keep: str = arg("best", "weights of the best look: plausible, then by judge",
                     choices=("best", "last"), group="evaluation")
     eval_every: int = arg(10, "iterations between looks at val prompts")
     best_of: int = arg(8, "reference row: the best of so many base samples", shaping=False)
@@ -426,7 +426,7 @@ def easytune(steps, window, kinds):
 
 def draw_route(args, progress, g):
     """The route of a batch, at a progress of 0 to 1 in the training; g: random choices."""
-    # Not in the paper: by default the second half of the steps, and not all.
+    # Not in the paper: by default the second half, and not all steps.
     steps, window = args.steps, args.window or math.ceil(args.steps / 2)
     every = range(steps)
 
@@ -449,7 +449,7 @@ def draw_route(args, progress, g):
         apart = steps // window
         first, k = below(steps - window * apart + 1), steps - 1 - below(window)
         chosen = {first + j * apart for j in range(window)}
-        guess = {max(k, first): "x0hat"}  # earlier there is no gradient
+        guess = {max(k, first): "x0hat"}  # earlier: no gradient
         return Route(tuple(i in chosen for i in every), guess, stop_input=True)
     # The others reward the finished motion, and differ in the steps that have a graph.
     if args.method == "draft":  # [DRaFT]-K: the last K steps
@@ -557,14 +557,14 @@ def score(policy, reward, batch, z, **more):
     return reward(motion, batch["lengths"], batch["asked"], **batch["more"], **more)
 
 
-LOOKS = ("reward", "judge", "oracle", *HEADS, "fid", "diversity", "foot_skate", "jerk", "speed")
+LOOKS = ("reward", "judge", "oracle", *HEADS, "fid", "foot_skate", "jerk", "speed", "gate")
 FIELDS = ("iteration", "updates", "calls", "reward", "anchor", "grad_norm",
           *(f"val_{name}" for name in LOOKS))
 CURVES = ("reward", "val_reward", "val_judge", "val_oracle", "anchor", "val_jerk")
 
 
 def train(start, policy, reward, learn, scorers, source, target, folder):
-    """The training loop changes what policy.trained() names -> notes on the best look."""
+    """The training loop changes what policy.trained() names -> notes."""
     args, watch, val = start.args, start.watch, target.splits["val"]
     looks = [name for name in LOOKS if scorers.columns or name not in HEADS]
     evaluate.check_names(looks, val, scorers)
@@ -578,7 +578,7 @@ def train(start, policy, reward, learn, scorers, source, target, folder):
     move = partial(learn, optimizer=optimizer, scheduler=scheduler)
     print(f"  {len(clips)} prompts, {lora.count(parameters)} trained weights")
     same = {"data": source.fingerprint + target.fingerprint}
-    calls, best = 0.0, None
+    calls, best, data = 0.0, None, evaluate.physics(val, scorers.skeleton)
     with runs.Loop("stepwise", start, folder, FIELDS, same, policy.model) as loop:
         if loop.state:  # --resume
             policy.restore(loop.state["trained"])
@@ -595,20 +595,20 @@ def train(start, policy, reward, learn, scorers, source, target, folder):
             watch.lap("update")
             # 4. Log, now and then look at validation prompts, save.
             calls += log["calls"]
-            row = dict.fromkeys(FIELDS) | log | {
-                "iteration": iteration, "updates": scheduler.last_epoch, "calls": calls}
+            log |= {"updates": scheduler.last_epoch, "calls": calls}
             if (iteration + 1) % args.eval_every == 0 or iteration + 1 == args.iterations:
-                row |= evaluate.look(looks, val, scorers, policy_sampler(args, policy))
-                if best is None or row["val_judge"] > best["judge"]:
-                    best = {"iteration": iteration, "judge": row["val_judge"],
+                log |= evaluate.look(looks, val, scorers, policy_sampler(args, policy), data)
+                merit = [-log["val_gate"], log["val_judge"]]  # plausible first
+                if best is None or merit > best["merit"]:
+                    best = {"iteration": iteration, "merit": merit,
                             "trained": runs.plain(policy.trained())}
                 watch.lap("validation")
-            loop.end(row, ("reward", "val_judge", "val_oracle"), {
+            loop.end(log, ("reward", "val_judge", "val_oracle"), {
                 "trained": policy.trained(), "optimizer": optimizer.state_dict(),
                 "scheduler": scheduler.state_dict(), "calls": calls, "best": best})
     if args.keep == "best":
         policy.restore(best["trained"])
-    return {"iteration": best["iteration"], "val_judge": best["judge"], "kept": args.keep}
+    return {name: best[name] for name in ("iteration", "merit")} | {"kept": args.keep}
 
 
 # ---- 8. The run ----

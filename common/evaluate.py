@@ -24,8 +24,14 @@ from common.embedded import oracle
 FIRST = ("reward", "judge", "oracle", "oracle_all")  # the order in a table; a script's own come after these
 LAST = ("r_precision_top1", "r_precision_top3", "fid", "mm_dist", "diversity", "multimodality", "distinct",
         "length_error", "foot_skate", "jerk", "speed")
-UNSHOWN = ("checks", "r_precision_top2", "r_precision_pool", "r_precision_ties", "floor_penetration",
+UNSHOWN = ("checks", "gate", "r_precision_top2", "r_precision_pool", "r_precision_ties", "floor_penetration",
            "bone_variation", "floating")
+
+
+# Bounds of a plausible motion around the mean of the data: low and high as multiples of it, and what may be
+# added to the second. Bones of generated features are never rigid: .1 to .16 in the bases here.
+GATE = {"speed": (0.8, 1.2, 0.0), "jerk": (0.0, 2.0, 0.0), "foot_skate": (0.0, 2.0, 0.0),
+        "floor_penetration": (0.0, 2.0, 1.0), "bone_variation": (0.0, 1.0, 0.25)}
 
 
 class Scorers(NamedTuple):
@@ -98,6 +104,23 @@ def measure(motion, lengths, captions, attributes, scorers, clips):
     return each | {name: np.array([p[name] for p in physics]) for name in physics[0]}, verdicts
 
 
+def physics(clips, skeleton):
+    """{physical metric: its mean over the clips}, what `gate` compares with."""
+    rows = [features.physical_metrics(joints, skeleton) for joints in to_joints(
+        *datasets.collate(clips)[:2], skeleton)]
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+
+
+def gate(row, data):
+    """Which bounds of GATE around `data` (see physics) a row of a table breaks: a text for each, or none."""
+    broken = []
+    for name, (low, high, more) in GATE.items():
+        least, most = low * data[name], high * data[name] + more
+        if not least <= row[name][0] <= most:  # NaN fails too
+            broken.append(f"{name} {row[name][0]:.2f}, not {least:.2f} to {most:.2f}")
+    return broken
+
+
 def benchmark(judge, generated, real, *, generator, pool=32, pairs=300):
     """One repeat of the benchmark's table: dict metric -> float. generated: (raw features (n t d), lengths
     (n), captions); real: (raw features, lengths), the set that FID compares with, also by itself in the row
@@ -157,17 +180,20 @@ def evaluate(clips, scorers, sampler=None, *, purpose="", repeats=1, compare_wit
     return row
 
 
-def look(names, clips, scorers, sampler):
-    """A look at the validation prompts while training goes on -> {"val_reward": ...} for the given names."""
+def look(names, clips, scorers, sampler, data=None):
+    """A look at the validation prompts while training goes on -> {"val_reward": ...} for the given names.
+    "gate" counts the bounds that are broken around `data`, see physics."""
     whole = bool({"fid", "diversity", "mm_dist", "r_precision_top1"} & set(names))
     row = evaluate(clips, scorers, sampler, purpose="validation", compare_with_data=whole)
+    if "gate" in names:
+        row["gate"] = [len(gate(row, data))]
     return {f"val_{name}": row[name][0] for name in names}
 
 
 def check_names(names, clips, scorers):
     """InputError if `look` would not find one of the columns, before any training is paid for."""
     known = evaluate(clips[:4], scorers)
-    known |= {"length_error": None}  # only a sampler that chooses its own lengths has one
+    known |= {"length_error": None, "gate": None}  # of a sampler that chooses its lengths; of a look
     for name in names:
         if name not in known:
             columns = ", ".join(column for column in known if column not in ("_prompts", "_asked", "checks"))
@@ -242,9 +268,10 @@ def variety(clips, scorers, sampler, *, prompts=32, samples=10, seed=0):
 # ---- 3. Tables ---------------------------------------------------------------------------------
 
 
-def compare(title, clips, scorers, samplers, *, repeats, purpose="", gain=("tuned", "base")):
+def compare(title, clips, scorers, samplers, *, repeats, purpose="", gain=("tuned", "base"), real=None):
     """Print and return the rows gt, one per sampler (name -> sampler), and the paired gain of the two named
-    in `gain`. title: "target_test"; purpose names the noise of the samples, by default as the title does."""
+    in `gain`. title: "target_test"; purpose names the noise of the samples, by default as the title does.
+    real: clips whose physics the gate compares with, where `clips` are captions without a motion."""
     rows = {"gt": evaluate(clips, scorers, repeats=repeats)} if have_motion(clips) else {}
     for name, sampler in samplers.items():
         rows[name] = evaluate(clips, scorers, sampler, purpose=purpose or title, repeats=repeats)
@@ -255,6 +282,10 @@ def compare(title, clips, scorers, samplers, *, repeats, purpose="", gain=("tune
         row.pop("_prompts", None), row.pop("_asked", None)
     heading = f"{title.replace('_', ' ')}: {len(clips)} clips, {repeats} repeats"
     print_table(f"{heading} (gain: paired, its interval is over prompts)", rows)
+    for name in gain[::-1] if real or "gt" in rows else ():
+        rows[name]["gate"] = gate(rows[name], physics(real or clips, scorers.skeleton))
+        verdict = "; ".join(rows[name]["gate"])
+        print(f"  {name}: " + (f"WARNING, implausible: {verdict}" if verdict else "as plausible as the data"))
     if "gt" in rows and len(clips) < 2 * scorers.judge.config["width"]:
         print(f"  FID of {len(clips)} motions is biased upward: compare it with tables of the same size only")
     return rows
@@ -302,7 +333,7 @@ def shown(pair):
     """A cell of a table: [mean, half width], of which the second may be unknown, or None."""
     if pair is None:
         return "-"
-    return f"{pair[0]:.3f} " + (f"+-{pair[1]:.3f}" if math.isfinite(pair[1]) else "+-  -  ")
+    return f"{pair[0]:.3f} " + (f"+-{pair[1]:.3f}" if math.isfinite(pair[1]) else "-")
 
 
 def print_table(title, rows):

@@ -22,6 +22,7 @@ import os
 import platform
 import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -246,7 +247,7 @@ def prepare(cls, sizes, argv, description, method, product, check):
     refuse_used(path, reopen, args.overwrite)  # before anything is computed
     device = pick_device(args.device)
     threads = pick_threads(wanted_threads(args, path))
-    command = f"python {Path(inspect.getfile(cls)).name} {' '.join(argv)}"
+    command = shlex.join(["python", Path(inspect.getfile(cls)).name, *argv])
     return Start(args, stored, path, reopen, device, threads, world(device)[0], watch, command, product)
 
 

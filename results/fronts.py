@@ -6,7 +6,6 @@ then how well the tokens control, as a mean over the runs. Rewards, prompts and 
 the first run.
 """
 import argparse
-import math
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +38,7 @@ def hypervolumes(points):
 
 def over_prompts(values):
     """[mean, half width of its 95 % interval] over prompts (p)"""
-    return [float(values.mean()), float(1.96 * values.std(ddof=1) / math.sqrt(len(values)))]
+    return [*metrics.clustered_interval(values, range(len(values)))]
 
 
 def compare_fronts(policies, clips, scorers, names, path=None):

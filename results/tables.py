@@ -1,17 +1,20 @@
 """Tables of finished runs, as Markdown: `python -m results.tables RUN [RUN ...]`.
 
-Without an option, the runs are seeds of one setting, and every cell is their mean (standard deviation). The
-options compare different settings; runs that differ in their seed alone then share a row.
+Without an option, the runs are seeds of one setting, and every cell is their mean +- half of its 95 %
+interval (Student's t over the runs). The options compare different settings; runs that differ in their seed
+alone then share a row. Give every run both seeds, `--seed 1 --base-seed 1`: with `--seed` alone they share
+base and data.
 """
 import argparse
 import json
 import math
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
 
-from common import InputError, evaluate, render, runs
+from common import InputError, evaluate, metrics, render, runs
 from results import pictures
 
 CURVES = ("reward", "text", "quality", "preference", "val_reward", "val_judge", "val_oracle",
@@ -33,15 +36,17 @@ def read_results(paths, same_data=True):
             results.append(json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
             raise InputError(f"{file}: cannot be read ({error}); name finished runs") from error
-        if "data" not in results[-1] or same_data and results[-1]["data"] != results[0]["data"]:
+        if not isinstance(results[-1], dict) or not {"data", "command"} <= set(results[-1]):
+            raise InputError(f"{file}: not written by one of the scripts here; name finished runs")
+        if same_data and results[-1]["data"] != results[0]["data"]:
             raise InputError(f"{file}: not of the data of {paths[0]}; put only its seeds into one table")
     return results
 
 
 def program_of(result):
-    """What was started: a script, or "results.studies tracker"; and the rest of its command line."""
-    study = re.match(r"python -m (results\.studies \S+) ?(.*)", result["command"])
-    return study.groups() if study else result["command"].removeprefix("python ").partition(" ")[::2]
+    """What was started: a script, or "results.studies tracker"; and its other words."""
+    words = shlex.split(result["command"])[1:]
+    return (" ".join(words[1:3]), words[3:]) if words[0] == "-m" else (words[0], words[1:])
 
 
 def setting_of(result):
@@ -52,14 +57,15 @@ def setting_of(result):
 
 def label(result):
     """The study and the flags of a run, as code, without those that make no other setting."""
-    program, flags = program_of(result)
-    for name in SAME:
-        flag, kind = name.replace("_", "-"), runs.RunArgs.__dataclass_fields__[name].type
-        if name != "tiny":
-            value = "" if kind is bool else r"[ =]\S+"
-            flags = re.sub(rf"(^| )--(no-)?{flag}{value}(?= |$)", "", flags)
-    study = program.partition("studies ")[2]
-    return f"`{' '.join([study, *flags.split()]).strip()}`"
+    program, words = program_of(result)
+    shown, left_out = [], False
+    for word in words:
+        if word.startswith("--"):
+            name = word[2:].partition("=")[0].replace("-", "_")
+            left_out = name != "tiny" and name.removeprefix("no_") in SAME
+        if not left_out:
+            shown.append(shlex.quote(word))
+    return f"`{' '.join([program.partition('studies ')[2], *shown]).strip()}`"
 
 
 def costs_of(args):
@@ -116,22 +122,31 @@ def markdown(headings, rows):
 
 
 def cell(known, count, sign=""):
-    """[[mean, half width]] of those of `count` runs that have one -> mean (standard deviation) over them; of
-    a single run: mean +- half."""
+    """[[mean, half width]] of those of `count` runs that have one -> mean +- half of its 95 % interval, over
+    the runs if there are several."""
     known = [pair for pair in known if isinstance(pair[0], float)]  # NaN is stored as text
     if not known:
         return "-"
-    numbers = np.array([pair[0] for pair in known])
-    spread = f" ({numbers.std(ddof=1):.3f})" if len(known) > 1 else ""
-    spread = f" +-{known[0][1]:.3f}" if count == 1 else spread
-    return f"{numbers.mean():{sign}.3f}{spread}"
+    mean, half = metrics.mean_interval([pair[0] for pair in known])
+    half = known[0][1] if count == 1 else float(half)
+    finite = isinstance(half, float) and math.isfinite(half)
+    return f"{mean:{sign}.3f}" + (f" +-{half:.3f}" if finite else "")
+
+
+def moved(gains, sign):
+    """The columns of all `gains` (column -> [mean, half width]) that went up (1) or down (-1) in each, by
+    more than half of its interval."""
+    def beyond(pair):
+        return all(isinstance(number, float) for number in pair) and sign * pair[0] > pair[1]
+    return [column for column in gains[0] if all(beyond(gain.get(column, ["nan"])) for gain in gains)]
 
 
 def summary(paths):
-    """Markdown of the results.json of several seeds: each cell is the mean (standard deviation) over them; of
-    a single run the mean +- half of its 95 % interval."""
+    """Markdown of the results.json of several seeds, see `cell`; a gain of a single run has the interval over
+    its prompts."""
     results = read_results(paths)
-    lines = [f"{len(results)} run(s), seeds {', '.join(str(r['seed']) for r in results)}; "
+    seeds = ", ".join(f"{r['args']['seed']}/{r['args'].get('base_seed', 0)}" for r in results)
+    lines = [f"{len(results)} run(s), seed/base seed {seeds}; "
              f"data: {results[0]['data']['source']} -> {results[0]['data']['target']}", ""]
     lines += ["    " + r["command"] for r in results] + [""]
     for table in [name for name in results[0] if name.endswith(("_train", "_val", "_test"))]:
@@ -140,10 +155,10 @@ def summary(paths):
             known = [[r[table][row][c] for r in results if c in r[table].get(row, {})] for c in columns]
             rows.append([row, *(cell(pairs, len(results), "+" if row == "gain" else "") for pairs in known)])
         gains = [r[table]["gain"] for r in results]
-        beyond = [c for c in evaluate.FIRST if all(c in g and g[c][0] > g[c][1] for g in gains)]
         lines += [f"**{table.replace('_', ', ')}**", "", markdown(["", *columns], rows), "",
-                  "Above zero beyond their own 95 % interval over prompts in every run: "
-                  f"{', '.join(beyond) or 'none'}.", ""]
+                  "In every run beyond its own 95 % interval over prompts: "
+                  f"up {', '.join(moved(gains, 1)) or 'nothing'}; "
+                  f"down {', '.join(moved(gains, -1)) or 'nothing'}.", ""]
     seconds = {stage: [r["seconds"].get(stage, 0.0) for r in results] for stage in results[0]["seconds"]}
     means = ", ".join(f"{stage} {np.mean(values):.0f}" for stage, values in seconds.items())
     lines.append(f"Seconds (mean): {means}; peak memory {max(r['peak_memory_mb'] for r in results):.0f} MB.")
@@ -172,7 +187,9 @@ def one_row_each(paths, table):
         bases[seed] = start
         tuned = [[t["tuned"][name] for t in tables if name in t["tuned"]] for name in columns]
         gains = [[t["gain"][name] for t in tables if name in t["gain"]] for name in gained]
-        lines.append([title, *(cell(known, len(group)).partition(" +-")[0] for known in tuned),
+        if len(group) == 1:  # its interval would be over repeats, that of a gain is over prompts
+            tuned = [[[value, math.nan] for value, _ in known] for known in tuned]
+        lines.append([title, *(cell(known, len(group)) for known in tuned),
                       *(cell(known, len(group), "+") for known in gains)])
     return markdown(["flags", *columns, *(f"{name}, gain" for name in gained)], lines)
 

@@ -49,7 +49,8 @@ def test_the_log_counts_updates_and_calls(finished):
 def test_the_product_holds_the_best_look(finished, tmp_path, no_evaluation):
     checkpoint = finished.checkpoint(finished.folder)
     best, log = checkpoint["best"], log_rows(finished.folder)
-    looks = {int(i): judge for i, judge in zip(log["iteration"], log["val_judge"]) if np.isfinite(judge)}
+    looks = {int(i): (-broken, judge) for i, broken, judge in
+             zip(log["iteration"], log["val_gate"], log["val_judge"]) if np.isfinite(judge)}
     assert best["iteration"] == max(looks, key=looks.get)
     assert helpers.equal(weights(finished, finished.folder), best["trained"])
     assert finished.results["best look"]["iteration"] == best["iteration"]

@@ -15,7 +15,7 @@ def write_results(folder, seed, base, gain, judge, seconds, memory):
     folder.mkdir()
     runs.save_json(folder / "results.json", {
         "command": f"python ddpo_motion.py --seed {seed}", "seed": seed, "target_test": table,
-        "args": {"seed": seed},
+        "args": {"seed": seed, "base_seed": seed},
         "data": {"source": "embedded humanml3d", "target": "embedded kit"},
         "seconds": {"rollout": seconds}, "peak_memory_mb": memory})
     return folder
@@ -25,21 +25,21 @@ def test_summary_of_two_seeds(tmp_path):
     folders = [write_results(tmp_path / "a", 0, 0.2, [0.30, 0.05], [0.5, 0.0], 10.0, 700.0),
                write_results(tmp_path / "b", 1, 0.6, [0.10, 0.05], [math.nan, 0.0], 20.0, 900.0)]
     lines = tables.summary(folders).splitlines()
-    assert lines[0] == "2 run(s), seeds 0, 1; data: embedded humanml3d -> embedded kit"
+    assert lines[0] == "2 run(s), seed/base seed 0/0, 1/1; data: embedded humanml3d -> embedded kit"
     assert "    python ddpo_motion.py --seed 1" in lines and "**target, test**" in lines
-    # 0.2 and 0.6: mean 0.4, sample sd 0.4 / sqrt(2); 0.3 and 0.1: mean 0.2, sd 0.2 / sqrt(2)
-    assert "| base | 0.400 (0.283) | 0.500 |" in lines
-    assert "| gain | +0.200 (0.141) | +0.100 (0.000) |" in lines
-    assert "Above zero beyond their own 95 % interval over prompts in every run: reward." in lines
+    # 0.2 and 0.6: mean 0.4, standard error 0.2; 0.3 and 0.1: mean 0.2, standard error 0.1; t is 12.706
+    assert "| base | 0.400 +-2.541 | 0.500 |" in lines
+    assert "| gain | +0.200 +-1.271 | +0.100 +-0.000 |" in lines
+    assert "In every run beyond its own 95 % interval over prompts: up reward; down nothing." in lines
     assert lines[-1] == "Seconds (mean): rollout 15; peak memory 900 MB."
 
 
 def test_summary_claims_a_gain_only_if_every_run_has_it(tmp_path):
     folders = [write_results(tmp_path / "a", 0, 0.2, [0.30, 0.05], [0.5, 0.0], 1.0, 1.0),
                write_results(tmp_path / "b", 1, 0.2, [0.04, 0.05], [0.5, 0.0], 1.0, 1.0)]
-    assert "in every run: none." in tables.summary(folders)
+    assert "prompts: up nothing; down nothing." in tables.summary(folders)
     single = tables.summary(folders[:1])
-    assert "in every run: reward." in single
+    assert "prompts: up reward; down nothing." in single
     assert "| gain | +0.300 +-0.050 |" in single, "one run: its own interval"
 
 
@@ -48,8 +48,9 @@ def test_table_by_check(tmp_path, capsys):
         (tmp_path / name).mkdir()
         rows = {who: {"fid": [0.1, 0.0], "checks": {"bow True": [share, 4], "gait walk": [walk, 6]}}
                 for who, share in (("base", 0.0), ("tuned", 1.0))}
-        runs.save_json(tmp_path / name / "results.json",
-                       {"data": {"target": "kit"}, "target_test": rows | {"gain": {"reward": [0.1, 0.0]}}})
+        runs.save_json(tmp_path / name / "results.json", {
+            "data": {"target": "kit"}, "command": "python x.py",
+            "target_test": rows | {"gain": {"reward": [0.1, 0.0]}}})
     tables.main([str(tmp_path / "a"), str(tmp_path / "b"), "--checks", "target_test"])
     assert capsys.readouterr().out.splitlines() == [
         "| asked for | motions | base | tuned |", "| --- | --- | --- | --- |",
@@ -91,6 +92,21 @@ def test_one_row_each(tmp_path):
         tables.one_row_each([tmp_path / "b"], "other")
 
 
+@pytest.mark.parametrize("command, shown", [
+    ("python ddpo_motion.py --dataset kit --seed=2 --out-dir 'my runs/a b' --lr 1", "--dataset kit --lr 1"),
+    ("python ddpo_motion.py --dataset 'my data' --overwrite --no-cache --tiny", "--dataset 'my data' --tiny"),
+    ("python -m results.studies tracker --threads 1 --prompts 3", "tracker --prompts 3")])
+def test_a_label_has_what_makes_another_setting(command, shown):
+    assert tables.label({"command": command}) == f"`{shown}`"
+
+
+@pytest.mark.parametrize("content", ('{"loss": 3}', "[1]", "3"))
+def test_a_foreign_results_json_is_named(tmp_path, content):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(InputError, match="results.json: not written by one of the scripts here"):
+        tables.summary([tmp_path])
+
+
 def test_seeds_share_a_row(tmp_path):
     for seed, gain in ((0, 0.1), (1, 0.3)):
         (tmp_path / str(seed)).mkdir()
@@ -102,7 +118,7 @@ def test_seeds_share_a_row(tmp_path):
     head, _, base, row = tables.one_row_each([tmp_path / "0", tmp_path / "1"], "paired_test").splitlines()
     assert head == "| flags | fid | speed | judge, gain |"
     assert base == "| base | 0.000 | 1.000 | - |"
-    assert row == "| `--dataset kit --alpha 0` | 0.100 (0.141) | 1.000 (0.000) | +0.200 (0.141) |"
+    assert row == "| `--dataset kit --alpha 0` | 0.100 +-1.271 | 1.000 +-0.000 | +0.200 +-1.271 |"
 
 
 def test_a_row_each_has_a_dash_for_what_a_run_does_not_know(tmp_path):
@@ -140,7 +156,7 @@ def test_looks_at_equal_cost(three_runs):
     a, _, c = three_runs
     head, _, refl, draft = tables.at_equal(three_runs, "calls").splitlines()
     assert head == "| flags | calls | val_judge |"
-    assert refl == "| `--method refl` | 60 | 5.500 (0.707) |"
+    assert refl == "| `--method refl` | 60 | 5.500 +-6.353 |"
     assert draft == "| `--method draft` | 50 | 1.000 |", "its next look, at 100, is beyond 60"
     with pytest.raises(InputError, match="a: its log has no column kl"):
         tables.at_equal([a], "kl")
@@ -182,7 +198,7 @@ def test_summary_of_an_unfinished_run_is_one_line(tmp_path, content):
 def test_command_line(tmp_path, capsys):
     folder = write_results(tmp_path / "a", 7, 0.2, [0.30, 0.05], [0.5, 0.0], 1.0, 1.0)
     tables.main([str(folder)])
-    assert "1 run(s), seeds 7" in capsys.readouterr().out
+    assert "1 run(s), seed/base seed 7/7" in capsys.readouterr().out
     with pytest.raises(InputError, match="--each nothing"):
         tables.main([str(folder), "--each", "nothing"])
     columns = ["iteration", *tables.CURVES]
