@@ -339,6 +339,7 @@ def group_advantages(rewards, prompts=None):
     # An easy prompt must not make its motions look good: the mean of its group is the baseline.
     # Not in [NM]: the DDPO code keeps statistics of each prompt over iterations; with
     # thousands of captions none comes back often enough.
+    rewards = rewards - rewards[:, :1]  # equal rewards are exactly 0, where a mean would round
     centred = rewards - rewards.mean(1, keepdim=True)
     # One spread serves all groups; that of a single group explodes where its samples agree.
     return (centred / (centred.square().mean().sqrt() + 1e-4)).clamp(-ADV_CLIP, ADV_CLIP)

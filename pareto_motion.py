@@ -398,11 +398,12 @@ def standardise(r, counted):
     """r (p c n) -> mean 0 and spread 1 in a prompt and token, over the motions counted (p c n)."""
     # Not in the paper: an easy prompt must not make its motions look good, and our critic is too
     # weak to subtract it.
+    r = r - r[..., :1]  # equal rewards are exactly 0, where a mean would round
     count = counted.sum(2, keepdim=True).clamp(min=1)
     centred = r - (r * counted).sum(2, keepdim=True) / count
     spread = ((centred.square() * counted).sum(2, keepdim=True) / count).sqrt()
     overall = ((centred.square() * counted).sum() / counted.sum()).sqrt()
-    return centred / (spread + 0.05 * overall + 1e-8)  # sets of equal motions stay near zero
+    return centred / (spread + 0.05 * overall + 1e-8)  # for sets of equal motions
 
 
 def choose(args, R, sets, weights):

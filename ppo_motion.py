@@ -331,6 +331,7 @@ def standardise(groups):
     """The rewards (p g) of G motions for each of P prompts -> mean 0 and spread 1 in a prompt."""
     # Not in the paper, which has one motion a prompt and the critic alone: an easy prompt must
     # not make its motions look good. 0.05 keeps groups of almost equal motions near zero.
+    groups = groups - groups[:, :1]  # equal rewards are exactly 0, where a mean would round
     centred = groups - groups.mean(1, keepdim=True)
     return centred / (groups.std(1, keepdim=True) + 0.05 * centred.std() + 1e-8)
 

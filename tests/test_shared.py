@@ -329,3 +329,21 @@ def test_an_update_is_the_gradient_of_both_losses(script, micro):
     assert log["pg_loss"] == pytest.approx(-gain[mask].mean().item(), abs=1e-4)
     far = ((ratio - 1).abs() > args.clip_range)[mask].float().mean().item()
     assert log["clipfrac"] == pytest.approx(far, abs=1e-6) and 0.1 < far < 0.9
+
+
+# ---- what is equal teaches nothing -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", ("ddpo", "ppo", "pareto"), indirect=True)
+@pytest.mark.parametrize("value", (0.35, 0.1, 1 / 3, -7.7, 123.4))
+def test_equal_rewards_teach_exactly_nothing(script, value):
+    """A mean of sixteen equal numbers is not always that number; Adam would make full steps of the rest."""
+    rewards = torch.full((3, 16), value)
+    rewards[2] = torch.linspace(0.0, 1.0, 16)  # a group of another prompt has something to teach
+    if hasattr(script, "group_advantages"):
+        merit = script.group_advantages(rewards)
+    elif hasattr(script, "nondominated"):
+        merit = script.standardise(rewards[:, None], torch.ones(3, 1, 16, dtype=torch.bool))[:, 0]
+    else:
+        merit = script.standardise(rewards)
+    assert (merit[:2] == 0).all() and merit[2].abs().min() > 0
