@@ -155,6 +155,7 @@ def features_to_joints(features, skeleton):
 # ---- 3. Joints -> features (numpy, one clip) -----------------------------------------------------
 # Quaternions are (..., 4) with w first and float32, as in the published code.
 _CONJUGATE = np.array([1, -1, -1, -1], np.float32)
+_UP, _ASIDE = np.float32([0, 1, 0]), np.float32([1, 0, 0])
 
 
 def _rotate(q, v):
@@ -168,11 +169,25 @@ def _multiply(q, r):
 
 
 def _between(u, v):
-    """Shortest rotation from direction u to direction v (... 3), w >= 0; NaN for opposite directions."""
+    """Shortest rotation from direction u to direction v (... 3), w >= 0; NaN for a vector without length.
+
+    Opposite directions leave its axis open: half a turn about the upright axis, or about x where u is upright.
+    """
     u, v = u.astype(np.float32), v.astype(np.float32)
-    w = np.sqrt((u ** 2).sum(-1) * (v ** 2).sum(-1)) + (u * v).sum(-1)
-    q = np.concatenate([w[..., None], np.cross(u, v)], -1)
+    cross, dot = np.cross(u, v), (u * v).sum(-1)
+    sizes, square = np.sqrt((u ** 2).sum(-1) * (v ** 2).sum(-1)), (cross ** 2).sum(-1)
+    # where the sum has lost its digits, it is a quotient: (|u||v| + uv) (|u||v| - uv) = |u x v|^2
+    opposite = (dot < 0) & (square < 1e-8 * sizes ** 2)
+    w = np.where(opposite, square / np.where(opposite, sizes - dot, 1), sizes + dot)
+    axis = np.where(np.abs(u[..., 1:2]) < .9 * np.sqrt((u ** 2).sum(-1, keepdims=True)), _UP, _ASIDE)
+    axis = np.cross(u, np.cross(axis, u))                   # its part across u
+    q = np.concatenate([w[..., None], cross], -1)
+    q = np.where((opposite & (square < 1e-20 * sizes ** 2))[..., None], _pure(axis), q)
     return q / np.sqrt((q ** 2).sum(-1, keepdims=True))
+
+
+def _pure(v):
+    return np.concatenate([np.zeros_like(v[..., :1]), v], -1)
 
 
 def _smooth(signal, sigma=20, radius=80):
@@ -271,16 +286,18 @@ def joints_to_features(joints, skeleton, *, retarget=True, fix_heading_flip=Fals
 
     joints (t j 3) in the skeleton's units and frame rate -> (t-1 d) float32. `retarget`: True for the
     reference body's bone lengths, False to keep the clip's own, or bone vectors (j 3) of another body. Raises
-    InputError for a wrong shape or for numbers that are not finite, coming in or going out (a bone exactly
-    against its rest direction has no defined rotation).
+    InputError for a wrong shape or for numbers that are not finite, coming in or going out (a bone without
+    length has no direction, nor has a body that is one point).
     """
-    joints = np.asarray(joints, np.float32)
+    with np.errstate(over="ignore"):                                     # reported below
+        given = joints = np.asarray(joints, np.float32)
     if joints.ndim != 3 or joints.shape[1:] != (skeleton.joints, 3) or len(joints) < 2:
         raise InputError(f"joints have shape {joints.shape}, the {skeleton.name} skeleton needs "
                          f"(2 frames or more, {skeleton.joints}, 3)")
     if not np.isfinite(joints).all():
-        raise InputError("joints contain NaN or infinite numbers; repair or drop the clip")
-    with np.errstate(invalid="ignore", divide="ignore"):                 # reported below
+        raise InputError("joints contain numbers that are NaN or not finite in float32; repair or drop the "
+                         "clip")
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         if retarget is not False:
             joints = uniform_skeleton(joints, skeleton, skeleton.offsets if retarget is True else retarget)
         joints = canonicalise(joints, skeleton)
@@ -296,8 +313,10 @@ def joints_to_features(joints, skeleton, *, retarget=True, fix_heading_flip=Fals
             foot_contacts(joints, skeleton)], -1).astype(np.float32)
     if not np.isfinite(features).all():
         frame, column = np.argwhere(~np.isfinite(features))[0]
-        raise InputError(f"feature {column} of frame {frame} is not finite: a bone has no length or points "
-                         "exactly against its rest direction; add a small tilt or drop the clip")
+        short = np.argwhere((given[:, 1:] == given[:, list(skeleton.parents[1:])]).all(-1))
+        why = (f"the bone to joint {short[0, 1] + 1} has no length in frame {short[0, 0]}" if len(short) else
+               "hips and shoulders say no direction, or the numbers are too large")
+        raise InputError(f"feature {column} of frame {frame} is not finite: {why}; repair or drop the clip")
     return features
 
 

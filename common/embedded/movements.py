@@ -420,8 +420,8 @@ def _joints(rng, timed, style, skeleton, t):
         half_width, joint = half_width + lengths[joint] * trunk[joint][0], skeleton.parents[joint]
     arm_bones = lengths[index["l_elbow"]], lengths[index["l_wrist"]]
     angles, free = _arm_angles(timed, style, body, half_width, *arm_bones)
-  # A constant tilt of every bone and a slow drift: they make bodies differ, and they keep bones off the exact
-    # rest axes, at which the rotations of the features are not defined.
+    # A constant tilt of every bone and a slow drift: they make bodies differ, and few bones point exactly
+    # against their rest direction, where rotations jump.
     tilt, drift = rng.normal(0, .02, (22, 3)), rng.normal(0, .012, (22, 3))
     phase = rng.uniform(0, 2 * np.pi, (2, 22, 3))
     wobble = tilt + drift * np.sin(phase[0] + (1.5 + phase[1] / 4) * t[:, None, None])
