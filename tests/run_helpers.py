@@ -2,6 +2,7 @@
 import contextlib
 import functools
 import importlib
+import inspect
 import io
 import json
 import os
@@ -17,7 +18,9 @@ from unittest import mock
 import pytest
 import torch
 
-from common import datasets, diffusion, evaluate, motion_reward, render, runs, tokenizer, training
+from common import (
+    datasets, diffusion, evaluate, motion_reward, perception, render, retrieval, runs, tokenizer, training, vae)
+from common.embedded import clips
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -35,9 +38,28 @@ def load(name):
 LITTLE = {"iterations": 15, "scorer_iterations": 20, "vae_iterations": 10, "clips": (90, 60),
           "latent_dims": 8, "layers": 1}
 LITTLE_TOKENS = {"vq_iterations": 12, "gpt_iterations": 12, "scorer_iterations": 8, "clips": 120,
-                 "perception_iterations": 4, "calibration": 32}
+                 "perception_iterations": 3, "calibration": 32}
+LITTLE_SCORER = {"width": 32, "layers": 1, "components": 32}
 LITTLE_REWARD = motion_reward.Training(spl_iterations=3, head_iterations=6, generated=40)
 PAIRS = motion_reward.fit_motion_reward.__kwdefaults__  # has how many pairs its preference head learns from
+
+
+SOURCE_OF = training.source_of
+
+
+@functools.cache
+def source_of_one(part, reader):
+    """The text of one part; reader: inspect.getsource, or what a test has put in its place."""
+    return SOURCE_OF(part)[0]
+
+
+def source_of(*parts):
+    """training.source_of, which every key of a cache asks for, and which parses each part anew."""
+    return [source_of_one(part, inspect.getsource) for part in parts]
+
+
+for module in (clips, diffusion, motion_reward, perception, retrieval, tokenizer, vae):
+    module.source_of = source_of
 
 
 @contextlib.contextmanager
@@ -53,6 +75,9 @@ def smaller(**changes):
             stack.enter_context(mock.patch.dict(sizes, tiny=sizes["tiny"]._replace(**little)))
         tiny = tokenizer.SIZES["tiny"]._replace(**LITTLE_TOKENS)
         stack.enter_context(mock.patch.dict(tokenizer.SIZES, tiny=tiny))
+        for function, less in ((retrieval.RetrievalModel.__init__, LITTLE_SCORER),
+                               (retrieval.train_retrieval, {"batch": 32})):
+            stack.enter_context(mock.patch.dict(function.__kwdefaults__, less))
         stack.enter_context(mock.patch.dict(motion_reward.TRAINING, tiny=LITTLE_REWARD))
         stack.enter_context(mock.patch.dict(PAIRS, pairs=30))
         little = dict(width=32, latent=32, layers=1, ff=64, components=32)
