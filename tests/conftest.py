@@ -45,12 +45,14 @@ def no_evaluation(monkeypatch, no_pictures):
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory):
-    """name of run_helpers.SMALL -> its Finished run, made once."""
-    made = {}
+    """name of run_helpers.SMALL -> its Finished run, made once. Scripts with the same data share a cache."""
+    made, caches = {}, {}
 
     def of(name):
         if name not in made:
-            made[name] = Finished(name, tmp_path_factory.mktemp(f"finished_{name}"))
+            data = SMALL[name].flags.partition("--iterations")[0]
+            cache = caches.setdefault(data, tmp_path_factory.mktemp("cache"))
+            made[name] = Finished(name, tmp_path_factory.mktemp(f"finished_{name}"), cache)
         return made[name]
     yield of
     run_helpers.stop_server()

@@ -19,8 +19,9 @@ import pytest
 import torch
 
 from common import (
-    datasets, diffusion, evaluate, motion_reward, perception, render, retrieval, runs, tokenizer, training, vae)
-from common.embedded import clips
+    datasets, diffusion, evaluate, features, motion_reward, perception, render, retrieval, runs, tokenizer,
+    training, vae)
+from common.embedded import clips, movements
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -39,7 +40,7 @@ LITTLE = {"iterations": 15, "scorer_iterations": 20, "vae_iterations": 10, "clip
           "latent_dims": 8, "layers": 1}
 LITTLE_TOKENS = {"vq_iterations": 12, "gpt_iterations": 12, "scorer_iterations": 8, "clips": 120,
                  "perception_iterations": 3, "calibration": 32}
-LITTLE_SCORER = {"width": 32, "layers": 1, "components": 32}
+LITTLE_SCORER = {"layers": 1}
 LITTLE_REWARD = motion_reward.Training(spl_iterations=3, head_iterations=6, generated=40)
 PAIRS = motion_reward.fit_motion_reward.__kwdefaults__  # has how many pairs its preference head learns from
 
@@ -62,12 +63,46 @@ for module in (clips, diffusion, motion_reward, perception, retrieval, tokenizer
     module.source_of = source_of
 
 
+MADE, ROWS_OF = {}, {}  # clips by all that shapes them, features by the joints of such a clip
+
+
+def remembered_clip(make_clip):
+    """movements.make_clip, which gives the same bytes for a number in every data set: each is made once."""
+    @functools.wraps(make_clip)
+    def made(domain, index, skeleton, *, seed=0, gaps=movements.GAPS):
+        key = movements._joints, domain, index, skeleton.name, seed, tuple(gaps)
+        if key not in MADE:
+            MADE[key] = make_clip(domain, index, skeleton, seed=seed, gaps=gaps)
+            if MADE[key].joints is not None:
+                MADE[key].joints.setflags(write=False)
+                ROWS_OF[id(MADE[key].joints)] = {}
+        return MADE[key]
+    return made
+
+
+def remembered_features(joints_to_features):
+    @functools.wraps(joints_to_features)
+    def rows(joints, skeleton, **options):
+        if id(joints) not in ROWS_OF:
+            return joints_to_features(joints, skeleton, **options)
+        known, key = ROWS_OF[id(joints)], tuple(options.items())
+        if key not in known:
+            known[key] = joints_to_features(joints, skeleton, **options)
+            known[key].setflags(write=False)
+        return known[key]
+    return rows
+
+
+movements.make_clip = remembered_clip(movements.make_clip)
+features.joints_to_features = remembered_features(features.joints_to_features)
+
+
 @contextlib.contextmanager
 def smaller(**changes):
     """--tiny is still smaller in this process, with one GIF and few samples for the variety of a policy.
     changes: of LITTLE, for the diffusion scripts."""
     with contextlib.ExitStack() as stack:
-        for name, less in (("draw", dict(count=1)), ("variety", dict(prompts=6, samples=4))):
+        for name, less in (("draw", dict(count=1)), ("variety", dict(prompts=4, samples=2))):
             function = functools.partial(getattr(evaluate, name), **less)
             stack.enter_context(mock.patch.object(evaluate, name, function))
         for space, sizes in diffusion.SIZES.items():
@@ -76,7 +111,7 @@ def smaller(**changes):
         tiny = tokenizer.SIZES["tiny"]._replace(**LITTLE_TOKENS)
         stack.enter_context(mock.patch.dict(tokenizer.SIZES, tiny=tiny))
         for function, less in ((retrieval.RetrievalModel.__init__, LITTLE_SCORER),
-                               (retrieval.train_retrieval, {"batch": 32})):
+                               (retrieval.train_retrieval, {"batch": 48})):
             stack.enter_context(mock.patch.dict(function.__kwdefaults__, less))
         stack.enter_context(mock.patch.dict(motion_reward.TRAINING, tiny=LITTLE_REWARD))
         stack.enter_context(mock.patch.dict(PAIRS, pairs=30))
@@ -109,7 +144,7 @@ SMALL = {
         {"target_val": ROWS | {"gt"}, "target_test": ROWS | {"gt", "best of 2"},
          "source_test": ROWS | {"gt"}}),
     "ppo": Small(
-        TOKENS + "--composed 50 --prompts 8 --samples 4 --kept-samples 16 --best-of 2",
+        TOKENS + "--composed 30 --prompts 8 --samples 4 --kept-samples 16 --best-of 2",
         "policy.pt", ["embedded-kit-kit", "gpt", "judge", "reward", "tokenizer"],
         {"paired_val": ROWS | {"gt", "vq"}, "paired_test": ROWS | {"gt", "vq", "best of 2"},
          "composed_train": ROWS, "composed_val": ROWS, "composed_test": ROWS | {"best of 2"}}),
@@ -121,14 +156,15 @@ SMALL = {
 
 
 class Finished:
-    """An uninterrupted run of SMALL[name] in a process of its own, and the cache that it has filled."""
+    """An uninterrupted run of SMALL[name] in a process of its own, and the cache that it has filled; other
+    runs may have filled a part of it before."""
 
-    def __init__(self, name, here):
+    def __init__(self, name, here, cache):
         self.script, (flags, product, self.cached, self.tables) = load(name), SMALL[name]
         self.name, self.kind = name, f"{name}-{Path(product).stem}"  # kind: of the product, as its file says
-        self.flags = [*flags.split(), "--cache-dir", str(here / "cache")]
+        self.flags = [*flags.split(), "--cache-dir", str(cache)]
         self.out, self.err = start(name, [*self.flags, "--out-dir", "run"], here)
-        self.folder, self.cache, self.product = here / "run", here / "cache", here / "run" / product
+        self.folder, self.cache, self.product = here / "run", cache, here / "run" / product
         self.results = json.loads((self.folder / "results.json").read_text())
 
     def call(self, *argv):
@@ -343,10 +379,13 @@ training_only(script, sys.argv[1:])
 def torchrun(script, flags, folder):
     """The same as two_processes, started as a user does; `folder` takes a file that torchrun can start."""
     (folder / "training.py").write_text(TRAINING.replace("SCRIPT", script.__name__))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               folder / "training.py", *flags]
-    child = subprocess.run(command, env=ENV, capture_output=True, text=True, check=False, timeout=300)
-    assert child.returncode == 0, child.stderr[-3000:]
+    command = ["--standalone", "--nproc-per-node", "2", folder / "training.py", *flags]
+
+    def torchrun():  # what the command torchrun calls
+        from torch.distributed import run
+        run.main([str(word) for word in command])
+    child = Forked(torchrun, ENV).wait()
+    assert child.code == 0, child.errors[-3000:]
 
 
 def only_cached(monkeypatch):

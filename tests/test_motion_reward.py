@@ -78,7 +78,7 @@ def fit(domains, folder, generated=None, spl="paper", losses=sw.LOSSES, **change
 
 
 MIDDLE = dict(iterations=200, spl_iterations=12, head_iterations=200, batch=32, pairs=160, use_cache=True,
-              sizes={**motion_reward.SIZES, "width": 32, "latent": 32, "ff": 64, "components": 48})
+              sizes={**motion_reward.SIZES, "width": 32, "latent": 32, "layers": 1, "ff": 64, "components": 48})
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import pareto_motion as pareto
-from common import generator, training
+from common import generator, render, training
 from common.published import motion_critic
 from tests import run_helpers as helpers
 from tests.run_helpers import all_finite, equal, log_rows, products
@@ -169,19 +169,23 @@ def test_a_reward_that_is_nan(finished, tmp_path, monkeypatch, no_evaluation):
 # ---- 4. What a finished policy is for ----------------------------------------------------------------------
 
 
-def test_prompts_follow_the_preference(finished, tmp_path):
+def test_prompts_follow_the_preference(finished, tmp_path, monkeypatch):
     """The same command gives the same files, another preference others; a third each is the default."""
+    monkeypatch.setattr(render, "render_gif", lambda path, panels, *more: path.write_bytes(b"%d" % len(panels)))
+    captions = ("a person walks forward", "someone waves", "a person turns left", "a man jumps twice",
+                "someone kicks with the right leg", "a person walks in a circle")
     flags = ["--load", finished.product, "--compare"]
-    for caption in ("a person walks forward", "someone waves"):
+    for caption in captions:
         flags += ["--prompt", caption]
     made = {}
     for spec in ("", "text=1", "preference=1", "text=0.25,quality=0.25,preference=0.5"):
         asked = ["--prefer", spec] if spec else []
         assert finished.call(*flags, *asked, "--out-dir", tmp_path / f"out {spec}")[0] == 0
         made[spec] = products(tmp_path / f"out {spec}")
-        assert set(made[spec]) == {f"prompt{k:02d}{end}" for k in range(2) for end in (
+        assert set(made[spec]) == {f"prompt{k:02d}{end}" for k in range(len(captions)) for end in (
             ".gif", "_before.npy", "_before.bvh", "_after.npy", "_after.bvh")}
-    before, after = ({spec: [files[f"prompt{k:02d}_{title}.npy"] for k in range(2)]
+        assert made[spec]["prompt00.gif"] == b"2", "before and after"
+    before, after = ({spec: [files[f"prompt{k:02d}_{title}.npy"] for k in range(len(captions))]
                       for spec, files in made.items()} for title in ("before", "after"))
     assert all(motions == before[""] for motions in before.values())
     assert after["text=1"] != after["preference=1"], "tokens change what is sampled"
