@@ -1,6 +1,7 @@
 """What the end-to-end tests of the scripts share. `script` is the module of one, such as ddpo_motion."""
 import contextlib
 import functools
+import hashlib
 import importlib
 import inspect
 import io
@@ -93,6 +94,23 @@ def remembered_features(joints_to_features):
     return rows
 
 
+def remembered_eigh(eigh):
+    """torch.linalg.eigh, of the last few large matrices: models of the same clips need the same components."""
+    found = {}
+
+    @functools.wraps(eigh)
+    def components(matrix, **options):
+        if len(matrix) < 200 or options or matrix.requires_grad or not matrix.isfinite().all():
+            return eigh(matrix, **options)
+        key = matrix.dtype, hashlib.sha1(matrix.contiguous().numpy()).digest()
+        found[key] = found.pop(key) if key in found else eigh(matrix)
+        for old in list(found)[:-12]:
+            del found[old]
+        return tuple(part.clone() for part in found[key])
+    return components
+
+
+torch.linalg.eigh = remembered_eigh(torch.linalg.eigh)
 movements.make_clip = remembered_clip(movements.make_clip)
 features.joints_to_features = remembered_features(features.joints_to_features)
 

@@ -73,7 +73,8 @@ def test_a_cached_rollout_costs_one_forward_pass(batch):
     once = flops(gpt, torch.zeros(batch, tokens - 1, dtype=torch.long), text)
     # below one: a step sees only what came before, a whole pass multiplies the masked half as well
     assert 0.9 < cached / once <= 1.0
-    assert flops(bench.recompute, gpt, text, uniform, tokens, 1.0) > 20 * once
+    if batch == 1:  # it counts the same for each row
+        assert flops(bench.recompute, gpt, text, uniform, tokens, 1.0) > 20 * once
 
 
 def test_the_cache_changes_no_token():

@@ -16,7 +16,7 @@ import ddpo_motion  # the one in the working folder, and not that of the reposit
 from common import evaluate, runs
 from tests.run_helpers import smaller
 evaluate.draw = lambda *args, **named: None  # no picture is asked for here
-with smaller():
+with smaller(scorer_iterations=4):
     runs.run_main(ddpo_motion.main)
 """
 

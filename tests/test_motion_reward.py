@@ -70,7 +70,7 @@ def fit(domains, folder, generated=None, spl="paper", losses=sw.LOSSES, **change
     schedule = motion_reward.Training(spl_iterations=2, head_iterations=2, generated=10)
     schedule = schedule._replace(**{name: changes.pop(name) for name in schedule._fields if name in changes})
     options = dict(iterations=6, seed=0, cache_dir=folder, batch=24, use_cache=False, device="cpu",
-                   saw="test", pairs=8, sizes=SMALL)
+                   saw="test", pairs=8, sizes={**SMALL, "layers": 1})
     generated = sluggish(domains[-1])[:10] if generated is None else generated
     made = generated if callable(generated) else lambda count: generated
     return motion_reward.fit_motion_reward(domains, made, losses._replace(spl=sw.SPL[spl]), schedule,
@@ -78,7 +78,7 @@ def fit(domains, folder, generated=None, spl="paper", losses=sw.LOSSES, **change
 
 
 MIDDLE = dict(iterations=200, spl_iterations=12, head_iterations=200, batch=32, pairs=160, use_cache=True,
-              sizes={**motion_reward.SIZES, "width": 32, "latent": 32, "layers": 1, "ff": 64, "components": 48})
+              sizes={**motion_reward.SIZES, "width": 32, "latent": 32, "ff": 64, "components": 48})
 
 
 @pytest.fixture(scope="module")

@@ -236,7 +236,8 @@ def test_damaged_data_folders(finished, tmp_path, what):
 def test_a_sound_folder_is_the_target(finished, tmp_path, no_pictures):
     """The real layout goes all the way, and the results say so."""
     folder = kit_folder(tmp_path / "mine")
-    flags = ["--dataset", folder, "--source", "humanml3d", "--iterations", 1, "--out-dir", tmp_path / "run"]
+    flags = ["--dataset", folder, "--source", "humanml3d", "--iterations", 1, "--eval-repeats", 1,
+             "--out-dir", tmp_path / "run"]
     code, out, err = call(*finished.flags, *flags, "--cache-dir", shared_cache(finished, tmp_path))
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert code == 0 and results["data"]["target"] == "folder mine (KIT-ML layout)"
@@ -536,7 +537,7 @@ def test_advantages_of_ones_own(finished, tmp_path, no_evaluation):
 def test_latent_space(finished, tmp_path, no_pictures):
     """Trained and evaluated; the file makes motions again without the data."""
     cache = shared_cache(finished, tmp_path)
-    flags = [*finished.flags, "--space", "latent", "--iterations", 2, "--cache-dir", cache]
+    flags = [*finished.flags, "--space", "latent", "--iterations", 2, "--eval-repeats", 1, "--cache-dir", cache]
     code, out, _ = call(*flags, "--out-dir", tmp_path / "run")
     assert code == 0 and "VAE: 3 latents of 8" in out
     log, results = log_rows(tmp_path / "run"), json.loads((tmp_path / "run" / "results.json").read_text())

@@ -90,7 +90,7 @@ def test_every_choice_runs_and_matters(finished, tmp_path, flags, no_evaluation)
 
 
 def test_the_weighted_sum_has_no_rows_of_tokens(finished, tmp_path, no_pictures):
-    flags = ["--selection", "weighted-sum", "--weights", "text=1", "--iterations", 1]
+    flags = ["--selection", "weighted-sum", "--weights", "text=1", "--iterations", 1, "--eval-repeats", 1]
     assert finished.call(*flags, "--out-dir", tmp_path / "run")[0] == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert set(results["paired_test"]) == {"gt", "vq", "base", "tuned", "gain"}
@@ -171,7 +171,7 @@ def test_a_reward_that_is_nan(finished, tmp_path, monkeypatch, no_evaluation):
 
 def test_prompts_follow_the_preference(finished, tmp_path, monkeypatch):
     """The same command gives the same files, another preference others; a third each is the default."""
-    monkeypatch.setattr(render, "render_gif", lambda path, panels, *more: path.write_bytes(b"%d" % len(panels)))
+    monkeypatch.setattr(render, "render_gif", lambda path, *more: path.write_bytes(b"%d" % len(more[0])))
     captions = ("a person walks forward", "someone waves", "a person turns left", "a man jumps twice",
                 "someone kicks with the right leg", "a person walks in a circle")
     flags = ["--load", finished.product, "--compare"]
