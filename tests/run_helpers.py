@@ -95,12 +95,12 @@ def remembered_features(joints_to_features):
 
 
 def remembered_eigh(eigh):
-    """torch.linalg.eigh, of the last few large matrices: models of the same clips need the same components."""
+    """torch.linalg.eigh of the last few large matrices: models of the same clips need the same ones."""
     found = {}
 
     @functools.wraps(eigh)
     def components(matrix, **options):
-        if len(matrix) < 200 or options or matrix.requires_grad or not matrix.isfinite().all():
+        if len(matrix) < 200 or options or matrix.requires_grad:
             return eigh(matrix, **options)
         key = matrix.dtype, hashlib.sha1(matrix.contiguous().numpy()).digest()
         found[key] = found.pop(key) if key in found else eigh(matrix)

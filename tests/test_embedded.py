@@ -16,7 +16,7 @@ from tests.reference import mirror
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 BOTH = [(domain, skeleton) for domain in movements.DOMAINS for skeleton in (T2M, KIT)]
 NAMES = [f"{domain}-{skeleton.name}" for domain, skeleton in BOTH]
-COUNT = 200
+COUNT = 216
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from common.representations import REPRESENTATIONS, from_features
 
 KIT, T2M = features.KIT, features.T2M
 SMALL = dict(width=16, latent=12, layers=3, heads=2, ff=24, components=20, max_words=16, rank=3, alpha=6)
+FEW = {**SMALL, "layers": 1}
 pytestmark = pytest.mark.usefixtures("one_thread")
 each = pytest.mark.parametrize("representation", REPRESENTATIONS)
 
@@ -70,7 +71,7 @@ def fit(domains, folder, generated=None, spl="paper", losses=sw.LOSSES, **change
     schedule = motion_reward.Training(spl_iterations=2, head_iterations=2, generated=10)
     schedule = schedule._replace(**{name: changes.pop(name) for name in schedule._fields if name in changes})
     options = dict(iterations=6, seed=0, cache_dir=folder, batch=24, use_cache=False, device="cpu",
-                   saw="test", pairs=8, sizes={**SMALL, "layers": 1})
+                   saw="test", pairs=8, sizes=FEW)
     generated = sluggish(domains[-1])[:10] if generated is None else generated
     made = generated if callable(generated) else lambda count: generated
     return motion_reward.fit_motion_reward(domains, made, losses._replace(spl=sw.SPL[spl]), schedule,
@@ -614,7 +615,7 @@ def test_the_cache_is_read_and_keyed_by_all_that_shaped_it(kit, native, tmp_path
     assert notes == same
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
     for changes in (dict(iterations=7), dict(spl="code"), dict(spl_iterations=3), dict(seed=1),
-                    dict(batch=25), dict(sizes={**SMALL, "rank": 4}),
+                    dict(batch=25), dict(sizes={**FEW, "rank": 4}),
                     dict(use_cache=False), dict(domains=[kit, kit]), dict(target=other),
                     dict(domains=[native]), dict(noise=lambda *batch: batch[0])):
         with pytest.raises(RuntimeError, match="trained again"):

@@ -537,7 +537,8 @@ def test_advantages_of_ones_own(finished, tmp_path, no_evaluation):
 def test_latent_space(finished, tmp_path, no_pictures):
     """Trained and evaluated; the file makes motions again without the data."""
     cache = shared_cache(finished, tmp_path)
-    flags = [*finished.flags, "--space", "latent", "--iterations", 2, "--eval-repeats", 1, "--cache-dir", cache]
+    flags = [*finished.flags, "--space", "latent", "--iterations", 2, "--eval-repeats", 1]
+    flags += ["--cache-dir", cache]
     code, out, _ = call(*flags, "--out-dir", tmp_path / "run")
     assert code == 0 and "VAE: 3 latents of 8" in out
     log, results = log_rows(tmp_path / "run"), json.loads((tmp_path / "run" / "results.json").read_text())
