@@ -558,7 +558,7 @@ def write_motions(args, stored, folder, device):
     policy, frames = load_policy(args, stored, device), args.length or stored["frames"]
     strengths = {"before": 0.0, "after": 1.0} if args.compare else {"after": 1.0}
     motions = {title: policy_sampler(args, policy, s) for title, s in strengths.items()}
-    evaluate.export(folder, args.prompt, frames, stored["longest"], features.T2M, motions)
+    evaluate.export(folder, args.prompt, stored, frames, features.T2M, motions)
 
 
 def main(argv, reward=None, advantages=group_advantages):

@@ -11,11 +11,11 @@ Papers
   [MC]   MotionCritic, Wang et al. 2024, arXiv 2407.02272: preferences of people
 
 `diff ppo_motion.py pareto_motion.py` is the lesson: one reward becomes a vector, a prompt gets
-three reward tokens, and not every motion is learnt from.
+three reward tokens, and not all motions are learnt from.
   in the code          symbol        meaning
   f_t, f_tk            f(t), f(t_k)  text feature without and with the token of reward k
   R (p c n k)          r^1 .. r^K    all rewards: p prompts, c reward tokens, n motions of each
-  keep (p c n)         m in P        beaten by none in its set P: of its prompt and token
+  keep (p c n)         m in P        beaten by none of its set P, a prompt and a token
   weight (p c n)       1 / n(P)      of a motion in the loss; 0 where it is beaten
   own (p c n)          r(t_k, m_k)   the reward that the token of the motion asks for
 
@@ -414,7 +414,7 @@ def choose(args, R, sets, weights):
     own = own_reward(R) if args.token_reward == "own" and sets > 1 else R.mean(-1)
     if args.selection == "weighted-sum":
         own = R @ weights
-    # Beaten motions are not imitated, but count in the mean that others must exceed.
+    # Beaten motions are not imitated, but count in the mean that others exceed.
     counted = keep if args.baseline == "kept" else torch.ones_like(keep)
     lists = (part.flatten().nonzero()[:, 0].tolist() for part in (counted, ~keep))
     return standardise(own, counted).flatten(), weight.flatten(), *lists, {
@@ -536,7 +536,7 @@ def collect(args, policy, clips, iteration):
     # Of several processes each samples its own share of whole prompts.
     numbers = runs.share(args.prompts, size, policy.vq.mean.device)
     captions, pairs = ([part[k // size] for k in numbers] for part in drawn)
-    # Place k of a rollout in the order (p c n): which token is it?
+    # Place k of a rollout is ordered (p c n): which token is it?
     token = torch.tensor(numbers, device=policy.vq.mean.device) // (size // sets) % sets
     text = read_text(policy, captions, F.one_hot(token, len(REWARDS)), args.alpha)
     motion, lengths, tokens = sample(policy, text, args.seed, iteration, "rollout", numbers,
@@ -650,7 +650,7 @@ def write_motions(args, stored, folder, device):
     motions = {"before": policy_sampler(args, base),
                "after": policy_sampler(args, policy, weights)}
     skeleton = features.SKELETONS[len(policy.vq.mean)]
-    evaluate.export(folder, args.prompt, 0, 0, skeleton, motions, args.compare)
+    evaluate.export(folder, args.prompt, stored, 0, skeleton, motions, args.compare)
 
 
 def main(argv):

@@ -588,7 +588,7 @@ def write_motions(args, stored, folder, device):
     base = policy._replace(gpt=policy.reference)
     motions = {"before": policy_sampler(args, base), "after": policy_sampler(args, policy)}
     skeleton = features.SKELETONS[len(policy.vq.mean)]
-    evaluate.export(folder, args.prompt, 0, 0, skeleton, motions, args.compare)
+    evaluate.export(folder, args.prompt, stored, 0, skeleton, motions, args.compare)
 
 
 def main(argv, reward=None):

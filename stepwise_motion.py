@@ -660,7 +660,7 @@ def write_motions(args, stored, folder, device):
     policy, frames = load_policy(args, stored, device), args.length or stored["frames"]
     policies = {"before": policy.base(), "after": policy} if args.compare else {"after": policy}
     motions = {title: policy_sampler(args, which) for title, which in policies.items()}
-    evaluate.export(folder, args.prompt, frames, stored["longest"], features.T2M, motions)
+    evaluate.export(folder, args.prompt, stored, frames, features.T2M, motions)
 
 
 def main(argv, reward=None, learn=learn):

@@ -377,10 +377,24 @@ def draw(folder, clips, scorers, samplers, curves=(), count=4):
         render.safely(render.curves, folder / "curves.png", folder / "logs.csv", curves, peak="val_judge")
 
 
-def export(folder, prompts, frames, limit, skeleton, samplers, compare=True):
-    """--prompt: for every caption a GIF, and joints (.npy) and BVH of each motion in it. frames: of each
-    motion, a multiple of 4 and at most `limit` (InputError), 0 where the sampler chooses; samplers: title ->
-    sampler; compare: whether the one called "before" is shown."""
+def unread(caption, words, most=32):
+    """What a text encoder that knows `words` does not read of a caption: a text, empty if it reads all."""
+    said = datasets.words(caption)
+    unknown, rest = dict.fromkeys(word for word in said[:most] if word not in words), said[most:]
+    return "; ".join([f"unknown words {', '.join(unknown)}"] * bool(unknown)
+                     + [f"the words after number {most}, from {rest[0]!r} on"] * bool(rest))
+
+
+def export(folder, prompts, stored, frames, skeleton, samplers, compare=True):
+    """--prompt: for every caption a GIF, and joints (.npy) and BVH of each motion in it. stored: the product
+    of the run; frames: of each motion, a multiple of 4 and at most what the run has seen (InputError), 0
+    where the sampler chooses; samplers: title -> sampler; compare: whether the one called "before" is shown.
+    What of a caption is not read is said in one line."""
+    limit = stored.get("longest", 0)
+    known = stored.get("words") or (stored.get("text") or {}).get("sizes", {}).get("words")
+    for caption in prompts if known else ():  # published text features read everything
+        if missing := unread(caption, set(known)):
+            print(f"  not read of {caption!r}: {missing}")
     if frames % 4 or frames > limit:
         raise InputError(f"--length {frames}: a multiple of 4 frames (20 a second), at most {limit}")
     lengths = torch.full((len(prompts),), frames)
