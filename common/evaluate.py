@@ -380,9 +380,12 @@ def draw(folder, clips, scorers, samplers, curves=(), count=4):
 def unread(caption, words, most=32):
     """What a text encoder that knows `words` does not read of a caption: a text, empty if it reads all."""
     said = datasets.words(caption)
-    unknown, rest = dict.fromkeys(word for word in said[:most] if word not in words), said[most:]
-    return "; ".join([f"unknown words {', '.join(unknown)}"] * bool(unknown)
-                     + [f"the words after number {most}, from {rest[0]!r} on"] * bool(rest))
+    unknown, missing = dict.fromkeys(word for word in said[:most] if word not in words), []
+    if unknown:
+        missing.append(f"unknown words {', '.join(unknown)}")
+    if len(said) > most:
+        missing.append(f"the words after number {most}, from {said[most]!r} on")
+    return "; ".join(missing)
 
 
 def export(folder, prompts, stored, frames, skeleton, samplers, compare=True):

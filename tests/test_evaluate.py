@@ -80,6 +80,15 @@ def test_paired_gain():
     assert evaluate.paired_gain(before, after)["reward"][0] == -3.0
 
 
+def test_what_is_not_read_of_a_prompt_is_said():
+    known = {"a", "man", "walks"}
+    assert evaluate.unread("A man walks!", known) == ""
+    assert evaluate.unread("a man zigzags, man zigzags wildly", known) == "unknown words zigzags, wildly"
+    said = evaluate.unread("man " * 32 + "walks backward", known)
+    assert said == "the words after number 32, from 'walks' on"
+    assert evaluate.unread("\u4e00", known) == "unknown words \u4e00"
+
+
 def test_the_gate_is_around_the_data():
     """Speed within a fifth, jerk and skate up to twice as much, a centimetre of floor, a quarter bone."""
     data = {"speed": 1.0, "jerk": 50.0, "foot_skate": 0.1, "floor_penetration": 0.0, "bone_variation": 0.0}
