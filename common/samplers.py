@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import torch
 
+from common import InputError
+
 TRAIN_STEPS = 1000  # timesteps of the forward process
 SCHEDULES = ("linear", "scaled_linear", "cosine")
 SPACINGS = ("linspace", "trailing", "leading", "karras")
@@ -53,12 +55,24 @@ class Grid(NamedTuple):
         return cls(torch.as_tensor(timesteps), alpha, ratio * alpha, -ratio.log())
 
 
+def check_steps(steps, spacing="linspace", final="zero"):
+    """InputError at --steps if so many steps of `make_grid` have no nodes of their own: two equal nodes make
+    an empty step, without a density and without a second order."""
+    # linspace puts steps + 1 nodes on 1000 timesteps; leading starts at t = 1; from 667 steps on trailing
+    # comes down to t = 0, which is where "sigma_min" ends.
+    most = {"linspace": TRAIN_STEPS - 1, "leading": TRAIN_STEPS - 1,
+            "trailing": TRAIN_STEPS if final == "zero" else 2 * TRAIN_STEPS // 3}.get(spacing, TRAIN_STEPS)
+    if not 1 <= steps <= most:
+        raise InputError(f"--steps {steps}: must be 1 to {most} with {spacing} spacing; with more, two nodes "
+                         "are the same")
+
+
 def make_grid(schedule, steps, spacing="linspace", final="zero"):
     """The Grid of so many steps.
 
     spacing: "linspace", "trailing" and "leading" (from t = 1 up, as MLD) space the timesteps evenly, "karras"
     the 7th root of sigma / alpha. final: the last node has no noise ("zero"), or the smallest noise of
-    training ("sigma_min"). Raises ValueError for an unknown name or an impossible number of steps.
+    training ("sigma_min"). Raises ValueError for an unknown name, and see `check_steps`.
 
     "leading" has the nodes of diffusers' DDIMScheduler. The others follow its DPMSolverMultistepScheduler,
     but not in every case to the last timestep: a node half way between two timesteps may be rounded the other
@@ -66,8 +80,7 @@ def make_grid(schedule, steps, spacing="linspace", final="zero"):
     """
     # Karras crowds its steps at the end, where one step of a policy outweighs the others 1000-fold. On the
     # cosine schedule nearly all its steps are t = 998, and with "sigma_min" its last step is empty (std 0).
-    if not 1 <= steps <= TRAIN_STEPS:
-        raise ValueError(f"steps {steps}: 1 to {TRAIN_STEPS}")
+    check_steps(steps, spacing, final)
     if final not in ("zero", "sigma_min"):
         raise ValueError(f"final {final!r}: zero or sigma_min")
     alphas_cumprod = (1 - make_betas(schedule)).cumprod(0)

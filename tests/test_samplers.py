@@ -5,10 +5,11 @@ The public values are in tests/parity/samplers.py.
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from common import samplers
+from common import InputError, samplers
 from common.samplers import make_betas, make_grid
 from tests import reference
 from tests.reference import ddim_step, dpmpp_step, order_at, predict_x_start, sample, snr, step_std
@@ -198,3 +199,36 @@ def test_leading_spacing_is_that_of_mld():
     alphas_cumprod = (1 - make_betas("scaled_linear")).cumprod(0)
     assert torch.allclose(grid.alpha[:-1] ** 2, alphas_cumprod[grid.timesteps], rtol=1e-12)
     assert math.isclose(grid.alpha[-1] ** 2, alphas_cumprod[0], rel_tol=1e-12) and grid.sigma[-1] > 0
+
+
+@pytest.mark.parametrize("spacing, final, most", [
+    ("linspace", "zero", 999), ("linspace", "sigma_min", 999), ("leading", "zero", 999),
+    ("leading", "sigma_min", 999), ("trailing", "zero", 1000), ("trailing", "sigma_min", 666),
+    ("karras", "zero", 1000)])
+def test_numbers_of_steps_without_nodes_of_their_own_are_refused(spacing, final, most):
+    """Every number below gives falling noise in each step, and none above is let through."""
+    for steps in [*range(1, most, 37), *range(most - 3, most + 1)]:
+        noise = make_grid("linear", steps, spacing, final).sigma
+        assert len(noise) == steps + 1 and (noise.diff() < 0).all(), steps
+    for steps in (0, most + 1, 1000 + (most == 1000), 1001, 5000):
+        for refused in (lambda: make_grid("linear", steps, spacing, final),
+                        lambda: samplers.check_steps(steps, spacing, final)):
+            with pytest.raises(InputError, match=f"^--steps {steps}: must be 1 to {most} with {spacing} "):
+                refused()
+    samplers.check_steps(most, spacing, final)
+
+
+def test_which_numbers_of_steps_round_ties_as_numpy_does():
+    """diffusers rounds these with numpy: all numbers but those the docstring speaks of are the same."""
+    def mine(steps, spacing):
+        return make_grid("linear", steps, spacing).timesteps.tolist()
+
+    even = [n for n in range(1, 1000)
+            if mine(n, "linspace") != np.linspace(0, 999, n + 1).round()[:0:-1].tolist()]
+    trailing = [n for n in range(1, 1001)
+                if mine(n, "trailing") != (np.arange(1000, 0, -1000 / n).round() - 1)[:n].tolist()]
+    assert even[0] == 26 and len(even) == 138 and not {10, 20, 50, 100} & set(even)
+    assert trailing[0] == 48
+    for n in (26, 30):
+        theirs = np.linspace(0, 999, n + 1).round()[:0:-1]
+        assert np.abs(theirs - mine(n, "linspace")).max() == 1
