@@ -144,19 +144,25 @@ def clustered_interval(values, clusters):
 
 
 def hypervolume(points, reference):
-    """Volume of the union of boxes between the reference point (k) and each point (n k), larger is better;
-    k = 2 or 3. A point that is not above the reference in every component adds nothing. Exact: slabs between
-    the values of the last component, in each of which the area is a staircase (Fonseca et al. 2006)."""
-    points = torch.as_tensor(points).double() - torch.as_tensor(reference).double()
+    """Volume of the union of boxes between the reference point (k) and each point (n k), larger is better. A
+    point that is not above the reference in every component adds nothing. Exact for every k: slabs between
+    the values of the last component, down to the staircase of two (Fonseca et al. 2006); the time grows with
+    n^(k - 1). Raises ValueError for points of another width."""
+    points, reference = torch.as_tensor(points).double(), torch.as_tensor(reference).double()
+    if points.ndim != 2 or reference.shape != points.shape[1:] or not reference.numel():
+        raise ValueError(f"points {tuple(points.shape)}, reference {tuple(reference.shape)}: must be n k, k")
+    points, k = points - reference, len(reference)
     points = points[(points > 0).all(1)]
-    if points.shape[1] == 2:
+    if k == 1:
+        return max(points[:, 0].tolist(), default=0.0)
+    if k == 2:
         points = points[points[:, 0].argsort(descending=True)]
         height = points[:, 1].cummax(0).values  # of the stairs between a point and the next
         width = points[:, 0] - torch.cat([points[1:, 0], points.new_zeros(1)])[:len(points)]
         return float((width * height).sum())
-    levels = torch.cat([points.new_zeros(1), points[:, 2].unique()])  # ascending
-    return sum(hypervolume(points[points[:, 2] >= top, :2], torch.zeros(2)) * float(top - bottom)
-               for bottom, top in zip(levels, levels[1:]))
+    levels = torch.cat([points.new_zeros(1), points[:, -1].unique()])  # ascending
+    return sum((hypervolume(points[points[:, -1] >= top, :-1], torch.zeros(k - 1)) * float(top - bottom)
+                for bottom, top in zip(levels, levels[1:])), 0.0)
 
 
 def benchmark_embeddings(text, motion, real, *, generator, pool=32, pairs=300):

@@ -1,4 +1,5 @@
 """The benchmark's metrics in closed form, and against the official code."""
+import itertools
 import math
 from pathlib import Path
 
@@ -115,3 +116,28 @@ def test_benchmark_of_known_embeddings():
     assert table["fid"] == pytest.approx(25, rel=1e-5) and table["mm_dist"] == 0
     assert [table[f"r_precision_top{k}"] for k in (1, 2, 3)] == [1, 1, 1] and table["r_precision_pool"] == 32
     assert 0 < table["diversity"] < 2 * text.norm(dim=1).max()
+
+
+def union_of_boxes(points):
+    """Volume of the union of the boxes between 0 and the points (n k), by inclusion and exclusion."""
+    return sum((-1) ** (size + 1) * math.prod(map(min, zip(*chosen)))
+               for size in range(1, len(points) + 1) for chosen in itertools.combinations(points, size))
+
+
+@pytest.mark.parametrize("k", (1, 2, 3, 4, 5))
+def test_hypervolume_of_any_number_of_rewards(k):
+    points = torch.rand(7, k, dtype=torch.float64, generator=torch.Generator().manual_seed(k))
+    points = torch.cat([points, points[:1], (points[:1] * 0.5)])  # an equal one and a worse one
+    reference = torch.full((k,), -0.25)
+    volume = metrics.hypervolume(points, reference)
+    assert volume == pytest.approx(union_of_boxes((points + 0.25).tolist()), rel=1e-12)
+    assert metrics.hypervolume(points - 2, reference) == 0.0 and isinstance(volume, float)
+    assert metrics.hypervolume([[2.0] * k, [3.0] + [1.0] * (k - 1)], [1.0] * k) == (1.0 if k > 1 else 2.0)
+
+
+@pytest.mark.parametrize("points, reference", [
+    (torch.ones(3, 2), torch.zeros(3)), (torch.ones(3, 2), 0.0), (torch.ones(3), torch.zeros(3)),
+    (torch.ones(3, 0), torch.zeros(0))])
+def test_hypervolume_refuses_other_shapes(points, reference):
+    with pytest.raises(ValueError, match="must be n k, k"):
+        metrics.hypervolume(points, reference)
