@@ -383,13 +383,27 @@ def _euler(matrix):
     return np.degrees(np.stack([z, np.arcsin(np.clip(matrix[:, 2, 1], -1, 1)), y], -1))
 
 
-def write_bvh(path, joints, skeleton):
-    """Write joints (t j 3) in the skeleton's units as BVH: centimetres, Y up, rotations Z X Y, `JOINT_NAMES`.
+def _unwrapped(angles):
+    """angles (t n 3), degrees of n joints about z, x, y -> the same rotations, each as near as can be to that
+    of the frame before: no angle jumps by more than 180 degrees, which programs would interpolate."""
+    smooth = [angles[0]]
+    for angle in angles[1:]:
+        both = np.stack([angle, angle * [1, -1, 1] + 180])  # Rz Rx Ry: two triples are one rotation
+        both -= 360 * np.round((both - smooth[-1]) / 360)
+        far = np.square(both - smooth[-1]).sum(-1)  # 2 n
+        smooth.append(np.where((far[0] <= far[1])[:, None], *both))
+    return np.stack(smooth)
 
-    Positions come back exactly if bone lengths are constant; else each bone gets its mean length. Positions
-    do not show twist around a bone: the smallest rotation is used. Where bones fork, each has a pivot of
-    its own (name ends in _pivot), since one rotation cannot point them all. Raises InputError like
-    `render_gif`.
+
+def write_bvh(path, joints, skeleton):
+    """Write joints (t j 3) in the skeleton's units as BVH: centimetres, Y up, rotations Z X Y, `JOINT_NAMES`
+    -> the joints (t j 3) that the file shows, in the same units.
+
+    Positions come back exactly if bone lengths are constant. Those of generated motion are not, and a BVH has
+    one length for each bone, here its mean: joints differ from those given by a centimetre or so, and in a
+    damaged frame by much more. Positions do not show twist around a bone: the smallest rotation is used.
+    Where bones fork, each has a pivot of its own (name ends in _pivot), since one rotation cannot point them
+    all. Raises InputError like `render_gif`.
     """
     joints = _clips([{"joints": joints}], skeleton)[0] * 100
     index, names = skeleton.index, JOINT_NAMES[skeleton.name]
@@ -398,6 +412,7 @@ def write_bvh(path, joints, skeleton):
     angle = np.arctan2(-across[:, 2], across[:, 0])
     sine, cosine, zero, one = np.sin(angle), np.cos(angle), np.zeros_like(angle), np.ones_like(angle)
     heading = np.stack([cosine, zero, sine, zero, one, zero, -sine, zero, cosine], -1).reshape(-1, 3, 3)
+    shown = np.empty_like(joints)
     nodes = []          # (depth, head line, offset (3), rotation (t 3 3) or None) in the order of the file
 
     def bone(a, b, world):
@@ -409,7 +424,8 @@ def write_bvh(path, joints, skeleton):
         rest = -skeleton.rest[b] if crossed else skeleton.rest[b]
         return rest * length.mean(), _between(rest, local)
 
-    def visit(joint, offset, world, depth):
+    def visit(joint, offset, place, world, depth):
+        shown[:, joint] = place = place + world @ offset
         own = heading if joint == 0 else still
         world, kids = world @ own, [kid for kid, parent in enumerate(skeleton.parents) if parent == joint]
         bones, forks = [bone(joint, kid, world) for kid in kids], len(kids) > 1
@@ -419,22 +435,24 @@ def write_bvh(path, joints, skeleton):
         for kid, (vector, turn) in zip(kids, bones):
             if forks:
                 nodes.append((depth + 1, f"JOINT {names[kid]}_pivot", np.zeros(3), turn))
-            visit(kid, vector, world @ turn, depth + 1 + forks)
+            visit(kid, vector, place, world @ turn, depth + 1 + forks)
         if not kids:
             nodes.append((depth + 1, "End Site", offset * 0.3, None))
 
     def numbers(row):
         return " ".join(f"{value:.6f}" for value in row)
 
-    visit(0, np.zeros(3), still, 0)
-    text, motion = ["HIERARCHY"], [joints[:, 0]]
+    visit(0, np.zeros(3), joints[:, 0], still, 0)
+    text, angles = ["HIERARCHY"], []
     for (depth, head, offset, turn), (following, *_) in zip(nodes, [*nodes[1:], (0,)]):
         text += ["  " * depth + line for line in (head, "{", f"  OFFSET {numbers(offset)}")]
         if turn is not None:
             channels = "CHANNELS 3" if depth else "CHANNELS 6 Xposition Yposition Zposition"
             text.append("  " * depth + f"  {channels} Zrotation Xrotation Yrotation")
-            motion.append(_euler(turn))
+            angles.append(_euler(turn))
         text += ["  " * k + "}" for k in range(depth, following - 1, -1)]
+    angles = _unwrapped(np.stack(angles, 1)).reshape(len(joints), -1)
     text += ["MOTION", f"Frames: {len(joints)}", f"Frame Time: {1 / skeleton.fps:.8f}",
-             *map(numbers, np.concatenate(motion, -1))]
-    save(path, lambda temporary: Path(temporary).write_text("\n".join(text) + "\n"))
+             *map(numbers, np.concatenate([joints[:, 0], angles], -1))]
+    save(path, lambda temporary: Path(temporary).write_text("\n".join(text) + "\n", encoding="ascii"))
+    return shown / 100 * skeleton.units_per_metre

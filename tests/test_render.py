@@ -312,6 +312,63 @@ def test_captured_motion_makes_a_picture(tmp_path, folder):
         assert min(where(frame, colour).shape[1] for frame in frames) > 100
 
 
+def angles_of(path):
+    """The rotations in a BVH file, (t n 3) degrees in the order of its channels."""
+    rows = path.read_text().partition("Frame Time:")[2].splitlines()[1:]
+    return np.array([row.split()[3:] for row in rows], float).reshape(len(rows), -1, 3)
+
+
+@both
+def test_angles_do_not_jump(tmp_path, skeleton):
+    """A body that turns twice round and swings an arm over the top: what a program interpolates between two
+    frames lies between them."""
+    joints = person(skeleton, 41, speed=1.0, turn=4 * np.pi)
+    elbow, wrist = skeleton.index["l_elbow"], skeleton.index["l_wrist"]
+    for parent, joint in ((skeleton.parents[elbow], elbow), (elbow, wrist)):
+        swing = np.linspace(0, 4 * np.pi, len(joints))
+        joints[:, joint] = joints[:, parent] + skeleton.bone_lengths[joint] * np.stack(
+            [0.1 + 0 * swing, -np.cos(swing), np.sin(swing)], -1) / np.sqrt(1.01)
+    render.write_bvh(tmp_path / "a.bvh", joints, skeleton)
+    angles = angles_of(tmp_path / "a.bvh")
+    assert np.abs(np.diff(angles, axis=0)).max() <= 180
+    assert abs(angles[-1, 0, 2] - angles[0, 0, 2]) == pytest.approx(720), "the turns of the root add up"
+    whole = reference.read_bvh(tmp_path / "a.bvh", skeleton)
+    assert np.abs(whole - joints).max() / skeleton.units_per_metre < 1e-5
+
+
+def test_unwrapped_angles_are_the_same_rotations():
+    def matrices(angles):
+        z, x, y = np.moveaxis(np.radians(angles), -1, 0)
+        o, i = np.zeros_like(z), np.ones_like(z)
+        spin = [np.stack(rows, -1).reshape(*z.shape, 3, 3) for rows in (
+            (np.cos(z), -np.sin(z), o, np.sin(z), np.cos(z), o, o, o, i),
+            (i, o, o, o, np.cos(x), -np.sin(x), o, np.sin(x), np.cos(x)),
+            (np.cos(y), o, np.sin(y), o, i, o, -np.sin(y), o, np.cos(y)))]
+        return spin[0] @ spin[1] @ spin[2]
+
+    angles = np.random.default_rng(0).uniform(-180, 180, (50, 4, 3)) * [1, 0.5, 1]
+    smooth = render._unwrapped(angles)
+    np.testing.assert_allclose(matrices(smooth), matrices(angles), atol=1e-12)
+    assert np.abs(np.diff(smooth, axis=0)).max() <= 180 and (smooth[0] == angles[0]).all()
+    # Through straight up, x = 90 degrees: one angle goes on, and none turns half round.
+    over = np.array([[[0.0, 80, 0]], [[180, 80, 180]], [[180, 60, -180]]])
+    assert render._unwrapped(over)[:, 0].tolist() == [[0, 80, 0], [0, 100, 0], [0, 120, 0]]
+
+
+@both
+def test_a_bvh_has_mean_lengths_and_says_which_joints_it_shows(tmp_path, skeleton):
+    joints = person(skeleton, 9, speed=1.0, turn=1.0)
+    stretched = joints * np.linspace(0.9, 1.1, 9)[:, None, None]
+    shown = render.write_bvh(tmp_path / "a.bvh", stretched, skeleton)
+    back = reference.read_bvh(tmp_path / "a.bvh", skeleton)
+    assert np.abs(back - shown).max() / skeleton.units_per_metre < 1e-5
+    for joint, parent in list(enumerate(skeleton.parents))[1:]:
+        lengths = np.linalg.norm(stretched[:, joint] - stretched[:, parent], axis=-1)
+        rigid = np.linalg.norm(shown[:, joint] - shown[:, parent], axis=-1)
+        np.testing.assert_allclose(rigid, lengths.mean())
+    assert np.abs(shown - stretched).max() / skeleton.units_per_metre > 0.01
+
+
 def test_bvh_of_another_rate_and_with_prefixes(tmp_path):
     joints = person(T2M, 31, speed=1.0)
     render.write_bvh(tmp_path / "a.bvh", joints, T2M)
