@@ -129,7 +129,7 @@ def parse_weights(spec, names, flag, share=True):
     """"a=0.7,b=0.3" -> weights in the order of names, 0 for those left out; empty: equal shares. It is an
     InputError if a name is unknown, a number none or negative, all are 0, or shares do not sum to 1."""
     weights = dict.fromkeys(names, 0.0 if spec else 1 / len(names))
-    for part in filter(None, spec.split(",")):
+    for part in spec.split(",") if spec else []:
         name, _, number = (word.strip() for word in part.partition("="))
         if name not in names:
             raise InputError(f"{flag} {spec}: {name!r} is none of {', '.join(names)}; write {names[0]}=0.7,"
@@ -233,7 +233,10 @@ def prepare(cls, sizes, argv, description, method, product, check):
     modes = bool(args.prompt) or args.eval_only
     fix = f"name the {product.partition('-')[2]}.pt of a finished run" if modes else "add one of them"
     refuse((modes != bool(args.load), f"--load: goes with --prompt or --eval-only; {fix}"),
-           (any(not caption.strip() for caption in args.prompt), "--prompt: the caption is empty"))
+           (any(not caption.strip() for caption in args.prompt), "--prompt: the caption is empty"),
+           # Python hands over bytes that do not decode as lone surrogates, which no file can take.
+           (any(re.search("[\ud800-\udfff]", caption) for caption in args.prompt),
+            "--prompt: has bytes that are not UTF-8; type it in a UTF-8 terminal"))
     stored = load_checkpoint(args.load, kind=product) if args.load else None
     if stored:
         args = adopt_args(args, cls(**sizes.get(args.size, {}), size=args.size), stored["args"], args.load)
@@ -286,6 +289,9 @@ def run_main(main, argv=None):
     """Call `main(argv)`, by default with the command line, and end the process with the exit code of its
     outcome (see the module docstring)."""
     code, said = 0, ""
+    for stream in (sys.stdout, sys.stderr):  # a terminal without a letter shows its number instead
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
@@ -334,10 +340,16 @@ class Loop:
         self.shaping = shaping_args(args) | same
         if args.resume and self.path.exists():
             self.state = load_checkpoint(self.path, kind=self.kind)
-            require_same(self.path, self.state["args"], self.shaping)
+            before = self.state["args"]
+            more = self.iterations > before.get("iterations", math.inf)  # a run may be made longer
+            require_same(self.path, before | ({"iterations": self.iterations} if more else {}), self.shaping)
             self.first = self.state["iteration"] + 1
+            if more and self.rank == 0:
+                print(f"  {self.first} of {before['iterations']} iterations are done, on to "
+                      f"{self.iterations}; rates and windows that depend on the total follow the new one")
         if self.rank == 0:
-            self.log = CsvLog(folder / "logs.csv", fields, fingerprint(self.shaping)[:16], self.first - 1)
+            stamp = fingerprint(self.shaping | {"iterations": 0})[:16]
+            self.log = CsvLog(folder / "logs.csv", fields, stamp, self.first - 1)
 
     def __enter__(self):
         numbers = (signal.SIGINT, signal.SIGTERM)
@@ -459,18 +471,25 @@ class CsvLog:
     """A CSV file with a `# stamp` line and fixed columns, of which the first is "iteration".
 
     An existing file is continued after iteration `last`, without a partial last line; InputError if its stamp
-    or columns differ. Write the row of an iteration before its checkpoint: a resume drops surplus rows but
-    cannot restore any.
+    or columns differ, or at a row that is none. Write the row of an iteration before its checkpoint: a resume
+    drops surplus rows but cannot restore any.
     """
 
     def __init__(self, path, fields, stamp, last=math.inf):
         self.path, self.fields = Path(path), list(fields)
         header = [f"# {stamp}\n", ",".join(self.fields) + "\n"]
-        lines = self.path.read_text(encoding="utf-8").splitlines(True) if self.path.exists() else header
+        lines = header  # what is not UTF-8 becomes U+FFFD below
+        if self.path.exists():
+            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(True)
         if lines[:2] != header:
             raise InputError(f"{path}: was written by a run with other arguments or columns; start anew")
-        rows = [line for line in lines[2:] if line.endswith("\n") and int(line.partition(",")[0]) <= last]
-        text = "".join(header + rows)
+        whole = [line for line in lines[2:] if line.endswith("\n")]
+        for number, line in enumerate(whole, start=3):
+            cells = next(csv.reader([line]), [])
+            odd = "\ufffd" in line or line.count('"') % 2
+            if odd or len(cells) != len(fields) or not re.fullmatch("[0-9]+", cells[0]):
+                raise InputError(f"{path}, line {number}: no row of this log; repair or delete that line")
+        text = "".join(header + [line for line in whole if int(line.partition(",")[0]) <= last])
         atomic_write(self.path, lambda tmp: Path(tmp).write_text(text, encoding="utf-8"))
 
     def write(self, row):
@@ -563,6 +582,20 @@ def fingerprint(*parts):
     return digest.hexdigest()
 
 
+def stand_in(path):
+    """What a file is that often comes instead of weights, and the fix, or "" if it is none of these."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(1000).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    except OSError:
+        return ""
+    if start.startswith(b"version https://git-lfs"):
+        return "is a git LFS pointer, not the file itself; fetch that with: git lfs pull"
+    if re.match(rb"<(!doctype|!--|html|head|body|\?xml)", start):
+        return "is a web page, not the file itself; download that again, by its own link"
+    return ""
+
+
 def save_checkpoint(path, data, kind="checkpoint", version=1, keep_previous=True):
     """Store the dict `data` (see `plain`) with its kind, format version and checksum; see `atomic_write`. A
     value of a foreign type is a TypeError before anything is written."""
@@ -585,7 +618,8 @@ def load_checkpoint(path, kind="checkpoint", version=1):
     try:
         stored = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # a damaged zip or pickle fails in a dozen ways, some with an empty message
-        raise InputError(f"{path}: damaged, or no checkpoint ({type(error).__name__}){hint}") from error
+        said = stand_in(path) or f"damaged, or no checkpoint ({type(error).__name__}){hint}"
+        raise InputError(f"{path}: {said}") from error
     if not isinstance(stored, dict) or set(stored) != {"kind", "version", "checksum", "data"}:
         raise InputError(f"{path}: not written by this project{hint}")
     found, made = stored["kind"], stored["version"]
@@ -657,8 +691,14 @@ def pick_threads(requested=None):
 
 
 def process_count():
-    """Processes of this run, as torchrun announces them."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """Processes of this run, as torchrun announces them; InputError if only a part of that is there."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    wanted = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in wanted if name not in os.environ]
+    refuse((not re.fullmatch("0*[1-9][0-9]*", count) or (int(count) > 1 and missing),
+            f"WORLD_SIZE={count}: without {', '.join(missing) or 'a number'}; start several processes with "
+            "torchrun, or unset WORLD_SIZE"))
+    return int(count)
 
 
 def world(device="cpu"):

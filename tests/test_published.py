@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from common import InputError, freeze, generator, published, tokenizer, training
-from common.published import t2m_gpt
+from common import InputError, freeze, generator, published, runs, tokenizer, training
+from common.published import evaluator, t2m_gpt
 from ppo_motion import MotionGPT
 
 WIDTH = 9
@@ -322,3 +322,75 @@ def test_without_clip_one_line_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "clip", None)
     found = message(t2m_gpt.text_features, "")
     assert "--text-features" in found and "CLIP is not installed" in found
+
+
+STAND_INS = {
+    "a git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 132\n",
+    "a web page": b"\n<!DOCTYPE html><html><head><title>Virus scan warning</title></head></html>"}
+
+
+@pytest.mark.parametrize("what", STAND_INS)
+def test_what_comes_instead_of_a_download_is_named(tmp_path, what):
+    path = tmp_path / "vq.pth"
+    path.write_bytes(STAND_INS[what])
+    for read in (lambda: published.read_state(path, "net"), lambda: runs.load_checkpoint(path),
+                 lambda: evaluator.load_official_evaluator(path, None)):
+        found = message(read)
+        assert found.startswith(f"{path}: is {what}, not the file itself; ") and "tensors" not in found
+    path.write_bytes(b"no weights")
+    assert runs.stand_in(path) == runs.stand_in(tmp_path / "absent") == ""
+
+
+def args_of(**named):
+    return t2m_gpt.WeightArgs(**{name: str(value) for name, value in named.items()})
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """Flags of a published tokenizer, GPT and text features that fit each other."""
+    return dict(vq_checkpoint=save(tmp_path / "vq.pth", net=vq_state(own_vq())),
+                vq_statistics=statistics(tmp_path),
+                gpt_checkpoint=save(tmp_path / "gpt.pth", trans=own_gpt().state_dict()),
+                text_features=features(tmp_path / "text.npz", vectors=normal(3, 10).numpy()))
+
+
+def test_weights_that_fit_pass_the_check(weights, monkeypatch):
+    state = torch.random.get_rng_state()
+    t2m_gpt.check_weights(args_of(**weights))
+    t2m_gpt.check_weights(args_of())
+    t2m_gpt.check_weights(args_of(vq_checkpoint="gone.pth", vq_statistics="gone", load="policy.pt"))
+    del weights["text_features"]
+    monkeypatch.setitem(sys.modules, "clip", None)
+    assert "CLIP is not installed" in message(t2m_gpt.check_weights, args_of(**weights))
+    del weights["gpt_checkpoint"]
+    t2m_gpt.check_weights(args_of(**weights))
+    assert torch.equal(torch.random.get_rng_state(), state), "a check draws no numbers that a run would"
+
+
+@pytest.mark.parametrize("flag", ("vq_checkpoint", "vq_statistics", "gpt_checkpoint", "text_features"))
+def test_every_file_is_opened_before_anything_is_trained(weights, tmp_path, flag):
+    found = message(t2m_gpt.check_weights, args_of(**weights | {flag: tmp_path / "nowhere"}))
+    assert "nowhere" in found
+    if flag != "vq_statistics":
+        weights[flag].write_bytes(b"no weights")
+        assert str(weights[flag]) in message(t2m_gpt.check_weights, args_of(**weights))
+
+
+def test_a_gpt_of_other_codes_or_text_is_refused_at_once(weights, tmp_path):
+    narrow = features(tmp_path / "narrow.npz")
+    found = message(t2m_gpt.check_weights, args_of(**weights | {"text_features": narrow}))
+    assert "for 7 codes, 10 text features; here are 7 and 4" in found
+
+
+@pytest.mark.parametrize("sizes", [
+    {"width": 16}, {"width": -1}, {"codes": "seven"}, {"layers": 3}, {"heads": 0}, {"halvings": 9}])
+def test_a_policy_whose_sizes_contradict_its_weights(sizes):
+    vq = own_vq()
+    vq.sizes = dict(feature_dim=WIDTH, width=6, code_dim=5, codes=7, halvings=1)
+    stored = t2m_gpt.export(vq)
+    assert torch.equal(t2m_gpt.restore(tokenizer.VQVAE, stored, "cpu").quantizer.codebook,
+                       vq.quantizer.codebook)
+    found = message(t2m_gpt.restore, tokenizer.VQVAE, stored | {"sizes": stored["sizes"] | sizes}, "cpu")
+    assert found == ("--load: sizes and weights of its VQVAE contradict each other; name the policy.pt that "
+                     "the run wrote")
+    message(t2m_gpt.restore, tokenizer.VQVAE, {"sizes": stored["sizes"]}, "cpu")

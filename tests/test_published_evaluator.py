@@ -61,3 +61,14 @@ def test_official_tokens_are_framed_and_padded():
     assert count == 5 and len(tokens) == 22 and tokens[4:6] == ["eos/OTHER", "unk/OTHER"]
     tokens, count = evaluator.official_tokens(["a/DET"] * 30)
     assert count == 22 and tokens[-1] == "eos/OTHER"
+
+
+@pytest.mark.parametrize("content", [
+    {"model": torch.ones(2)}, torch.ones(2), {"movement_encoder": {"main.0.weight": torch.ones(3)}},
+    {name: {} for name in ("movement_encoder", "motion_encoder", "text_encoder")}])
+def test_other_checkpoints_are_refused(tmp_path, content):
+    torch.save(content, tmp_path / "finest.tar")
+    with pytest.raises(InputError, match="finest.tar: holds no weights of the evaluator") as caught:
+        evaluator.load_official_evaluator(tmp_path / "finest.tar", Statistics(torch.zeros(263),
+                                                                              torch.ones(263), "scorer"))
+    assert "\n" not in str(caught.value)

@@ -165,6 +165,27 @@ def test_stopped_after_every_iteration(finished, tmp_path, monkeypatch, no_evalu
 
 
 @on("ddpo")
+def test_a_finished_run_can_be_made_longer(finished, tmp_path, no_evaluation):
+    """No schedule of this script depends on the total: the result is that of a run that was long at once."""
+    flags = ["--out-dir", tmp_path / "run"]
+    total = int(finished.checkpoint(finished.folder)["args"]["iterations"])
+    assert finished.call(*flags, "--iterations", 2)[0] == 0
+    code, out, _ = finished.call(*flags, "--resume", "--iterations", total)
+    assert code == 0 and f"2 of 2 iterations are done, on to {total}; rates and windows" in out
+    assert finished.is_same(tmp_path / "run")
+    line = finished.refused(*flags, "--resume", "--iterations", 2)
+    assert f"iterations was {total} and is 2" in line
+
+
+@on("ppo")
+def test_a_longer_run_of_other_arguments_is_refused(finished, tmp_path, no_evaluation):
+    shutil.copytree(finished.folder, tmp_path / "run")
+    before = products(tmp_path / "run")
+    line = finished.refused("--out-dir", tmp_path / "run", "--resume", "--iterations", 50, "--lr", 0.5)
+    assert "lr was" in line and "iterations" not in line and products(tmp_path / "run") == before
+
+
+@on("ddpo")
 def test_overwrite_starts_again(finished, tmp_path, no_evaluation):
     for flags in ([], ["--overwrite", "--seed", 1]):
         assert finished.call("--iterations", 1, "--out-dir", tmp_path / "run", *flags)[0] == 0

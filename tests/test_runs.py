@@ -447,6 +447,33 @@ def test_log_refuses_other_columns_and_other_runs(tmp_path):
             CsvLog(path, fields, stamp)
 
 
+@pytest.mark.parametrize("spec", ("text=0.5,,quality=0.5", ",", "text=1,", ",text=1", " "))
+def test_weights_without_a_name_between_commas(spec):
+    with pytest.raises(InputError, match="'' is none of text, quality") as caught:
+        runs.parse_weights(spec, ("text", "quality"), "--weights")
+    assert str(caught.value).startswith(f"--weights {spec}: ") and "\n" not in str(caught.value)
+    assert runs.parse_weights("", ("text", "quality"), "--weights") == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("damage", [b"x,0.5\n", b"1,0.5,7\n", b"1\n", b"\n", b"-1,0.5\n", b"1,\xff\n",
+                                    b'1,"0.5\n', b"\x00\x00,1\n", b"1.5,2\n"])
+def test_a_broken_row_of_the_log(tmp_path, damage):
+    """It is named and nothing is changed; without its newline it is a row that was never finished."""
+    path, fields = tmp_path / "logs.csv", ["iteration", "reward"]
+    log = CsvLog(path, fields, "abc")
+    for iteration in range(2):
+        log.write({"iteration": iteration, "reward": 0.5})
+    whole = path.read_bytes()
+    path.write_bytes(whole + damage + b"3,0.5\n")
+    before = path.read_bytes()
+    with pytest.raises(InputError, match="logs.csv, line 5: no row of this log; repair or delete") as caught:
+        CsvLog(path, fields, "abc", last=1)
+    assert "\n" not in str(caught.value) and path.read_bytes() == before
+    path.write_bytes(whole + damage.rstrip(b"\n"))
+    CsvLog(path, fields, "abc", last=1)
+    assert path.read_bytes() == whole
+
+
 # ---- the run folder ----------------------------------------------------------------------------------------
 
 
@@ -644,3 +671,48 @@ def test_output_that_nobody_reads_ends_quietly(size):
     child = Forked(lambda: time.sleep(0.1) or runs.run_main(lambda argv: print("x" * size), []))
     child.stdout.close()
     assert child.wait().code == 141 and child.errors == ""
+
+
+@pytest.mark.parametrize("env, words", [
+    ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2: without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT; start "),
+    ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "x"}, "without MASTER_PORT; start "),
+    *(({"WORLD_SIZE": count, "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
+       "without a number") for count in ("two", "", "0", "-1"))])
+def test_processes_that_nobody_started(monkeypatch, env, words):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert runs.process_count() == 1
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert runs.process_count() == 1
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    for asked in (runs.process_count, runs.world):
+        with pytest.raises(InputError, match=words) as caught:
+            asked()
+    assert "torchrun, or unset WORLD_SIZE" in str(caught.value)
+
+
+SAY = """
+import sys
+from common import InputError, runs
+def main(argv):
+    print(argv[0], flush=True)
+    raise InputError(f"--prompt {argv[0]}: no")
+runs.run_main(main, [chr(0x4eba) + chr(0x2713) + chr(0xdce9)])
+"""
+
+
+@pytest.mark.parametrize("encoding", ("ascii", "latin-1", "utf-8", "cp1252"))
+def test_terminals_that_lack_letters(encoding):
+    """What cannot be shown is shown by its number; the run goes on."""
+    child = subprocess.run([sys.executable, "-c", SAY], cwd=ROOT, capture_output=True, check=False,
+                           env={**ENV, "PYTHONIOENCODING": encoding})
+    letters = chr(0x4eba) + chr(0x2713) if encoding == "utf-8" else r"\u4eba\u2713"
+    assert child.returncode == 2 and child.stdout.decode(encoding).splitlines() == [letters + r"\udce9"]
+    assert child.stderr.decode(encoding).splitlines() == [f"error: --prompt {letters}" + r"\udce9: no"]
+
+
+def test_a_prompt_that_is_not_utf_8():
+    argv = ["--prompt", os.fsdecode(b"a person \xe9"), "--load", "policy.pt"]
+    with pytest.raises(InputError, match="^--prompt: has bytes that are not UTF-8"):
+        runs.prepare(Args, SIZES, argv, DESCRIPTION, "x", "x-policy", lambda args: None)

@@ -6,21 +6,31 @@ import re
 import torch
 
 from common import InputError
+from common.runs import stand_in
 
 # in the files, but no weights: causal masks, an embedding that is never used, the table of positions
 NO_WEIGHTS = re.compile(r"attn\.mask$|pos_embedding\.weight$|pos_embed\.embed$")
 
 
+def load_plain(path):
+    """What a checkpoint file holds, tensors on the CPU; nothing in it is executed. InputError that says what
+    the file is where it is none."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; correct the path of the checkpoint") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); name the checkpoint file") from None
+    except Exception as error:  # a damaged zip or a forbidden pickle fails in a dozen ways
+        said = stand_in(path) or (f"does not load with weights_only=True ({type(error).__name__}); if it is "
+                                  "whole, save its state dict again as plain tensors")
+        raise InputError(f"{path}: {said}") from error
+
+
 def read_state(path, name, bare=False):
     """The state dict under `name` of a checkpoint file: "net" for the tokenizer, "trans" for the GPT,
     "model_state_dict" for MotionCritic. bare: the file may also be the state dict itself."""
-    try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; correct the path of the checkpoint") from None
-    except Exception as error:  # a damaged zip or a forbidden pickle fails in a dozen ways
-        raise InputError(f"{path}: does not load with weights_only=True ({type(error).__name__}); save its "
-                         "state dict again as plain tensors") from error
+    stored = load_plain(path)
     if bare and isinstance(stored, dict) and name not in stored:
         stored = {name: stored}
     if not isinstance(stored, dict) or not isinstance(stored.get(name), dict):

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from common import InputError, freeze, masked
+from common.published import load_plain
 
 
 class MovementEncoder(nn.Module):
@@ -97,14 +98,13 @@ class OfficialEvaluator(nn.Module):
 
 def load_official_evaluator(path, statistics):
     """Frozen OfficialEvaluator from a released `text_mot_match/model/finest.tar`; else InputError."""
+    state = load_plain(path)
+    statistics.require("scorer")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        return freeze(OfficialEvaluator(state, statistics))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; give the evaluator's finest.tar") from None
-    except Exception as error:      # torch.load has no error of its own: pickle, zip and key errors all occur
-        raise InputError(f"{path}: not an evaluator checkpoint that loads with weights_only=True ({error}); "
-                         "save it again as a plain dict of three state dicts") from error
+        return freeze(OfficialEvaluator(dict(state), statistics))
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path}: holds no weights of the evaluator ({type(error).__name__}); give its "
+                         "finest.tar, a dict of movement_encoder, motion_encoder and text_encoder") from error
 
 
 def official_tokens(tokens, max_tokens=20):

@@ -288,13 +288,19 @@ def load_published(path, heads=8):
     return net
 
 
+def check_published(path):
+    """The network of a published checkpoint; InputError if it does not fit what `into_critic` makes."""
+    net = load_published(path)
+    if net.dstran.pos_embed.shape[1] != 25 or net.dstran.temp_embed.shape[1] < WINDOW:
+        raise InputError(f"{path}: not for 25 joints and windows of {WINDOW} frames")
+    return net
+
+
 def fit_published(path, dataset, *, iterations, seed, cache_dir, use_cache, device):
     """The published critic behind a trained g (or its copy in the cache) -> frozen PublishedCritic, notes. g
     learns from the half of the train split that the judge never sees."""
-    net, skeleton = load_published(path), dataset.skeleton
+    net, skeleton = check_published(path), dataset.skeleton
     clips, clips_val = datasets.half(dataset.splits["train"], 0), dataset.splits["val"]
-    if net.dstran.pos_embed.shape[1] != 25 or net.dstran.temp_embed.shape[1] < WINDOW:
-        raise InputError(f"{path}: not for 25 joints and windows of {WINDOW} frames")
     with torch.random.fork_rng(devices=[]):
         g = JointsToRotations()
     draw = generator(seed, 0, "rotations_init")

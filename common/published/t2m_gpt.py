@@ -29,10 +29,21 @@ class WeightArgs(RunArgs):
 
 
 def check_weights(args):
-    """InputError for flags that cannot work together."""
+    """InputError for flags that cannot work together, and for a file that cannot be used: each is read here
+    once, before anything is trained. With --load the weights are those of the finished run."""
     refuse((args.vq_checkpoint and not args.vq_statistics,
             "--vq-statistics: the folder of the tokenizer's own Mean.npy and Std.npy"),
            (args.gpt_checkpoint and not args.vq_checkpoint, "--vq-checkpoint: name the tokenizer of the GPT"))
+    if args.load:
+        return
+    if args.vq_checkpoint:
+        with torch.random.fork_rng(devices=[]):
+            vq, _ = load_tokenizer(args.vq_checkpoint, args.vq_statistics, None, "cpu")
+    if args.text_features:
+        file_features(args.text_features)
+    if args.gpt_checkpoint:
+        text_dim = file_features(args.text_features)[1] if args.text_features else import_clip() and 512
+        gpt_state(args.gpt_checkpoint, text_dim, vq, heads=1)  # the heads asked for are not known yet
 
 
 def tokenizer_sizes(state, path):
@@ -76,13 +87,14 @@ def read_statistics(folder, feature_dim):
 
 
 def load_tokenizer(path, statistics, feature_dim, device):
-    """The tokenizer of a checkpoint, with its own mean and std -> frozen VQVAE, notes."""
+    """The tokenizer of a checkpoint, with its own mean and std -> frozen VQVAE, notes. feature_dim: that of
+    the data; None: whatever it has."""
     state = read_state(path, "net")
     vq = VQVAE(**tokenizer_sizes(state, path))
-    if len(vq.mean) != feature_dim:
+    if len(vq.mean) != (feature_dim or len(vq.mean)):
         raise InputError(f"{path}: codes features of width {len(vq.mean)}, the data have {feature_dim}")
     load_strict(vq, state, path, free=("mean", "std"))
-    for own, given in zip((vq.mean, vq.std), read_statistics(statistics, feature_dim)):
+    for own, given in zip((vq.mean, vq.std), read_statistics(statistics, len(vq.mean))):
         own.copy_(given)
     return freeze(vq.to(device)), {"published": str(path)}
 
@@ -111,16 +123,22 @@ def file_features(path, device="cpu"):
     return text, vectors.shape[1]
 
 
-def clip_features(device="cpu"):
-    """Text features of an installed CLIP ViT-B/32, as T2M-GPT uses them -> text function, 512.
-
-    The package is no requirement of this project; InputError if it is not there.
-    """
+def import_clip():
+    """The package of CLIP, or InputError."""
     try:
         import clip
     except ImportError:
         raise InputError("--text-features: name a .npz of captions and vectors; CLIP is not "
                          "installed") from None
+    return clip
+
+
+def clip_features(device="cpu"):
+    """Text features of an installed CLIP ViT-B/32, as T2M-GPT uses them -> text function, 512.
+
+    The package is no requirement of this project; InputError if it is not there.
+    """
+    clip = import_clip()
     model, _ = clip.load("ViT-B/32", device=device, jit=False)
 
     @torch.no_grad()
@@ -134,17 +152,24 @@ def text_features(path, device="cpu"):
     return file_features(path, device) if path else clip_features(device)
 
 
+def gpt_state(path, text_dim, vq, heads):
+    """State dict and sizes of a published GPT; InputError if it is not for the codes of vq and such text."""
+    state = read_state(path, "trans")
+    sizes, codes = gpt_sizes(state, path, heads, PUBLISHED_BLOCK), len(vq.quantizer.codebook)
+    if (sizes["codes"], sizes["text_dim"]) != (codes, text_dim):
+        raise InputError(f"{path}: for {sizes['codes']} codes, {sizes['text_dim']} text features; here are "
+                         f"{codes} and {text_dim}")
+    return state, sizes
+
+
 def load_gpt(make_gpt, path, text, vq, heads, device):
     """The GPT of a checkpoint, for the codes of vq -> frozen GPT, text function, notes.
 
     text: the text function and its width, see text_features. make_gpt: see tokenizer.fit_gpt; heads: of a
     width that is not the published one.
     """
-    (text, text_dim), state = text, read_state(path, "trans")
-    sizes, codes = gpt_sizes(state, path, heads, PUBLISHED_BLOCK), len(vq.quantizer.codebook)
-    if (sizes["codes"], sizes["text_dim"]) != (codes, text_dim):
-        raise InputError(f"{path}: for {sizes['codes']} codes, {sizes['text_dim']} text features; here are "
-                         f"{codes} and {text_dim}")
+    text, text_dim = text
+    state, sizes = gpt_state(path, text_dim, vq, heads)
     gpt = make_gpt(**sizes)
     gpt.sizes = sizes
     load_strict(gpt, state, path)
@@ -175,9 +200,14 @@ def export(part):
 
 
 def restore(kind, stored, device):
-    """The network of class `kind` that `export` has stored, frozen."""
-    part = kind(**stored["sizes"])
-    part.load_state_dict(stored["weights"])
+    """The network of class `kind` that `export` has stored, frozen; InputError if its sizes are not those of
+    its weights."""
+    try:
+        part = kind(**stored["sizes"])
+        part.load_state_dict(stored["weights"])
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise InputError(f"--load: sizes and weights of its {kind.__name__} contradict each other; name the "
+                         "policy.pt that the run wrote") from error
     part.sizes = stored["sizes"]
     return freeze(part.to(device))
 
