@@ -74,7 +74,7 @@ def wilson(share, n):
 def read_votes(path):
     """CSV of the page -> [(study, pair, question, preferred)]; InputError with the line that is wrong."""
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets put a mark in front
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read ({error})") from error

@@ -222,3 +222,12 @@ def test_the_page_of_two_runs_compares_what_was_tuned(finished_run, tmp_path, ca
 def test_a_page_needs_one_run_or_two(argv):
     with pytest.raises(InputError, match="name one run or two"):
         ab_page.main(argv)
+
+
+def test_votes_that_a_spreadsheet_saved(tmp_path):
+    """It puts a byte order mark in front."""
+    text = "study,pair,question,preferred\nabc,0,realism,tuned\nabc,1,text,base\n"
+    for encoding in ("utf-8", "utf-8-sig"):
+        (tmp_path / "votes.csv").write_text(text, encoding=encoding)
+        assert ab_page.read_votes(tmp_path / "votes.csv") == [
+            ("abc", "0", "realism", "tuned"), ("abc", "1", "text", "base")]
