@@ -67,7 +67,8 @@ class RunArgs:
     base_seed: int = arg(0, "seed of the embedded data, the base and the scorers")
     device: str = arg("auto", "auto, cpu, cuda or cuda:N", shaping=False)
     threads: int = arg(0, "CPU threads; 0: a short probe decides (or OMP_NUM_THREADS)", shaping=False)
-    resume: bool = arg(False, "go on from checkpoint.pt of the run folder, bit for bit", shaping=False)
+    resume: bool = arg(False, "go on from checkpoint.pt of the run folder, bit for bit; after its end with "
+                       "more --iterations", shaping=False)
     overwrite: bool = arg(False, "start again in an existing run folder", shaping=False)
     size: str = arg("small", "of networks and training; tiny: half a minute, paper: for a GPU",
                     choices=("tiny", "small", "paper"))
@@ -222,6 +223,16 @@ class Start(NamedTuple):
                         keep_previous=False, data={"args": shaping_args(self.args), **data})
 
 
+def decoded(word, flag):
+    """A word of the command line as text, although the terminal may have told Python another encoding than
+    UTF-8; InputError at `flag` if its bytes are not UTF-8."""
+    # Bytes that it could not decode are lone surrogates in the word, which no file and no screen can take.
+    try:
+        return word if re.search("[\ud800-\udfff]", word) is None else os.fsencode(word).decode("utf-8")
+    except UnicodeError:
+        raise InputError(f"{flag}: has bytes that are not UTF-8; type it in a UTF-8 terminal") from None
+
+
 def prepare(cls, sizes, argv, description, method, product, check):
     """The command line of a script, checked, and what it decides -> Start.
 
@@ -233,10 +244,8 @@ def prepare(cls, sizes, argv, description, method, product, check):
     modes = bool(args.prompt) or args.eval_only
     fix = f"name the {product.partition('-')[2]}.pt of a finished run" if modes else "add one of them"
     refuse((modes != bool(args.load), f"--load: goes with --prompt or --eval-only; {fix}"),
-           (any(not caption.strip() for caption in args.prompt), "--prompt: the caption is empty"),
-           # Python hands over bytes that do not decode as lone surrogates, which no file can take.
-           (any(re.search("[\ud800-\udfff]", caption) for caption in args.prompt),
-            "--prompt: has bytes that are not UTF-8; type it in a UTF-8 terminal"))
+           (any(not caption.strip() for caption in args.prompt), "--prompt: the caption is empty"))
+    args.prompt = [decoded(caption, "--prompt") for caption in args.prompt]
     stored = load_checkpoint(args.load, kind=product) if args.load else None
     if stored:
         args = adopt_args(args, cls(**sizes.get(args.size, {}), size=args.size), stored["args"], args.load)

@@ -716,3 +716,8 @@ def test_a_prompt_that_is_not_utf_8():
     argv = ["--prompt", os.fsdecode(b"a person \xe9"), "--load", "policy.pt"]
     with pytest.raises(InputError, match="^--prompt: has bytes that are not UTF-8"):
         runs.prepare(Args, SIZES, argv, DESCRIPTION, "x", "x-policy", lambda args: None)
+    person = chr(0x4eba)
+    assert runs.decoded(person, "--prompt") == person and runs.decoded("a\n", "--prompt") == "a\n"
+    code = "import sys; from common import runs; print(ascii(runs.decoded(sys.argv[1], '--prompt')))"
+    for settings in ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONUTF8": "1"}):
+        assert python(code, person, **settings).stdout.strip() == ascii(person), settings
