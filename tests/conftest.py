@@ -9,6 +9,21 @@ from tests import run_helpers
 from tests.run_helpers import SMALL, Finished
 
 
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes minutes, runs with --slow only")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow; run with --slow"))
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """Networks of this size are many times slower on several threads, above all on a busy machine."""

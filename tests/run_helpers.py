@@ -100,7 +100,7 @@ def remembered_eigh(eigh):
 
     @functools.wraps(eigh)
     def components(matrix, **options):
-        if len(matrix) < 200 or options or matrix.requires_grad:
+        if len(matrix) < 200 or options or matrix.requires_grad or type(matrix) is not torch.Tensor:
             return eigh(matrix, **options)
         key = matrix.dtype, hashlib.sha1(matrix.contiguous().numpy()).digest()
         found[key] = found.pop(key) if key in found else eigh(matrix)
