@@ -1,7 +1,7 @@
 """A pretended GPU, so that a mistake about devices fails on a machine that has none.
 
-What lies on the device "meta" here is a CPU tensor in a wrapper. Every operation is done on what is wrapped, and
-one that mixes both kinds raises as CUDA would. As there, an index may lie on the CPU, and so may a number
+What lies on the device "meta" here is a CPU tensor in a wrapper. Every operation is done on what is wrapped,
+and one that mixes both kinds raises as CUDA would. As there, an index may lie on the CPU, and so may a number
 without dimensions and the lengths of packed sequences.
 """
 import contextlib
@@ -52,7 +52,7 @@ class OnDevice(torch.Tensor):
 
     @staticmethod
     def _listed(index):
-        """Lists become tensors here: PyTorch would make real tensors of the device "meta", which are empty."""
+        """Lists become tensors here: PyTorch would make real, empty tensors of the device "meta"."""
         def one(part):
             return OnDevice(torch.tensor(part)) if isinstance(part, list) else part
         return tuple(map(one, index)) if isinstance(index, tuple) else one(index)
@@ -73,7 +73,8 @@ def run(function, args, kwargs):
     """What an operation gives; RuntimeError if its tensors lie on both devices."""
     tensors = [part for part in tree_flatten((args, kwargs))[0] if isinstance(part, torch.Tensor)]
     ours = [tensor for tensor in tensors if isinstance(tensor, OnDevice)]
-    assert not any(t.device == DEVICE and not isinstance(t, OnDevice) for t in tensors), "a hole in the pretence"
+    real = [t for t in tensors if t.device == DEVICE and not isinstance(t, OnDevice)]
+    assert not real, f"{function}: a hole in the pretence"
     if function is aten.copy_.default:  # between devices
         inside(args[0]).copy_(inside(args[1]))
         return args[0]
