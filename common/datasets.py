@@ -2,8 +2,6 @@
 
 The layout of a folder is in common/published/folder.py.
 """
-import re
-import unicodedata
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -208,11 +206,7 @@ class Statistics:
 
 # ---- 5. Words ------------------------------------------------------------------------------------
 
-def words(caption):
-    """Lower-case words of a caption, any script and length: "He's waving, twice" -> he's, waving, twice."""
-    plain = unicodedata.normalize("NFKC", caption).replace("\u2019", "'").lower()
-    return re.findall(r"[^\W_]+(?:'[^\W_]+)*", plain)
-
+words = english.words
 
 # Shares of words that are made unknown, and replaced by a random one, while a generator is trained.
 # Not in the papers: if a word is seen in wrong places too, the model stays uncertain about it. Its samples

@@ -4,7 +4,7 @@ import json
 import numpy as np
 
 from common import InputError, features
-from common.embedded import movements, oracle, wording
+from common.embedded import english, movements, oracle, wording
 from common.training import cached, source_of
 
 SAID = ("name", "captions", "tokens", "attributes")
@@ -23,7 +23,7 @@ def load(domain, skeleton, seed, clips, cache_dir, use_cache):
                  for clip, row in zip(built, rows)]
         return {"features": np.concatenate(rows), "notes": json.dumps(notes)}  # all clips end to end
 
-    code = source_of(movements, wording, oracle, features)  # a comment makes nothing anew
+    code = source_of(movements, wording, english.conjugate, oracle, features)  # a comment makes nothing anew
     key = [code, domain, skeleton.name, seed, clips]
     stored = cached(cache_dir, key, build, f"embedded-{domain}-{skeleton.name}", use_cache)
     splits, start = {"train": [], "val": [], "test": []}, 0

@@ -3,49 +3,77 @@
 common/compose.py reads captions by these tables, and datasets.leave_out asks what they mention. All were
 collected on KIT-ML and HumanML3D.
 """
+import functools
 import re
+import unicodedata
 from typing import NamedTuple
+
+
+def words(caption):
+    """Lower-case words of a caption, any script and length: "He's waving, twice" -> he's, waving, twice."""
+    plain = unicodedata.normalize("NFKC", caption).replace("\u2019", "'").lower()
+    return re.findall(r"[^\W_]+(?:'[^\W_]+)*", plain)
+
 
 # ---- 1. Verbs ----------------------------------------------------------------------------------
 
-# What a person can be asked to do out of nothing; verb:past where the past is irregular.
+# What a person can be asked to do out of nothing; verb:past,others where a form is irregular. The first is
+# the past tense ("" where it is regular), the others are read but never written.
 _MOTIONS = """
-act aim amble applaud approach attack backstep balance beat beckon bend:bent block bounce bow box
-bring:brought brush catch:caught charge check cheer circle clap clasp clean climb comb come:came conduct
-cook crawl creep:crept cross crouch curl curtsy cut:cut dance dart dash dig:dug dive do:did dodge drag
-draw:drew dribble drink:drank drive:drove drum duck eat:ate evade exercise extend face fall:fell fence
-fight:fought flap flex fling flip fold follow gallop gesticulate gesture get:got glance glide go:went grab
-greet guide hammer hit:hit hobble hold:held hop hug hunch hurry imitate inspect jab jog juggle jump kick
-kickbox kneel:knelt knock lead:led lean leap lie:lay lift limp look lunge lurch make:made march meander mime
-mimic mix motion move nod open pace paint pass pat perform pet pick pirouette pitch pivot place play point
-pose pour practice pray press pretend prance pull punch push put:put race raise reach read rise:rose rock
-roll rotate row rub run:ran salute scratch scrub search shadowbox shake:shook shield shimmy shiver
-shoot:shot shove shrug shuffle sidestep sing:sang sit:sat skate skip slap slash slide:slid slip slouch smack
-sneak sniff spin:spun spread:spread sprint squat squeeze stagger stamp stand:stood step stir stomp stoop
-strafe stretch stride stroke stroll strum strut stumble sway sweep:swept swim:swam swing:swung swipe swivel
-take:took talk tap teeter throw:threw tilt tiptoe toss touch trip trot try tumble turn twirl twist type use
-vault waddle walk waltz wander warm wash wave whirl wiggle wipe wobble wrap wring write:wrote yawn zigzag
+act aim amble applaud approach attack backstep balance beat:beat,beaten beckon bend:bent block bounce bow box
+bring:brought brush catch:caught charge check cheer circle clap clasp clean climb comb come:came conduct cook
+crawl creep:crept cross crouch curl curtsy cut:cut dance dart dash dig:dug dive:,dove do:did,done dodge drag
+draw:drew,drawn dribble drink:drank,drunk drive:drove,driven drum duck eat:ate,eaten evade exercise extend
+face fall:fell,fallen fence fight:fought flap flex fling:flung flip fold follow gallop gesticulate gesture
+get:got,gotten glance glide go:went,gone grab greet guide hammer hit:hit hobble hold:held hop hug hunch hurry
+imitate inspect jab jog juggle jump kick kickbox kneel:knelt,kneeled knock lead:led lean:,leant leap:,leapt
+lie:lay,lain lift limp look lunge lurch make:made march meander mime mimic mix motion move nod open pace paint
+pass pat perform pet pick pirouette pitch pivot place play point pose pour practice pray press pretend prance
+pull punch push put:put race raise reach read:read rise:rose,risen rock roll rotate row rub run:ran salute
+scratch scrub search shadowbox shake:shook,shaken shield shimmy shiver shoot:shot shove shrug shuffle sidestep
+sing:sang,sung sit:sat skate skip slap slash slide:slid slip slouch smack sneak:,snuck sniff spin:spun,span
+spread:spread sprint squat squeeze stagger stamp stand:stood step stir stomp stoop strafe stretch
+stride:strode,stridden stroke stroll strum strut stumble sway sweep:swept swim:swam,swum swing:swung swipe
+swivel take:took,taken talk tap teeter throw:threw,thrown tilt tiptoe toss touch trip trot try tumble turn
+twirl twist type use vault waddle walk waltz wander warm wash wave whirl wiggle wipe wobble wrap wring:wrung
+write:wrote,written yawn zigzag
 """
 # Verbs that make no sense without what came before, or that say nothing about a movement.
 _BOUND = """
-accelerate adjust alternate appear assume avoid begin:began bump carry change close compensate complete
-continue counterbalance decelerate drop end enter execute feel:felt finish fix give:gave halt hesitate
-interact keep:kept land lay leave listen lose:lost lower need pause prepare proceed react recover regain
-relax release remain remove repeat reset resume return revert see:saw seem set:set shift show slow speed
-start stay stop straighten struggle support switch tie wait want watch wear work"""
-_PAST = dict(verb.partition(":")[::2] for verb in (_MOTIONS + _BOUND).split())  # "" where it is regular
+accelerate adjust alternate appear assume avoid begin:began,begun bump carry change close compensate complete
+continue counterbalance decelerate drop end enter execute feel:felt finish fix give:gave,given halt hesitate
+interact keep:kept land lay leave listen lose:lost lower need pause prepare proceed react recover regain relax
+release remain remove repeat reset resume return revert see:saw,seen seem set:set shift show:,shown slow speed
+start stay stop straighten struggle support switch tie wait want watch wear:wore,worn work"""
+# Verbs that captions hardly have, for --leave-out.
+_OTHERS = """
+arise:arose,arisen bind:bound bite:bit,bitten bleed:bled blow:blew,blown break:broke,broken build:built
+burst:burst buy:bought choose:chose,chosen cling:clung deal:dealt dream:,dreamt fly:flew,flown
+freeze:froze,frozen hang:hung hide:hid,hidden hurt:hurt lend:lent light:,lit plead:,pled quit:quit
+ride:rode,ridden ring:rang,rung say:said sell:sold send:sent
+sew:,sewn shed:shed shrink:shrank,shrunk shut:shut sink:sank,sunk sleep:slept
+sling:slung speak:spoke,spoken spit:spat spring:sprang,sprung steal:stole,stolen stick:stuck sting:stung
+strike:struck,stricken string:strung swear:swore,sworn teach:taught tear:tore,torn tell:told think:thought
+thrust:thrust tread:trod,trodden wake:woke,woken weave:wove,woven weep:wept win:won
+wind:wound"""
+_ENTRIES = [verb.partition(":")[::2] for verb in (_MOTIONS + _BOUND + _OTHERS).split()]
+_IRREGULAR = {verb: past.split(",") for verb, past in _ENTRIES}         # [""] where it is regular
 BOUND = {verb.partition(":")[0] for verb in _BOUND.split()}
 
 
 def conjugate(verb, form):
-    """English form of a verb: "base" (walk), "present" (walks), "ing" (walking) or "past" (walked)."""
+    """English form of a verb: "base" (walk), "present" (walks), "ing" (walking), "past" (walked), or the one
+    who does it, "agent" (walker)."""
     # One short vowel before one consonant doubles it: stepping, squatting; but boxing, bowing.
-    double = verb[-1] if re.fullmatch(r"(side|back)?(qu|[^aeiou])*[aeiou][^aeiouwxy]", verb) else ""
+    short = re.fullmatch(r"(side|back|zig)?(qu|[^aeiou])*[aeiou][^aeiouwxy]", verb)
+    double = verb[-1] if short else "k" if re.search("[ai]c$", verb) else ""    # mimicking
     stem = verb[:-1] + "i" if re.search(r"[^aeiou]y$", verb) else verb          # tries, tried
     if form == "present":
         return stem + ("es" if stem != verb or re.search(r"([cs]h|[sxzo])$", verb) else "s")
     if form == "past":
-        return _PAST.get(verb) or stem + ("d" if verb.endswith("e") else double + "ed")
+        return _IRREGULAR.get(verb, [""])[0] or conjugate(verb, "agent")[:-1] + "d"
+    if form == "agent":
+        return stem + ("r" if verb.endswith("e") else double + "er")
     if form == "ing":                                                           # lying, dancing, tiptoeing
         return (verb[:-2] + "y" if verb.endswith("ie") else re.sub(r"(?<![eo])e$", "", verb) + double) + "ing"
     return verb
@@ -74,20 +102,48 @@ def forms_of(verbs):
             for form in ("base", "past", "ing", "present") for verb in verbs}
 
 
-VERBS = forms_of(_PAST)
+VERBS = forms_of([verb.partition(":")[0] for verb in (_MOTIONS + _BOUND).split()])
 NO_VERB = ("", "")  # VERBS.get(word, NO_VERB)
 
-# What captions call an action, as stems; an action that is not listed is its own stem.
-SYNONYMS = {"clap": "clap|applaud", "jump": "jump|leap|hop", "march": "march|high knee",
-            "punch": "punch|box|jab", "raise": r"rais|lift|(?:hold|put)\w* (?:\w+ )*up",
-            "run": "run|ran|jog|sprint|dash", "squat": "squat|crouch", "turn": "turn|spin|rotat",
-            "throw": "throw|threw|thrown|toss|hurl", "walk": "walk|stroll|step", "wave": "wav|greet"}
+
+def any_form(verbs):
+    """A pattern of every form of verbs ("run step"): runs, ran, running, runner, runners, steps ... A past
+    that is wrongly made regular is one too (throwed)."""
+    found = set()
+    for verb in verbs.split():
+        found |= {verb, conjugate(verb, "present"), *_IRREGULAR.get(verb, ())}
+        for spelling in [verb] + [verb + "l"] * bool(re.search(r"\w[aeiou]l$", verb)):         # travelling
+            agent = conjugate(spelling, "agent")
+            found |= {conjugate(spelling, "ing"), conjugate(spelling, "past"), agent, agent + "s",
+                      agent[:-1] + "d"}
+    return "(?:" + "|".join(sorted(map(re.escape, found - {""}), reverse=True)) + ")"
+
+
+# What captions call an action: verbs, then patterns of other words; an action not listed has its name alone.
+SYNONYMS = {"clap": ("clap applaud",), "jump": ("jump leap hop",), "march": ("march", "high knees?"),
+            "punch": ("punch box jab",), "run": ("run jog sprint dash",), "squat": ("squat crouch",),
+            "raise": ("raise lift", rf"{any_form('hold put')} (?:\w+ )*up"),
+            "turn": ("turn spin rotate", "rotations?"), "throw": ("throw toss hurl",),
+            "walk": ("walk stroll step",), "wave": ("wave greet",)}
+
+
+@functools.lru_cache(maxsize=None)
+def _mentioned(action):
+    first, *rest = words(action) or [""]
+    verb = VERBS.get(first, (first,))[0]                        # "kicking" is "kick"
+    if rest:                                                    # "pick up": "picks the ball up"
+        plain = " ".join(map(re.escape, rest))
+        return rf"\b{any_form(verb)} (?:\w+ ){{0,3}}?{plain}(?:e?s)?\b" if verb else r"(?!)"
+    verbs, *others = SYNONYMS.get(verb, (verb,))
+    return rf"\b(?:{'|'.join([any_form(verbs), *others])})\b" if verb else r"(?!)"
 
 
 def mentions(caption, action):
-    """Whether a caption speaks of an action ("kick"), in any form of it or of its synonyms."""
-    stems = SYNONYMS.get(action, re.escape(action.removesuffix("e")))
-    return bool(re.search(rf"\b(?:{stems})(?:[bgmnpt]?(?:e|ed|ing|er)?s?)?\b", caption.lower()))
+    """Whether a caption speaks of an action ("kick", "pick up"), in any form of it or of its synonyms; of
+    misspelt words both spellings count."""
+    clauses = [words(clause) for clause in re.split("[.,;:!?]", caption)]
+    clauses += [[SPELLING.get(word, word) for word in clause] for clause in clauses]
+    return any(re.search(_mentioned(action), " ".join(clause)) for clause in clauses)
 
 
 # ---- 2. Words by their role --------------------------------------------------------------------
@@ -96,7 +152,8 @@ SPELLING = dict(pair.split(":") for pair in """
 perfoms:performs performes:performs rigth:right quater:quarter foward:forward forwads:forward forwad:forward
 foreward:forward doges:dodges guitare:guitar guitarre:guitar violine:violin hight:height walkes:walks
 joggs:jogs streching:stretching whiping:wiping laying:lying peron:person somone:someone squad:squat
-degress:degrees trurns:turns kneeing:kneeling jesture:gesture approximatly:approximately""".split())
+degress:degrees trurns:turns kneeing:kneeling jesture:gesture approximatly:approximately spining:spinning
+spinns:spins stepps:steps wavs:waves""".split())
 SUBJECT = re.compile(
     r"(?:(?:an?|the|one|this) )?(?:standing )?(?:(?:stick|human) (?=figure|person|man))?"
     r"(?:persons?|human|man|woman|character|someone|somebody|subject|figure|individual|guy|boy|girl|sim|he|"

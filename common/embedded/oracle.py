@@ -22,6 +22,8 @@ import re
 
 import numpy as np
 
+from common.embedded.english import SPELLING, any_form
+
 COUNTED = ("jump", "hop", "squat", "bow", "kick", "stomp", "raise", "punch")
 
 
@@ -292,8 +294,9 @@ def oracle(joints, skeleton, attributes, fps=None):
 _SIDE = r"(left|right|both|one|a|an)"
 _HAND = rf"{_SIDE} (?:hand|arm|fist)s?\b"
 _LEG = r"(left|right) (?:leg|foot)\b"
-_GO = r"\b(?:walk|step|stroll|go|jog|run|sprint|dash|rac|mov|march)\w*"
-_TURN = r"\b(?:turn|rotat|spin|curve)\w*(?: (?!and\b|with\b|while\b|arms?\b|hands?\b)\w+){0,4}? "
+_GO = rf"\b{any_form('walk step stroll go jog run sprint dash race move march')}\b"
+_TURN = (rf"\b(?:{any_form('turn rotate spin curve')}|turnarounds?|rotations?)\b"
+         r"(?: (?!and\b|with\b|while\b|arms?\b|hands?\b)\w+){0,4}? ")
 _WAY = r"(?! (?:foot|leg|heel|hand|arm)\b)"                         # "turns on the left foot" says no way
 # (attribute, value, pattern); a value of None is read from the groups. The first match of an attribute wins.
 _PATTERNS = (
@@ -366,8 +369,8 @@ def caption_attributes(caption, flat_floor=False):
     joined by "then" or "before" make one dict where they do not conflict (each may then hold anywhere in the
     clip), else {"first": ..., "then": ...}.
     """
-    text = " ".join(caption.lower().replace(",", " ").replace(".", " ").split())
-    text = one_counterclockwise(text)
+    said = caption.lower().replace(",", " ").replace(".", " ").split()
+    text = one_counterclockwise(" ".join(SPELLING.get(word, word) for word in said))
     if _DOUBT.search(text):
         return {}
     clauses = [_clause(clause) for clause in re.split(r"\b(?:and )?then\b|\bbefore\b", text, maxsplit=1)]

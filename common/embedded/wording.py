@@ -8,6 +8,8 @@ exactly what the words ask for.
 
 import re
 
+from common.embedded.english import conjugate
+
 SOURCE, TARGET = 0, 1
 
 # For each action the phrases of the source and, below, of the target, separated by ';'. The last one is kept
@@ -124,15 +126,6 @@ POS = {word: pos for pos, words in {
            "down out then first meanwhile clockwise counterclockwise"}.items() for word in words.split()}
 LEMMAS = {"degrees": "degree", "times": "time", "hands": "hand", "arms": "arm", "knees": "knee"}
 LEMMAS |= {plural: noun for noun, plural in NOUNS.items()}
-
-
-def conjugate(verb, form):
-    """English form of a verb: "present" (walks) or "ing" (walking)."""
-    if form == "present":
-        return verb + ("es" if verb.endswith(("ch", "sh", "o")) else "s")
-    if verb in ("run", "jog", "step", "spin", "hop", "squat", "clap"):
-        return verb + verb[-1] + "ing"
-    return (verb[:-1] if verb.endswith("e") else verb) + "ing"
 
 
 def _word(word):
