@@ -28,14 +28,20 @@ class TMREncoder(nn.Module):
         return x[:, :2]
 
 
-def from_official_tmr(state):
-    """Published TMR weights (official names) -> the names here: one in_proj becomes the linears q, k, v."""
+def unpack_attention(state):
+    """Weights of nn.MultiheadAttention -> those of common.Attention: one in_proj becomes the plain linears q,
+    k and v, which LoRA can reach by name. Other entries are kept."""
     out = {}
     for key, value in state.items():
-        key = key.removeprefix("seqTransEncoder.").removeprefix("seqTransDecoder.")
         if "in_proj_" in key:
             for name, part in zip("qkv", value.chunk(3)):
                 out[key.replace("in_proj_", f"{name}.")] = part
         else:
             out[key] = value
     return out
+
+
+def from_official_tmr(state):
+    """Published TMR weights (official names) -> the names here."""
+    return unpack_attention({key.removeprefix("seqTransEncoder.").removeprefix("seqTransDecoder."): value
+                             for key, value in state.items()})
