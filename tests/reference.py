@@ -13,10 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
-from torch import nn
+from einops import rearrange
 
-from common import InputError, TransformerLayer, datasets, features as motion_features, sinusoid
+from common import InputError, datasets, features as motion_features
 from common.render import JOINT_NAMES
 from common.retrieval import info_nce
 from common.vae import gaussian_kl
@@ -222,21 +221,6 @@ def forward_kinematics(words, data):
 
 
 # ---- 3. Retrieval ------------------------------------------------------------------------------
-
-
-class TMRDecoder(nn.Module):
-    """TMR's decoder: latent (b c) and mask (b t) -> features (b t d), padded rows zero."""
-
-    def __init__(self, output_size=263, latent=256, ff=1024, layers=6, heads=4):
-        super().__init__()
-        self.layers = nn.ModuleList(TransformerLayer(latent, heads, ff, cross=True) for _ in range(layers))
-        self.final_layer = nn.Linear(latent, output_size)
-
-    def forward(self, latent, mask):
-        x = repeat(sinusoid(mask.shape[1], latent.shape[1], latent.device), "t c -> b t c", b=len(latent))
-        for layer in self.layers:
-            x = layer(x, mask, memory=latent[:, None])
-        return self.final_layer(x) * mask[..., None]
 
 
 def tmr_losses(text_tokens, motion_tokens, decoder, motion, mask, sentences=None, temperature=0.1,

@@ -7,7 +7,7 @@ import torch
 from common import InputError
 from common.datasets import Statistics
 from common.published import evaluator, tmr
-from tests import parity, reference
+from tests import parity
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 
@@ -53,7 +53,7 @@ def test_full_size_parameter_counts():
     count = lambda *modules: [round(sum(p.numel() for p in m.parameters()) / 1e6, 2) for m in modules]
     official = (evaluator.MovementEncoder(259), evaluator.MotionEncoderBiGRU(), evaluator.TextEncoderBiGRU())
     assert count(*official) == [1.84, 15.75, 4.10]
-    assert count(tmr.TMREncoder(263), tmr.TMREncoder(768), reference.TMRDecoder()) == [4.81, 4.94, 6.39]
+    assert count(tmr.TMREncoder(263), tmr.TMREncoder(768), tmr.TMRDecoder()) == [4.81, 4.94, 6.39]
 
 
 def test_official_tokens_are_framed_and_padded():

@@ -1,4 +1,5 @@
 """Compare StableMoFusion's network and its two samplers with the public official code (see tests/parity)."""
+import json
 import re
 
 import numpy as np
@@ -19,7 +20,10 @@ def check(path):
     with np.load(path) as z, torch.no_grad():
         network = read(state(z, "sd/"), path)
         alphas_cumprod = (1 - samplers.make_betas("linear")).cumprod(0)
-        rows = [*check_network(network, z),
+        meta = json.loads(bytes(z["meta_json"]))
+        fixed = [GUIDANCE, stablemofusion.TEXT_HEADS, stablemofusion.HEADS]
+        rows = [("meta_json", error(fixed, [meta[key] for key in (
+                    "cfg_scale", "text_heads", "attention_heads")]), 0.0), *check_network(network, z),
                 ("alphas_cumprod", error(alphas_cumprod, z["alphas_cumprod"]), 1e-6)]
         # In float64: this network of random weights multiplies a rounding error a hundredfold on its way.
         network.double()

@@ -1,5 +1,8 @@
 """Compare TMR's encoders, losses and scores with the public official code (see tests/parity)."""
+import json
 import re
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +17,35 @@ from tests.parity.rows import error, shapes_error, state
 def check(path):
     """Run the project's code on the inputs of one reference file -> [(field, max_error, tolerance)]."""
     with np.load(path) as z, torch.no_grad():
-        return check_tmr(z)
+        return check_full(z) if path.name.startswith("tmr_full_") else check_tmr(z)
+
+
+def check_full(z):
+    """TMR by way of its folder: from raw features and states of words to latents, scores and back."""
+    meta = json.loads(bytes(z["meta_json"]))
+    with tempfile.TemporaryDirectory() as folder:
+        write_folder(Path(folder), z, {key: value for key, value in meta.items() if isinstance(value, int)})
+        model = tmr.load_folder(folder)
+    get = lambda key: torch.from_numpy(z[key])
+    raw, lengths, counts = get("motion_raw"), get("motion_len"), get("token_len")
+    motion, text = model.embed_motion(raw, lengths), model.embed_text(get("token_emb"), counts)
+    sim, decoded = model.similarity(text, motion), model.decode(text, lengths)
+    names = ("motion_normalised", "motion_latent", "text_latent", "sim", "score", "decoded_from_text",
+             "decoded_from_text_raw")
+    normalised = model.motion_decoder(text, length_mask(lengths, raw.shape[1]))
+    ours = (model.normalise(raw, lengths), motion, text, sim, sim / 2 + 0.5, normalised, decoded)
+    return [("eps", abs(model.eps - float(z["eps"])), 0.0)] + [
+        (name, error(value, z[name]), 1e-5) for name, value in zip(names, ours)]
+
+
+def write_folder(folder, z, sizes):
+    """What a reference file holds, as a published folder."""
+    (folder / "last_weights").mkdir()
+    for name in tmr.WEIGHTS:
+        torch.save(state(z, f"sd/{name}/"), folder / "last_weights" / f"{name}.pt")
+    for name in ("mean", "std"):
+        torch.save(torch.from_numpy(z[name]), folder / f"{name}.pt")
+    (folder / "config.json").write_text(json.dumps({"model": {"motion_encoder": sizes}}))
 
 
 def official_names(network, prefix):
@@ -38,7 +69,7 @@ def check_tmr(z):
     text_mask = length_mask(torch.from_numpy(z["text_len"]), text.shape[1])
     motion_encoder = tmr.TMREncoder(motion.shape[2], latent, ff, layers, heads)
     text_encoder = tmr.TMREncoder(text.shape[2], latent, ff, layers, heads)
-    decoder = reference.TMRDecoder(motion.shape[2], latent, ff, layers, heads)
+    decoder = tmr.TMRDecoder(motion.shape[2], latent, ff, layers, heads)
     for name, part in (("motion_encoder", motion_encoder), ("text_encoder", text_encoder),
                        ("motion_decoder", decoder)):
         part.load_state_dict(tmr.from_official_tmr(state(z, f"sd/{name}/")))
@@ -69,5 +100,5 @@ def check_tmr(z):
             rows.append((key, error(ours, z[key]), 0.0051))      # the reference is rounded to two decimals
     full = {"motion_encoder": official_names(tmr.TMREncoder(motion.shape[2]), "seqTransEncoder"),
             "text_encoder": official_names(tmr.TMREncoder(768), "seqTransEncoder"),
-            "motion_decoder": official_names(reference.TMRDecoder(motion.shape[2]), "seqTransDecoder")}
+            "motion_decoder": official_names(tmr.TMRDecoder(motion.shape[2]), "seqTransDecoder")}
     return rows + [("full_size_keys", shapes_error(z["full_size_keys"], full), 0.0)]
