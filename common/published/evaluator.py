@@ -1,8 +1,20 @@
 """The evaluator of the text-to-motion benchmark (Guo et al., CVPR 2022), read from its released weights.
 
 Scoring only: dropout layers of the released code are identities. Attribute names follow its checkpoints.
+Its folder:
+
+    finest.tar                     a torch file, from text_mot_match/model of the released archive t2m or kit
+    meta/mean.npy  std.npy         the evaluator's own statistics, from Comp_v6_KLD01 (t2m) or Comp_v6_KLD005
+                                   (kit) there: not the data folder's Mean.npy and Std.npy
+    glove/our_vab_data.npy  our_vab_words.pkl  our_vab_idx.pkl
+    glove/vip.txt                  not released: the words with a class of their own, see VIP
+
 Letters: b batch, t frames, n tokens or words, d features, c embedding.
 """
+import pickle
+from pathlib import Path
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
@@ -11,6 +23,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from common import InputError, freeze, masked
 from common.published import load_plain
+from common.published.files import read_meta, read_numbers, require_files
+from common.runs import stand_in
 
 
 class MovementEncoder(nn.Module):
@@ -89,6 +103,12 @@ class OfficialEvaluator(nn.Module):
             raise ValueError(f"motions of {features.shape[1]} frames, the evaluator takes {self.max_length}")
         motion = masked((features - self.mean) / self.std, lengths)
         motion = F.pad(motion, (0, 0, 0, self.max_length - features.shape[1]))
+        return self.embed_normalised(motion, lengths)
+
+    def embed_normalised(self, motion, lengths):
+        """Normalised motions (b t d), lengths (b) -> (b c). What stands behind a length is the caller's: real
+        motions have zeros there everywhere, MDM's evaluation leaves generated frames, MLD's renormalises
+        zeros. The three are not comparable."""
         return self.motion_encoder(self.movement_encoder(motion[..., :-4]), lengths // 4)
 
     def embed_text(self, words, pos, counts):
@@ -111,3 +131,124 @@ def official_tokens(tokens, max_tokens=20):
     """(tokens, count) as the official text encoder reads them: sos, at most 20, eos; then 'unk' to 22."""
     framed = ["sos/OTHER", *tokens[:max_tokens], "eos/OTHER"]
     return framed + ["unk/OTHER"] * (max_tokens + 2 - len(framed)), len(framed)
+
+
+# ---- Words -------------------------------------------------------------------------------------------------
+
+
+CLASSES = ("VERB", "NOUN", "DET", "ADP", "NUM", "AUX", "PRON", "ADJ", "ADV", "Loc_VIP", "Body_VIP", "Obj_VIP",
+           "Act_VIP", "Desc_VIP", "OTHER")
+
+# Words whose class is their own, whatever their part of speech. Not the released lists, which are longer:
+# these are the words that reference values confirm. A file vip.txt in the folder of the word vectors takes
+# their place: a line a class, "Loc_VIP left right ...".
+VIP = {"Loc_VIP": "left right clockwise forward up straight", "Body_VIP": "arm foot feet knee",
+       "Obj_VIP": "stair ball chair", "Act_VIP": "walk dance jump kneel", "Desc_VIP": "slowly happily sadly"}
+
+
+class Glove(NamedTuple):
+    """Word vectors with the rules of the released evaluator for a token "word/POS"."""
+    rows: dict              # word -> row of vectors
+    vectors: torch.Tensor   # n 300, float32
+    classes: dict           # word -> its own class
+
+    def token(self, token):
+        """(row of the vectors, number of the class) of one token; case matters, as there."""
+        word, slash, tag = token.partition("/")
+        if not slash or "/" in tag:
+            raise InputError(f"{token!r}: is no token word/POS; correct the text file it comes from")
+        if word not in self.rows:  # also where the word has a class of its own
+            return self.rows["unk"], CLASSES.index("OTHER")
+        tag = self.classes.get(word, tag)
+        return self.rows[word], CLASSES.index(tag if tag in CLASSES else "OTHER")
+
+    def encode(self, captions):
+        """Captions as lists of tokens -> words (b 22 300), pos (b 22 15), counts (b), for embed_text."""
+        framed, counts = zip(*map(official_tokens, captions))
+        found = torch.tensor([[self.token(token) for token in tokens] for tokens in framed])  # b n 2
+        return (self.vectors[found[..., 0]], F.one_hot(found[..., 1], len(CLASSES)).float(),
+                torch.tensor(counts))
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Lists, dicts, strings and numbers need no class, so none is allowed: nothing can be executed."""
+
+    def find_class(self, module, name):
+        """Always an UnpicklingError."""
+        raise pickle.UnpicklingError(f"holds {module}.{name}")
+
+
+def read_pickle(path, kind, what):
+    """What a pickle of plain values holds, a `kind` (list or dict); else InputError."""
+    try:
+        with open(path, "rb") as file:
+            found = PlainUnpickler(file).load()
+    except Exception as error:  # a damaged pickle fails in a dozen ways
+        said = stand_in(path) or (f"is no pickle of {what} ({type(error).__name__}: {error}); copy or download it "
+                                  "again")
+        raise InputError(f"{path}: {said}".replace("\n", " ")) from error
+    if not isinstance(found, kind):
+        raise InputError(f"{path}: holds a {type(found).__name__}, wanted {what}; is it the other file?")
+    return found
+
+
+def own_classes(lines):
+    """Pairs (class, its words) -> {word: class}."""
+    return {word: name for name, words in lines for word in words.split()}
+
+
+def read_classes(path):
+    """{word: its own class} of a vip.txt; where there is none, of VIP, which is said aloud."""
+    known = own_classes(VIP.items())
+    if not path.is_file():
+        print(f"*** {path} not found: only {len(known)} words have a class of their own, those that reference "
+              "values confirm. The released lists are longer, so text embeddings are not quite those of the "
+              "benchmark ***")
+        return known
+    try:
+        lines = [line.split(None, 1) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        found = own_classes(lines)
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path}: wanted a class and its words in each line, as in: Body_VIP arm foot") from error
+    if strange := [name for name, _ in lines if name not in VIP]:
+        raise InputError(f"{path}: {strange[0][:40]!r} is no class; known are {', '.join(VIP)}")
+    if wrong := [word for word in known if found.get(word) != known[word]]:
+        raise InputError(f"{path}: {wrong[0]!r} has to be in {known[wrong[0]]}, reference values say; correct "
+                         "that line")
+    return found
+
+
+def read_glove(folder):
+    """The Glove in a folder of word vectors; InputError that names the file and the fix."""
+    folder = require_files(folder, ("our_vab_data.npy", "our_vab_words.pkl", "our_vab_idx.pkl"),
+                           "the folder glove of the released evaluator")
+    words = read_pickle(folder / "our_vab_words.pkl", list, "a list of words")
+    rows = read_pickle(folder / "our_vab_idx.pkl", dict, "a dict from words to rows")
+    vectors = read_numbers(folder / "our_vab_data.npy", (None, 300))
+    sound = {type(word) for word in words} == {str} and {*words} == {*rows} and len(words) == len(rows) and all(
+        type(row) is int and 0 <= row < len(vectors) for row in rows.values())
+    if not sound:
+        raise InputError(f"{folder}: our_vab_words.pkl, our_vab_idx.pkl and our_vab_data.npy do not belong "
+                         "together; copy all three from one place")
+    if missing := [word for word in ("sos", "eos", "unk") if word not in rows]:
+        raise InputError(f"{folder / 'our_vab_words.pkl'}: lacks {missing[0]!r}; copy the released file")
+    return Glove(rows, torch.from_numpy(vectors).float(), read_classes(folder / "vip.txt"))
+
+
+def load_evaluator_folder(folder):
+    """The official evaluator's folder -> frozen OfficialEvaluator, Glove; InputError that names the file and
+    the fix. Both data sets: HumanML3D with 263 features, KIT-ML with 251."""
+    folder = require_files(folder, ("finest.tar", "meta/mean.npy", "meta/std.npy"),
+                           "the evaluator's folder: finest.tar, meta/mean.npy, meta/std.npy and glove/")
+    glove = read_glove(folder / "glove")
+    statistics = read_meta(folder / "meta", None, "scorer")
+    judge = load_official_evaluator(folder / "finest.tar", statistics)
+    width = judge.movement_encoder.main[0].in_channels + 4
+    if width != len(statistics.mean):
+        raise InputError(f"{folder / 'finest.tar'}: reads {width} features, meta/mean.npy has "
+                         f"{len(statistics.mean)}; take both from one of t2m (263) and kit (251)")
+    words, pos = judge.text_encoder.pos_emb.out_features, judge.text_encoder.pos_emb.in_features
+    if (words, pos) != (glove.vectors.shape[1], len(CLASSES)):
+        raise InputError(f"{folder / 'finest.tar'}: reads vectors of {words} and {pos} classes of words, wanted "
+                         f"{glove.vectors.shape[1]} and {len(CLASSES)}; use the released file")
+    return judge, glove

@@ -1,7 +1,7 @@
 """Check the project's own code against reference files: `python -m tests.parity DIR [--allow-unknown]`.
 
-Every `*.npz` in DIR is handed to the check of its kind, found by the start of its name; one line is printed
-per file and field (`file  field  max_error  tolerance  ok|FAIL`). Exit code 1 on any failure, on a file
+Every `*.npz` in DIR, and every folder that a check knows, is handed to the check of its kind, found by the
+start of its name; one line is printed per file and field (`file  field  max_error  tolerance  ok|FAIL`). Exit code 1 on any failure, on a file
 without a check (unless --allow-unknown), and on a folder without reference files.
 """
 import argparse
@@ -17,6 +17,8 @@ CHECKS = {  # start of a file's name -> the module with its check
     "features_": "features",
     "metrics_": "metrics",
     "guo_eval_": "evaluator",
+    "official_eval_": "evaluator",
+    "official_glove_": "evaluator",
     "tmr_enc_": "tmr",
     "tmr_full_": "tmr",
     "smf_unet_": "stablemofusion",
@@ -50,7 +52,8 @@ def check_file(path):
 
 def run(folder, allow_unknown=False, out=sys.stdout):
     """Check every reference file of `folder`, print the table, return True if nothing failed."""
-    files = sorted(Path(folder).glob("*.npz"))
+    files = sorted(path for path in Path(folder).glob("*") if path.suffix == ".npz" or (
+        path.is_dir() and path.name.startswith(tuple(CHECKS))))
     if not files:
         print(f"{folder}: no reference files (*.npz)", file=out)
         return False
