@@ -12,7 +12,6 @@ Its folder:
 Letters: b batch, t frames, n tokens or words, d features, c embedding.
 """
 import pickle
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -184,8 +183,8 @@ def read_pickle(path, kind, what):
         with open(path, "rb") as file:
             found = PlainUnpickler(file).load()
     except Exception as error:  # a damaged pickle fails in a dozen ways
-        said = stand_in(path) or (f"is no pickle of {what} ({type(error).__name__}: {error}); copy or download it "
-                                  "again")
+        said = stand_in(path) or (f"is no pickle of {what} ({type(error).__name__}: {error}); copy or "
+                                  "download it again")
         raise InputError(f"{path}: {said}".replace("\n", " ")) from error
     if not isinstance(found, kind):
         raise InputError(f"{path}: holds a {type(found).__name__}, wanted {what}; is it the other file?")
@@ -201,20 +200,22 @@ def read_classes(path):
     """{word: its own class} of a vip.txt; where there is none, of VIP, which is said aloud."""
     known = own_classes(VIP.items())
     if not path.is_file():
-        print(f"*** {path} not found: only {len(known)} words have a class of their own, those that reference "
-              "values confirm. The released lists are longer, so text embeddings are not quite those of the "
-              "benchmark ***")
+        print(f"*** {path} not found: only {len(known)} words have a class of their own, those that "
+              "reference values confirm. The released lists are longer: text embeddings are not quite those "
+              "of the benchmark ***")
         return known
     try:
-        lines = [line.split(None, 1) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        text = path.read_text(encoding="utf-8")
+        lines = [line.split(None, 1) for line in text.splitlines() if line.strip()]
         found = own_classes(lines)
     except (ValueError, OSError) as error:
-        raise InputError(f"{path}: wanted a class and its words in each line, as in: Body_VIP arm foot") from error
+        raise InputError(f"{path}: wanted a class and its words in each line, as in: Body_VIP arm "
+                         "foot") from error
     if strange := [name for name, _ in lines if name not in VIP]:
         raise InputError(f"{path}: {strange[0][:40]!r} is no class; known are {', '.join(VIP)}")
     if wrong := [word for word in known if found.get(word) != known[word]]:
-        raise InputError(f"{path}: {wrong[0]!r} has to be in {known[wrong[0]]}, reference values say; correct "
-                         "that line")
+        raise InputError(f"{path}: {wrong[0]!r} has to be in {known[wrong[0]]}, reference values say; "
+                         "correct that line")
     return found
 
 
@@ -225,9 +226,9 @@ def read_glove(folder):
     words = read_pickle(folder / "our_vab_words.pkl", list, "a list of words")
     rows = read_pickle(folder / "our_vab_idx.pkl", dict, "a dict from words to rows")
     vectors = read_numbers(folder / "our_vab_data.npy", (None, 300))
-    sound = {type(word) for word in words} == {str} and {*words} == {*rows} and len(words) == len(rows) and all(
-        type(row) is int and 0 <= row < len(vectors) for row in rows.values())
-    if not sound:
+    strings = {type(word) for word in words} == {str} and {*words} == {*rows} and len(words) == len(rows)
+    numbers = all(type(row) is int and 0 <= row < len(vectors) for row in rows.values())
+    if not (strings and numbers):
         raise InputError(f"{folder}: our_vab_words.pkl, our_vab_idx.pkl and our_vab_data.npy do not belong "
                          "together; copy all three from one place")
     if missing := [word for word in ("sos", "eos", "unk") if word not in rows]:
@@ -249,6 +250,6 @@ def load_evaluator_folder(folder):
                          f"{len(statistics.mean)}; take both from one of t2m (263) and kit (251)")
     words, pos = judge.text_encoder.pos_emb.out_features, judge.text_encoder.pos_emb.in_features
     if (words, pos) != (glove.vectors.shape[1], len(CLASSES)):
-        raise InputError(f"{folder / 'finest.tar'}: reads vectors of {words} and {pos} classes of words, wanted "
-                         f"{glove.vectors.shape[1]} and {len(CLASSES)}; use the released file")
+        raise InputError(f"{folder / 'finest.tar'}: reads vectors of {words} and {pos} classes of words, "
+                         f"wanted {glove.vectors.shape[1]} and {len(CLASSES)}; use the released file")
     return judge, glove

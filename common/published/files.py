@@ -37,12 +37,12 @@ def read_numbers(path, shape):
 
 
 def read_meta(folder, width, role):
-    """Statistics in a role from the mean.npy and std.npy (width, or any if that is None) of a folder "meta" of
-    published weights."""
+    """Statistics in a role from the mean.npy and std.npy of a folder "meta" of published weights. width: of
+    both, or None for any."""
     mean, std = (read_numbers(Path(folder) / name, (width,)) for name in ("mean.npy", "std.npy"))
     if mean.shape != std.shape:
-        raise InputError(f"{Path(folder) / 'std.npy'}: has {len(std)} numbers, mean.npy has {len(mean)}; take "
-                         "both from one folder")
+        raise InputError(f"{Path(folder) / 'std.npy'}: has {len(std)} numbers, mean.npy has {len(mean)}; "
+                         "take both from one folder")
     if (std <= 0).any():
         raise InputError(f"{Path(folder) / 'std.npy'}: has a std that is not positive; copy or download it "
                          "again")

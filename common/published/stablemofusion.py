@@ -25,6 +25,7 @@ from common.datasets import Statistics
 from common.published import load_strict, read_state, size
 from common.published.files import read_meta, require_files
 from common.published.tmr import unpack_attention
+from common.runs import stand_in
 
 TEXT_HEADS, HEADS, GROUPS = 4, 8, 8  # constants there: no weight and no line of opt.txt tells them
 PAD = 16                             # frames; whatever the number of levels
@@ -75,7 +76,8 @@ class Residual(nn.Module):
 
 
 class LinearAttention(nn.Module):
-    """Cross-attention of frames x (b t c) to words (b w i), linear in both (Shen et al., arXiv 1812.01243)."""
+    """Cross-attention of frames x (b t c) to words (b w i), linear in both (Shen et al. 2021), without an
+    output projection."""
 
     def __init__(self, width, text_dim):
         super().__init__()
@@ -200,6 +202,8 @@ def read_options(path):
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: is no text file; download it again") from error
+    if said := stand_in(path):
+        raise InputError(f"{path}: {said}")
     found = dict(re.findall(r"^\s*(\w+)\s*:\s*(.*?)\s*$", text, re.M))
     wanted = ("beta_schedule", "prediction_type", "no_eff", "no_adagn", "dim_mults")
     if missing := [key for key in wanted if key not in found]:
@@ -224,8 +228,8 @@ def check_options(options, path, sizes):
             "base_dim": sizes["width"] / max(1, int(factors[0]))}
     for key, have in told.items():
         if key in options and options[key] != f"{have:g}":
-            raise InputError(f"{path}: {key} is {options[key]}, the weights have {have:g}; take both from one "
-                             "folder")
+            raise InputError(f"{path}: {key} is {options[key]}, the weights have {have:g}; take both from "
+                             "one folder")
 
 
 def network_sizes(state, path):

@@ -21,6 +21,7 @@ from torch import nn
 from common import InputError, TransformerLayer, freeze, length_mask, masked, sinusoid
 from common.published import load_plain, load_strict, read_state, size
 from common.published.files import require_files
+from common.runs import stand_in
 
 
 class TMREncoder(nn.Module):
@@ -155,7 +156,8 @@ def read_config(path):
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: is no JSON file ({type(error).__name__}); unpack the archive again") from error
+        said = stand_in(path) or f"is no JSON file ({type(error).__name__}); unpack the archive again"
+        raise InputError(f"{path}: {said}") from error
     if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
         raise InputError(f"{path}: has no part 'model'; take the config.json of a TMR folder")
     return config

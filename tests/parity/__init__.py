@@ -1,8 +1,9 @@
 """Check the project's own code against reference files: `python -m tests.parity DIR [--allow-unknown]`.
 
 Every `*.npz` in DIR, and every folder that a check knows, is handed to the check of its kind, found by the
-start of its name; one line is printed per file and field (`file  field  max_error  tolerance  ok|FAIL`). Exit code 1 on any failure, on a file
-without a check (unless --allow-unknown), and on a folder without reference files.
+start of its name; one line is printed per file and field (`file  field  max_error  tolerance  ok|FAIL`). Exit
+code 1 on any failure, on a file without a check (unless --allow-unknown), and on a folder without reference
+files.
 """
 import argparse
 import importlib

@@ -1,5 +1,5 @@
-"""Compare the benchmark's evaluator with the public official code (see tests/parity): its networks, its words,
-and whole evaluations as MDM and MLD run them, from a data folder to the numbers of a table.
+"""Compare the benchmark's evaluator with the public official code (see tests/parity): its networks, its
+words, and whole evaluations as MDM and MLD run them, from a data folder to the numbers of a table.
 """
 import contextlib
 import io
@@ -131,7 +131,8 @@ def official_samples(root):
     for clip in clips:
         order.setdefault(clip["name"].partition("@")[0], []).append(clip)
     clips = [clip for group in order.values() for clip in sorted(group, key=lambda c: "@" not in c["name"])]
-    return sorted(clips, key=lambda clip: len(clip["features"])), torch.from_numpy(mean), torch.from_numpy(std)
+    clips.sort(key=lambda clip: len(clip["features"]))
+    return clips, torch.from_numpy(mean), torch.from_numpy(std)
 
 
 def check_samples(z, samples):
@@ -147,8 +148,10 @@ def check_samples(z, samples):
             "captions": [len(clip["captions"]) for clip in samples],
             "first_caption": [clip["captions"][0] for clip in samples]}
     result = [(f"sample_{name}", differing(ours, z[f"sample_{name}"]), 0.0) for name, ours in rows.items()]
-    return result + [(key, differing(shown, [name[1:] if "_" in name else name for name in z[key].tolist()]), 0.0)
-                     for key in ("sample_names", "mld/names") if key in z.files]
+    for key in (key for key in ("sample_names", "mld/names") if key in z.files):
+        theirs = [name[1:] if "_" in name else name for name in z[key].tolist()]
+        result.append((key, differing(shown, theirs), 0.0))
+    return result
 
 
 # ---- 4. An evaluation as MDM runs it ---------------------------------------------------------------------
@@ -162,7 +165,8 @@ class World:
             root = Path(root)
             write_data(root / "data", z)
             write_evaluator(root / "evaluator", z)
-            shutil.copytree(path.parent / json.loads(bytes(z["meta_json"]))["glove"], root / "evaluator" / "glove")
+            glove = path.parent / json.loads(bytes(z["meta_json"]))["glove"]
+            shutil.copytree(glove, root / "evaluator" / "glove")
             classes = "\n".join(f"{name} {words}" for name, words in evaluator.VIP.items())
             (root / "evaluator" / "glove" / "vip.txt").write_text(classes)
             self.samples, self.mean, self.std = official_samples(root / "data")
@@ -225,11 +229,13 @@ def check_replication(world, z, rep):
         row_draw = z[f"{name}/{kind}_row_draw"]
         seen[kind] = motion[row_draw]
         rows += [(f"{name}/{kind}_row_draw", float(draws[kind].ordered(row_draw)), 0.0),
-                 (f"{name}/{kind}_motion_embedding", error(seen[kind], z[f"{name}/{kind}_motion_embedding"]), 1e-5)]
+                 (f"{name}/{kind}_motion_embedding",
+                  error(seen[kind], z[f"{name}/{kind}_motion_embedding"]), 1e-5)]
     for kind in ("gen", "gt"):
         get = lambda key: z[f"{name}/{key}"]
         text = judge.embed_text(*draws[kind].words)[get(f"{kind}_row_draw")]
-        found[kind] = table(text, seen[kind], seen["fid"], get(f"{kind}_div_first"), get(f"{kind}_div_second"))
+        pairs = get(f"{kind}_div_first"), get(f"{kind}_div_second")
+        found[kind] = table(text, seen[kind], seen["fid"], *pairs)
         rows.append((f"{name}/{kind}_text_embedding", error(text, get(f"{kind}_text_embedding")), 1e-5))
         rows += [(f"{name}/{key}", error(found[kind][metric], get(key)), 1e-9 if "precision" in key else 1e-5)
                  for metric in found[kind] for key in [
@@ -257,7 +263,8 @@ def check_first_batch(world, z, drawn, generated):
     after = np.minimum(last + 1, MAX_LENGTH - 1)  # the last row, where none is padding
     given = {"first": motion[at, 0], "last": motion[at, last], "after": motion[at, after]}
     made = {"first": generated[0, z["check_gen_rows"], 0], "195": generated[0, z["check_gen_rows"], 195]}
-    rows = [(f"check_{key}", error(value[:, columns], z[f"check_{key}"]), 1e-5) for key, value in given.items()]
+    rows = [(f"check_{key}", error(value[:, columns], z[f"check_{key}"]), 1e-5)
+            for key, value in given.items()]
     rows += [(f"check_gen_{key}", error(value[:, columns], z[f"check_gen_{key}"]), 1e-5)
              for key, value in made.items()]
     return rows + [
@@ -268,8 +275,8 @@ def check_first_batch(world, z, drawn, generated):
 
 def check_means(z, found):
     """The means over the replications, under the names of the official log."""
-    names = {"Matching_Score": "mm_dist", "R_precision": "r_precision", "FID": "fid", "Diversity": "diversity",
-             "MultiModality": "multimodality"}
+    names = {"Matching_Score": "mm_dist", "R_precision": "r_precision", "FID": "fid",
+             "Diversity": "diversity", "MultiModality": "multimodality"}
     kinds = {"ground_truth": "gt", "vald": "gen"}
     for key in (key for key in z.files if key.startswith("mean/")):
         name, kind = next((name, kind) for name in names for kind in kinds if key == f"mean/{name}_{kind}")
@@ -320,7 +327,8 @@ def check_mld(world, z):
                                        ("gt_", motion, get("gt_div_first"), get("gt_div_second"))):
         ours = {"Matching_score": metrics.mm_dist(text[pools], seen[pools]),
                 "Diversity": metrics.diversity(seen, torch.from_numpy(first), torch.from_numpy(second))}
-        ours |= {f"R_precision_top_{k}": top for k, top in enumerate(metrics.r_precision(text, seen)["top"], 1)}
+        top = metrics.r_precision(text, seen)["top"]
+        ours |= {f"R_precision_top_{k}": share for k, share in enumerate(top, 1)}
         rows += [(f"mld/metric/{start}{key}", error(value, get(f"metric/{start}{key}")),
                   1e-9 if "precision" in key else 1e-5) for key, value in ours.items()]
     return rows + [("mld/metric/FID", error(metrics.fid(other, motion), get("metric/FID")), 1e-5)]
