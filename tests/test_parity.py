@@ -63,6 +63,15 @@ def test_an_unknown_file_fails_and_is_named(tmp_path):
     assert parity.main([str(tmp_path)]) == 1 and parity.main([str(tmp_path), "--allow-unknown"]) == 0
 
 
+def test_a_folder_that_a_check_knows_is_checked_and_others_are_not(tmp_path):
+    np.savez(tmp_path / "mystery_dev.npz", x=np.zeros(2))
+    (tmp_path / "other").mkdir()
+    assert printed(tmp_path, allow_unknown=True)[0]
+    (tmp_path / "official_glove_x").mkdir()
+    good, text = printed(tmp_path, allow_unknown=True)
+    assert not good and "official_glove_x  <InputError" in text and "other" not in text
+
+
 def test_a_file_without_its_fields_fails(tmp_path):
     np.savez(tmp_path / "lora_x.npz", **{"lin/W": np.zeros((2, 2), np.float32)})
     (tmp_path / "sde_dpmpp_linear_v_x.npz").write_bytes(b"not an archive")
