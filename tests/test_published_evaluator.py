@@ -108,7 +108,8 @@ def test_a_token_has_the_vector_of_its_row_and_its_class(tmp_path, dtype):
     for token, row, name in (
             ("walk/NOUN", rows["walk"], "Act_VIP"), ("man/NOUN", rows["man"], "NOUN"),
             ("man/XYZ", rows["man"], "OTHER"), ("man/Act_VIP", rows["man"], "Act_VIP"),
-            ("feet/NOUN", unknown, "OTHER"), ("Walk/VERB", unknown, "OTHER"), ("zigzag/NOUN", unknown, "OTHER")):
+            ("feet/NOUN", unknown, "OTHER"), ("Walk/VERB", unknown, "OTHER"),
+            ("zigzag/NOUN", unknown, "OTHER")):
         assert glove.token(token) == (row, evaluator.CLASSES.index(name))
     words, pos, counts = glove.encode([["man/NOUN"] * 2, ["a/DET"] * 30])
     assert words.shape == (2, 22, 300) and pos.shape == (2, 22, 15) and counts.tolist() == [4, 22]
@@ -180,7 +181,8 @@ def test_classes_of_words_come_from_the_file_and_its_absence_is_said(tmp_path, c
     path.write_text(whole + "\nLoc_VIP man\n")
     glove = evaluator.read_glove(tmp_path / "glove")
     assert glove.token("man/NOUN")[1] == evaluator.CLASSES.index("Loc_VIP") and not capsys.readouterr().out
-    for content, said in ((whole + "NOUN man\n", "'NOUN' is no class"), (whole.replace(" foot", ""), "'foot'"),
+    for content, said in ((whole + "NOUN man\n", "'NOUN' is no class"),
+                          (whole.replace(" foot", ""), "'foot'"),
                           (whole + "Loc_VIP", "in each line"), ("", "has to be in")):
         path.write_text(content)
         assert said in message(evaluator.read_glove, tmp_path / "glove")

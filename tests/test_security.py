@@ -36,13 +36,39 @@ def literal(call, name):
     return values[0].value if values and isinstance(values[0], ast.Constant) else None
 
 
+def only_raises(method):
+    """Whether a statement is the method find_class and does nothing but raise."""
+    if not isinstance(method, ast.FunctionDef) or method.name != "find_class" or method.decorator_list:
+        return False
+    body = method.body[1:] if ast.get_docstring(method) is not None else method.body
+    return [type(line) for line in body] == [ast.Raise]
+
+
+def refuses_classes(tree):
+    """Whether pickle serves only as the base of unpicklers that consist of a find_class which does nothing
+    but raise: such an unpickler reads lists, dicts, strings and numbers, and can execute nothing."""
+    nodes = list(ast.walk(tree))
+    classes = {node: [dotted(base) for base in node.bases] for node in nodes if isinstance(node, ast.ClassDef)}
+    plain = [node for node, bases in classes.items() if bases == ["pickle.Unpickler"] and not node.keywords]
+    bodies = [node.body[1:] if ast.get_docstring(node) is not None else node.body for node in plain]
+    if not plain or not all(len(body) == 1 and only_raises(body[0]) for body in bodies):
+        return False
+    if {node.name for node in plain} & {base for bases in classes.values() for base in bases}:
+        return False  # a class of it could allow what it refuses
+    used = [node.attr for node in nodes if isinstance(node, ast.Attribute) and dotted(node.value) == "pickle"]
+    named = sum(isinstance(node, ast.Name) and node.id == "pickle" for node in nodes)
+    return (named == len(used) and used.count("Unpickler") == len(plain)
+            and {*used} <= {"Unpickler", "UnpicklingError"})
+
+
 def violations(source):
     """["line: what"] of one file's text."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
+    found, tree = [], ast.parse(source)
+    allowed = {"pickle"} if refuses_classes(tree) else set()
+    for node in ast.walk(tree):
         names = []
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            names = [alias.name for alias in node.names if alias.asname or alias.name not in allowed]
         elif isinstance(node, ast.ImportFrom):
             names = [node.module or ""]
             if node.module in ("torch", "numpy", "os"):
@@ -93,6 +119,28 @@ def call_violations(call):
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_source_keeps_the_rules(path):
     assert violations(path.read_text(encoding="utf-8")) == []
+
+
+PLAIN = """import pickle
+class Plain(pickle.Unpickler):
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(name)
+"""
+
+
+def test_an_unpickler_that_refuses_every_class_passes_and_no_other_use_of_pickle():
+    assert violations(PLAIN) == []
+    for old, new in (("raise pickle.UnpicklingError(name)", "return super().find_class(module, name)"),
+                     ("        raise", "        if name:\n            raise"),
+                     ("        raise", "        print(name)\n        raise"),
+                     ("find_class", "find_classes"), ("pickle.Unpickler)", "pickle.Unpickler, Other)"),
+                     ("import pickle", "import pickle as p"), ("import pickle", "from pickle import loads"),
+                     ("    def", "    def persistent_load(self, pid):\n        return f(pid)\n    def")):
+        assert old in PLAIN and violations(PLAIN.replace(old, new)), new
+    for more in ("pickle.loads(b)", "pickle.Unpickler(f).load()", "load = pickle.load", "p = pickle",
+                 "class Open(Plain):\n    def find_class(self, module, name):\n        return f(name)",
+                 "getattr(pickle, name)"):
+        assert violations(PLAIN + more), more
 
 
 @pytest.mark.parametrize("line", [
