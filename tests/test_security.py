@@ -48,7 +48,8 @@ def refuses_classes(tree):
     """Whether pickle serves only as the base of unpicklers that consist of a find_class which does nothing
     but raise: such an unpickler reads lists, dicts, strings and numbers, and can execute nothing."""
     nodes = list(ast.walk(tree))
-    classes = {node: [dotted(base) for base in node.bases] for node in nodes if isinstance(node, ast.ClassDef)}
+    classes = {node: [dotted(base) for base in node.bases]
+               for node in nodes if isinstance(node, ast.ClassDef)}
     plain = [node for node, bases in classes.items() if bases == ["pickle.Unpickler"] and not node.keywords]
     bodies = [node.body[1:] if ast.get_docstring(node) is not None else node.body for node in plain]
     if not plain or not all(len(body) == 1 and only_raises(body[0]) for body in bodies):
