@@ -255,6 +255,7 @@ class Vocabulary:
         ids = torch.zeros(len(rows), max([1, *map(len, rows)]), dtype=torch.int64)
         for row, numbers in zip(ids, rows):
             row[:len(numbers)] = torch.tensor(numbers, dtype=torch.int64)
+        ids[~(ids > 0).any(1), 0] = 1                       # no word at all reads as one unknown word
         mask = ids > 0
         if spoil is not None:
             ids = ids.masked_fill((torch.rand(ids.shape, generator=spoil) < WORD_DROP) & mask, 1)

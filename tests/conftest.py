@@ -24,24 +24,6 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="slow; run with --slow"))
 
 
-def pytest_addoption(parser):
-    """The flag --slow."""
-    parser.addoption("--slow", action="store_true", help="also run the tests that take many minutes")
-
-
-def pytest_configure(config):
-    """The mark @pytest.mark.slow."""
-    config.addinivalue_line("markers", "slow: takes many minutes, runs with --slow alone")
-
-
-def pytest_collection_modifyitems(config, items):
-    """Slow tests are skipped unless --slow is given."""
-    if not config.getoption("--slow"):
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="slow: runs with --slow"))
-
-
 @pytest.fixture(scope="module")
 def one_thread():
     """Networks of this size are many times slower on several threads, above all on a busy machine."""
