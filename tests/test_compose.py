@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from common import InputError, compose as composing, datasets
-from common.compose import MetaMotion, Prompt, compose, decompose, novel_prompts, split
+from common.compose import Prompt, compose, decompose, novel_prompts, split
 from common.datasets import Clip
 from common.embedded import english
 from common.embedded.english import conjugate
 from common.embedded.oracle import caption_attributes
+from common.embedded.parts import LONG_LIST, MetaMotion
 from common.features import T2M
 from common.published import folder
 from common.runs import run_main
@@ -207,7 +208,7 @@ def test_possessives_follow_the_majority():
 
 
 def test_a_word_seen_once_in_a_long_list_is_a_misspelling():
-    items = [(f"a person walks {n} meters", {}) for n in range(composing.LONG_LIST - 2)]
+    items = [(f"a person walks {n} meters", {}) for n in range(LONG_LIST - 2)]
     items += [("a person walks slwoly to the left", {})]
     assert "spelling" not in decompose(items)[1]
     items += [("a person walks slwoly to the right", {})]           # its mirror image does not confirm it
