@@ -126,13 +126,13 @@ def load_dataset(name_or_path, *, data_root=DEFAULT_ROOT, cache_dir=".cache", sp
     return _dataset(f"embedded {name_or_path}", skeleton, splits)
 
 
-def _known(name):
-    """InputError for what is neither a name of FOLDERS nor a path."""
+def _known(name, flag=""):
+    """InputError for what is neither a name of FOLDERS nor a path; flag: what it was given by, if known."""
     if name not in FOLDERS and not Path(name).exists():
         names = {"t2m": "humanml3d", "humanml": "humanml3d", "hml3d": "humanml3d", "kit-ml": "kit"}
         meant = next((own for own in (names.get(name.lower()), name.lower()) if own in FOLDERS), "")
         raise InputError(
-            f"{name}: no data set of this name and no such folder; --dataset (and --source) take kit, "
+            f"{flag}{name}: no data set of this name and no such folder; --dataset (and --source) take kit, "
             "humanml3d or the path of a folder in the layout of KIT-ML / HumanML3D, such as data/KIT-ML"
             f"{'; did you mean ' + meant + '?' if meant else ''}")
 
@@ -172,7 +172,9 @@ def load_pair(source, target, *, clips, left_out="", **options):
         if source:
             raise InputError(f"leaving out {left_out!r} divides one data set in two: leave out the source")
         return leave_out(load_dataset(target, clips=clips[1], **options), left_out)
-    _known(target)
+    _known(target, "--dataset ")
+    if source:
+        _known(source, "--source ")
     other = {"kit": "humanml3d", "humanml3d": "kit"}
     if not source and target not in other:
         raise InputError(f"--dataset {target}: a folder needs a source beside it: kit, humanml3d or another "

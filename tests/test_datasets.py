@@ -326,9 +326,9 @@ def test_a_path_never_falls_back_and_a_name_does(tmp_path, capsys, monkeypatch):
 def test_an_unknown_name_is_told_the_names_and_the_folder(elsewhere, name, meant):
     for load in (D.load_dataset, lambda given, **o: D.load_pair("", given, clips=(60, 60), **o),
                  lambda given, **o: D.load_pair("", given, clips=(60, 60), left_out="kick", **o)):
-        with pytest.raises(InputError, match=f"^{name}: no data set of this name and no such folder; "
-                           "--dataset .*take kit, humanml3d or the path of a folder .* such as data/KIT-ML"
-                           + (rf"; did you mean {meant}\?$" if meant else "$")):
+        with pytest.raises(InputError, match=f"^(--dataset )?{name}: no data set of this name and no such "
+                           "folder; --dataset .*take kit, humanml3d or the path of a folder .* such as "
+                           "data/KIT-ML" + (rf"; did you mean {meant}\?$" if meant else "$")):
             load(name, cache_dir="cache")
 
 
