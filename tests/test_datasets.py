@@ -115,7 +115,7 @@ def break_clip(root, name, reason):
 
 
 def test_eight_kinds_of_broken_files_are_counted(tmp_path, capsys, monkeypatch):
-    root = make_folder(tmp_path / "kit")
+    root = make_folder(tmp_path / "kit", ids=11)
     for i, reason in enumerate(BREAKAGES):
         break_clip(root, f"0{i:04d}", reason)
     with pytest.raises(InputError, match="more than 1 %.*missing_motion 1 \\(00000\\)"):
@@ -127,7 +127,7 @@ def test_eight_kinds_of_broken_files_are_counted(tmp_path, capsys, monkeypatch):
     said = "; ".join(f"{reason} {names}" for reason, names in sorted(expected.items()))
     printed = re.sub(r"\): .*?(?=; |\n)", ")", capsys.readouterr().out)
     assert printed == f"kit: not used: {said}\n"
-    assert [c.name for c in data.splits["train"]] == ["00007", "00008", "00009"]
+    assert [c.name for c in data.splits["train"]] == ["00007", "00008", "00009", "00010"]
 
 
 @pytest.mark.parametrize("content, found", [
@@ -277,6 +277,12 @@ def test_incomplete_folders_list_what_is_missing(tmp_path):
     (root / "val.txt").write_text("")
     with pytest.raises(InputError, match="val.txt leaves no clip"):
         D.load_folder(root)
+    for split, ids in (("val", 1), ("test", 1), ("train", 3)):
+        small = make_folder(tmp_path / f"small_{split}")
+        kept = (small / f"{split}.txt").read_text().splitlines()[:ids]
+        (small / f"{split}.txt").write_text("\n".join(kept))
+        with pytest.raises(InputError, match=rf"{split}.txt leaves {ids} clip\(s\) of at least {ids + 1} "):
+            D.load_folder(small)
     (root / "val.txt").write_text("../../secret\n")
     with pytest.raises(InputError, match="not an id"):
         D.load_folder(root)

@@ -22,6 +22,8 @@ from common.embedded import english, oracle
 from common.features import SKELETONS, blocks
 
 SPLITS = ("train", "val", "test")
+# Clips of a split: both halves of train have to tell two motions apart, and distances need two motions.
+FEWEST = {"train": 4, "val": 2, "test": 2}
 MAX_LOSS = 0.01         # damaged share of a split above which nothing is loaded
 # Length limits choose clips and a bad line costs only that caption: neither is a lost clip.
 LOST_REASONS = ("missing_motion", "missing_text", "bad_shape", "non_finite", "no_motion", "no_body",
@@ -213,7 +215,8 @@ def read(path):
 
     Official rules: clips of min_frames to 199 frames are used, and a sub-segment with its own times is a clip
     of its own. One printed line counts what is not used. Raises InputError if something is missing, if more
-    than 1 % of a split's ids are damaged (a length outside the limits is no damage), or if a split is empty.
+    than 1 % of a split's ids are damaged (a length outside the limits is no damage), or if a split leaves
+    too few clips.
     """
     root = Path(path)
     skeleton, _, _ = read_statistics(root)
@@ -225,8 +228,9 @@ def read(path):
         if count > MAX_LOSS * len(ids):
             raise InputError(f"{root}: {count} of {len(ids)} clips of {split} are damaged, more than 1 %: "
                              f"{describe(lost)}; restore or unlist them")
-        if not splits[split]:
-            raise InputError(f"{root}: {split}.txt leaves no clip ({describe(missed) or 'it is empty'})")
+        if len(splits[split]) < FEWEST[split]:
+            raise InputError(f"{root}: {split}.txt leaves {len(splits[split]) or 'no'} clip(s) of at least "
+                             f"{FEWEST[split]} ({describe(missed) or 'it has no more'}); list more ids")
         for reason, names in missed.items():
             skipped.setdefault(reason, []).extend(names)
     if skipped:
