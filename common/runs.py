@@ -69,7 +69,7 @@ class RunArgs:
     device: str = arg("auto", "auto, cpu, cuda or cuda:N", shaping=False)
     threads: int = arg(0, "CPU threads; 0: a short probe decides (or OMP_NUM_THREADS)", shaping=False)
     resume: bool = arg(False, "go on from checkpoint.pt of the run folder, bit for bit; after its end with "
-                       "more --iterations", shaping=False)
+                       "more iterations", shaping=False)
     overwrite: bool = arg(False, "start again in an existing run folder", shaping=False)
     size: str = arg("small", "of networks and training; tiny: half a minute, paper: for a GPU",
                     choices=("tiny", "small", "paper"))
