@@ -94,6 +94,7 @@ def check_args(args):
     """Refuse at once what cannot work, and say which flag to change."""
     motions = args.prompts * args.samples
     kept = args.kept_samples or motions
+    samplers.check_steps(args.steps, args.spacing)
     runs.refuse(
         (args.prompts < runs.process_count(), "--prompts: at least as many as processes"),
         (not 1 <= args.skip_last < args.steps, "--skip-last: 1 to --steps - 1"),
@@ -192,7 +193,7 @@ class MotionDiffusion(nn.Module):
         """x (b n c), timesteps (b), mask (b n), text (b w d), text_mask (b w) -> (b n c)"""
         positions = torch.arange(x.shape[1], device=x.device)
         h = self.project_in(x) + sinusoid(positions, self.width)  # b n d
-        h = h + self.time(sinusoid(timesteps, self.width))[:, None]
+        h = h + self.time(sinusoid(timesteps, self.width).to(x))[:, None]
         for layer in self.layers:
             h = layer(h, mask, text, text_mask)
         return self.project_out(self.norm(h)) * mask[..., None]  # padding stays zero

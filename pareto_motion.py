@@ -40,7 +40,7 @@ from torch import nn
 
 from common import (NonFiniteError, compose, datasets, evaluate, features, generator, perception,
                     pick, retrieval, runs, sinusoid, tokenizer, training, uniforms)
-from common.published import t2m_gpt
+from common.published import motion_critic, t2m_gpt
 from common.runs import arg
 
 # ---- 2. Arguments ----
@@ -90,6 +90,7 @@ TOKEN_LENGTH = 12.0  # in norms of a text feature: zero weights learn from it qu
 def check_args(args):
     """Refuse at once what cannot work, and say which flag to change."""
     t2m_gpt.check_weights(args)
+    motion_critic.check_published(args.perception_checkpoint)
     for flag, spec in (("--prefer", args.prefer), ("--weights", args.weights)):
         runs.parse_weights(spec, REWARDS, flag)
     motions, weighted = 3 * args.prompts * args.samples, args.selection == "weighted-sum"
@@ -299,7 +300,7 @@ def read_text(policy, captions, weights=None, alpha=0.0):
 def with_tokens(policy, clips):
     """The policy with a token for each reward, an extra dimension of the text feature."""
     # [MRL] appends words to the caption. Here the GPT's weights for the new dimensions start
-    # at zero: random ones would change each caption, and lower the text reward.
+    # at zero: random ones would change each caption.
     count, text = len(REWARDS), read_text(policy, [clip.captions[0] for clip in clips[:512]])
     for gpt in (policy.gpt, policy.reference):
         first = gpt.trans_base["cond_emb"]
@@ -584,7 +585,7 @@ def train(start, policy, rewards, weights, data, scorers, folder):
             weight = token_weights(weight[batch["numbers"]], batch["mask"], args.reduction)
             batch |= {"r": r[batch["numbers"]], "weight": weight}
             watch.lap("reward")
-            # 3. Update. By default beaten motions train only the critic.
+            # 3. Update. Beaten motions train the critic alone.
             batch = training.select_rows(batch, counted)
             epochs = training.epochs(args, counted, batch["numbers"], iteration, dominated)
             factor = training.rise_and_fall(iteration, args.iterations, WARMUP)
@@ -647,8 +648,7 @@ def write_motions(args, stored, folder, device):
     policy = load_policy(args, stored, device)
     base = policy._replace(gpt=policy.reference, tokens=None)
     weights = runs.parse_weights(args.prefer, REWARDS, "--prefer")
-    motions = {"before": policy_sampler(args, base),
-               "after": policy_sampler(args, policy, weights)}
+    motions = {"before": policy_sampler(args, base), "after": policy_sampler(args, policy, weights)}
     skeleton = features.SKELETONS[len(policy.vq.mean)]
     evaluate.export(folder, args.prompt, stored, 0, skeleton, motions, args.compare)
 
@@ -686,7 +686,6 @@ def main(argv):
         args, policy, size.calibration, encoders, people, data.splits["train"])
     scales = {name: value.to(device) for name, value in scales.items()}
     rewards = partial(all_rewards, encoders, people, scales)
-    # The column `reward` of a table is the weighted sum; each reward has its own, too.
     weights = torch.tensor(runs.parse_weights(args.weights, REWARDS, "--weights"), device=device)
     scorers = evaluate.Scorers(
         lambda *asked: rewards(*asked) @ weights, judge, data.skeleton,

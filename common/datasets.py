@@ -89,8 +89,12 @@ def converted(dataset, space):
     def convert(clip):
         features = clip.features
         if space == "t2m" and dataset.skeleton is KIT:
-            joints = motion_features.kit_to_t2m(features_to_joints(features, KIT))
-            features = joints_to_features(joints, T2M, retarget=False, fix_heading_flip=True)
+            try:
+                joints = motion_features.kit_to_t2m(features_to_joints(features, KIT))
+                features = joints_to_features(joints, T2M, retarget=False, fix_heading_flip=True)
+            except InputError as error:
+                raise InputError(f"{dataset.label}: clip {clip.name} has no body of the other skeleton: "
+                                 f"{error}") from error
         frames = min(len(features), MAX_LENGTH) // UNIT * UNIT
         return replace(clip, features=np.ascontiguousarray(features[:frames]))
 
@@ -109,6 +113,7 @@ def load_dataset(name_or_path, *, data_root=DEFAULT_ROOT, cache_dir=".cache", sp
     said in one line. space: "t2m" (22 joints, 20 fps, 263-d) or "native" (kit: 21 joints, 12.5 fps, 251-d).
     seed and clips (how many) shape the embedded data only. Raises InputError for data that cannot be used.
     """
+    _known(name_or_path)
     folder = Path(data_root) / FOLDERS[name_or_path] if name_or_path in FOLDERS else Path(name_or_path)
     if folder.exists() or name_or_path not in FOLDERS:
         return converted(load_folder(folder), space)
@@ -119,6 +124,17 @@ def load_dataset(name_or_path, *, data_root=DEFAULT_ROOT, cache_dir=".cache", sp
     made = embedded.load(name_or_path, skeleton, seed, clips, cache_dir, use_cache)
     splits = {split: [Clip(**clip) for clip in part] for split, part in made.items()}
     return _dataset(f"embedded {name_or_path}", skeleton, splits)
+
+
+def _known(name, flag=""):
+    """InputError for what is neither a name of FOLDERS nor a path; flag: what it was given by, if known."""
+    if name not in FOLDERS and not Path(name).exists():
+        names = {"t2m": "humanml3d", "humanml": "humanml3d", "hml3d": "humanml3d", "kit-ml": "kit"}
+        meant = next((own for own in (names.get(name.lower()), name.lower()) if own in FOLDERS), "")
+        raise InputError(
+            f"{flag}{name}: no data set of this name and no such folder; --dataset (and --source) take kit, "
+            "humanml3d or the path of a folder in the layout of KIT-ML / HumanML3D, such as data/KIT-ML"
+            f"{'; did you mean ' + meant + '?' if meant else ''}")
 
 
 def leave_out(dataset, action):
@@ -156,6 +172,9 @@ def load_pair(source, target, *, clips, left_out="", **options):
         if source:
             raise InputError(f"leaving out {left_out!r} divides one data set in two: leave out the source")
         return leave_out(load_dataset(target, clips=clips[1], **options), left_out)
+    _known(target, "--dataset ")
+    if source:
+        _known(source, "--source ")
     other = {"kit": "humanml3d", "humanml3d": "kit"}
     if not source and target not in other:
         raise InputError(f"--dataset {target}: a folder needs a source beside it: kit, humanml3d or another "
@@ -238,6 +257,7 @@ class Vocabulary:
         ids = torch.zeros(len(rows), max([1, *map(len, rows)]), dtype=torch.int64)
         for row, numbers in zip(ids, rows):
             row[:len(numbers)] = torch.tensor(numbers, dtype=torch.int64)
+        ids[~(ids > 0).any(1), 0] = 1                       # no word at all reads as one unknown word
         mask = ids > 0
         if spoil is not None:
             ids = ids.masked_fill((torch.rand(ids.shape, generator=spoil) < WORD_DROP) & mask, 1)

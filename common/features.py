@@ -155,7 +155,6 @@ def features_to_joints(features, skeleton):
 # ---- 3. Joints -> features (numpy, one clip) -----------------------------------------------------
 # Quaternions are (..., 4) with w first and float32, as in the published code.
 _CONJUGATE = np.array([1, -1, -1, -1], np.float32)
-_UP, _ASIDE = np.float32([0, 1, 0]), np.float32([1, 0, 0])
 
 
 def _rotate(q, v):
@@ -169,25 +168,27 @@ def _multiply(q, r):
 
 
 def _between(u, v):
-    """Shortest rotation from direction u to direction v (... 3), w >= 0; NaN for a vector without length.
-
-    Opposite directions leave its axis open: half a turn about the upright axis, or about x where u is upright.
-    """
+    """Shortest rotation from direction u to direction v (... 3), w >= 0; NaN for a vector without length."""
     u, v = u.astype(np.float32), v.astype(np.float32)
-    cross, dot = np.cross(u, v), (u * v).sum(-1)
-    sizes, square = np.sqrt((u ** 2).sum(-1) * (v ** 2).sum(-1)), (cross ** 2).sum(-1)
-    # where the sum has lost its digits, it is a quotient: (|u||v| + uv) (|u||v| - uv) = |u x v|^2
-    opposite = (dot < 0) & (square < 1e-8 * sizes ** 2)
-    w = np.where(opposite, square / np.where(opposite, sizes - dot, 1), sizes + dot)
-    axis = np.where(np.abs(u[..., 1:2]) < .9 * np.sqrt((u ** 2).sum(-1, keepdims=True)), _UP, _ASIDE)
-    axis = np.cross(u, np.cross(axis, u))                   # its part across u
-    q = np.concatenate([w[..., None], cross], -1)
-    q = np.where((opposite & (square < 1e-20 * sizes ** 2))[..., None], _pure(axis), q)
+    lengths, dot = np.sqrt((u ** 2).sum(-1) * (v ** 2).sum(-1)), (u * v).sum(-1)
+    q = np.concatenate([(lengths + dot)[..., None], np.cross(u, v)], -1)
+    opposite = (dot < 0) & ((q[..., 1:] ** 2).sum(-1) < 1e-8 * lengths ** 2)
+    if opposite.any():
+        q[opposite] = _half_turn(*(np.broadcast_to(side, (*dot.shape, 3))[opposite] for side in (u, v)))
     return q / np.sqrt((q ** 2).sum(-1, keepdims=True))
 
 
-def _pure(v):
-    return np.concatenate([np.zeros_like(v[..., :1]), v], -1)
+def _half_turn(u, v):
+    """The same (n 4) for nearly opposite directions (n 3): the sum |u||v| + uv has lost its digits and is
+    taken from (|u||v| + uv) (|u||v| - uv) = |u x v|^2. Exactly opposite ones leave the axis open: it is the
+    upright one, or x if u is upright."""
+    u, v = (side / np.linalg.norm(side, axis=-1, keepdims=True) for side in np.float64((u, v)))
+    cross = np.cross(u, v)
+    sine = np.linalg.norm(cross, axis=-1, keepdims=True)
+    fixed = np.where(np.abs(u[:, 1:2]) < .9, [0, 1, 0], [1, 0, 0])
+    fixed = np.cross(u, np.cross(fixed, u))                 # its part across u
+    axis = np.where(sine > 1e-10, cross / np.maximum(sine, 1e-10), fixed)
+    return np.concatenate([sine / (1 - (u * v).sum(-1, keepdims=True)), axis], -1)
 
 
 def _smooth(signal, sigma=20, radius=80):

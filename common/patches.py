@@ -89,7 +89,8 @@ def principal(rows, count):
     """rows (r n) -> their mean (n), the first `count` principal directions (n c), their variances (c), and
     the sum of all variances."""
     center = rows.mean(0)
-    covariance = (rows - center).T @ (rows - center) / len(rows)
+    rows = rows - center
+    covariance = rows.T @ rows / len(rows)
     variances, directions = torch.linalg.eigh(covariance)  # ascending
     return center, directions.flip(1)[:, :count], variances.flip(0)[:count], variances.sum()
 

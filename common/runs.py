@@ -36,6 +36,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from common import InputError, NonFiniteError
+from common.embedded.english import words
 
 RUN_SUFFIXES = (".json", ".csv", ".png", ".gif", ".pt", ".npy", ".bvh", ".html")  # --overwrite may delete
 
@@ -68,7 +69,7 @@ class RunArgs:
     device: str = arg("auto", "auto, cpu, cuda or cuda:N", shaping=False)
     threads: int = arg(0, "CPU threads; 0: a short probe decides (or OMP_NUM_THREADS)", shaping=False)
     resume: bool = arg(False, "go on from checkpoint.pt of the run folder, bit for bit; after its end with "
-                       "more --iterations", shaping=False)
+                       "more iterations", shaping=False)
     overwrite: bool = arg(False, "start again in an existing run folder", shaping=False)
     size: str = arg("small", "of networks and training; tiny: half a minute, paper: for a GPU",
                     choices=("tiny", "small", "paper"))
@@ -244,7 +245,8 @@ def prepare(cls, sizes, argv, description, method, product, check):
     modes = bool(args.prompt) or args.eval_only
     fix = f"name the {product.partition('-')[2]}.pt of a finished run" if modes else "add one of them"
     refuse((modes != bool(args.load), f"--load: goes with --prompt or --eval-only; {fix}"),
-           (any(not caption.strip() for caption in args.prompt), "--prompt: the caption is empty"))
+           (any(not words(decoded(caption, "--prompt")) for caption in args.prompt),
+            "--prompt: the caption is empty, or holds no word"))
     args.prompt = [decoded(caption, "--prompt") for caption in args.prompt]
     stored = load_checkpoint(args.load, kind=product) if args.load else None
     if stored:

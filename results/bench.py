@@ -1,4 +1,5 @@
-"""What the parts of an iteration cost: `python -m results.bench rollout`, `selection` or `snr`.
+"""What the parts of an iteration cost: `python -m results.bench rollout`, `selection`, `snr`
+or `codec`.
 
 `rollout`, of a diffusion model
     A  ddpo_motion's rollout of one batch: noise of every sample, captions, N steps, all states kept
@@ -15,6 +16,10 @@ and of tokens, one motion and 32 at a time
     what it costs in KL, at each denoising step, that the network changes its answer by one unit in
     every entry: the law of --snr-weights, and the same measured on a network. --picture FILE
 
+`codec`
+    the jerk and the foot skate of decoded motion with noise on its tokens: tokens of four frames
+    that are decoded apart, and lapped ones
+
 A and B run in turns after one round of warming up, with the default sizes and random weights (the
 time does not depend on them). The ratio of the two minima is not printed if one of the two varies
 by more than 20 %, because then the machine was busy with something else. Seconds are for reading;
@@ -30,8 +35,9 @@ import torch
 import ddpo_motion as ddpo
 import pareto_motion as pareto
 import ppo_motion as ppo
-from common import (InputError, datasets, diffusion, features, generator, lora, pick, runs, samplers,
-                    tokenizer, training)
+from common import (InputError, datasets, diffusion, features, generator, lora, normal, pick, runs,
+                    samplers, tokenizer, training)
+from common.patches import LappedCodec, PatchCodec
 from results import pictures
 
 WORDS = "a person walks forward slowly then turns left and waves with the right hand"
@@ -217,10 +223,37 @@ def time_selection(tokens, rounds):
     print("\n".join(report(names, interleave((select, sample), rounds))))
 
 
+def hiccups(data, clips=60, noises=(0.0, 0.1, 0.2, 0.3)):
+    """Print, as Markdown, what noise on the whitened tokens does to decoded motion, for tokens apart and for
+    lapped ones -> {(codec, components, noise): (jerk, foot skate)}. Noise stands for a model's errors."""
+    train, test, skeleton = data.splits["train"], data.splits["test"][:clips], data.skeleton
+    statistics = datasets.Statistics.from_clips(train, role="generator")
+    weights = features.block_weights(skeleton, features.PATCH_WEIGHTS)
+
+    def physics(motions):
+        rows = [features.physical_metrics(features.features_to_joints(motion, skeleton).numpy(), skeleton)
+                for motion in motions]
+        return tuple(float(np.mean([row[name] for row in rows])) for name in ("jerk", "foot_skate"))
+    real, found = [torch.from_numpy(clip.features) for clip in test], {}
+    print("the data: jerk {:.1f}, skate {:.3f}".format(*physics(real)))
+    print("| tokens | " + " | ".join(f"noise {s:g}: jerk, skate" for s in noises) + " |")
+    print("| --- " * (len(noises) + 1) + "|")
+    for kind, components in ((PatchCodec, 64), (LappedCodec, 64), (LappedCodec, 96)):
+        codec = kind(4, skeleton.feature_dim, components)
+        codec.fit(train, statistics, weights)
+        tokens = [codec.encode(motion[None]) for motion in real]
+        for s in noises:
+            noisy = [x + s * normal(x.shape[1:], 0, 0, "codec", [k]) for k, x in enumerate(tokens)]
+            found[kind.__name__, components, s] = physics([codec.decode(x)[0] for x in noisy])
+        cells = ("{:.1f}, {:.3f}".format(*found[kind.__name__, components, s]) for s in noises)
+        print(f"| {kind.width * 4} frames every 4, {components} components | " + " | ".join(cells) + " |")
+    return found
+
+
 def main(argv=None):
     """Command line of the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=runs.Help)
-    parser.add_argument("what", choices=("rollout", "selection", "snr"))
+    parser.add_argument("what", choices=("rollout", "selection", "snr", "codec"))
     parser.add_argument("--batch", type=int, default=128, help="motions of a rollout (default 128 = 16 x 8)")
     parser.add_argument("--tokens", type=int, default=20, help="tokens of a motion (default 20 = 80 frames)")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of A and B, at least 5 (default 7)")
@@ -234,6 +267,8 @@ def main(argv=None):
     runs.pick_threads(options.threads)
     if options.what == "snr":
         snr_law(10, options.picture)
+    elif options.what == "codec":
+        hiccups(datasets.load_dataset("humanml3d", clips=2400))
     elif options.what == "selection":
         time_selection(25, options.rounds)
     else:

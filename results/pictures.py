@@ -5,6 +5,7 @@ import numpy as np
 from matplotlib.ticker import LogLocator
 
 from common import InputError
+from common.evaluate import GATE
 from common.render import GREY, curves, new_figure, plain_axes, save_png, write_text
 
 
@@ -53,6 +54,36 @@ def seeds(path, logs, groups, x="iteration", peak="val_judge"):
         mean[name], *bands[name] = values
     note = f"mean of {len(logs)} runs, shaded: lowest to highest" if len(logs) > 1 else ""
     curves(path, mean, groups, x, peak, bands, note)
+
+
+def tradeoff(path, names, tables, logs):
+    """How plausible the motions were when they did so much of what was asked, in one PNG: the oracle at every
+    look at val over speed, jerk and foot skate, each divided by that of the data; shaded: beyond the gate
+    (common/evaluate.py). A ring is the base. names: of the runs; tables: their target_val; logs: theirs."""
+    columns = ("speed", "jerk", "foot_skate")
+    figure = new_figure(290 * len(columns), 290)
+    for i, column in enumerate(columns):
+        axes, low_high = figure.add_subplot(1, len(columns), i + 1), GATE[column][:2]
+        for name, table, log in zip(names, tables, logs):
+            known = np.isfinite(log["val_oracle"])
+            data, base = table["gt"][column][0], table["base"]
+            x, y = log[f"val_{column}"][known] / data, log["val_oracle"][known]
+            x, y = np.r_[base[column][0] / data, x], np.r_[base["oracle"][0], y]
+            colour = axes.plot(x, y, ".-", linewidth=1.0, markersize=4, label=name)[0].get_color()
+            axes.plot(x[0], y[0], "o", markersize=7, color=colour, markerfacecolor="white")
+        left, right = axes.get_xlim()
+        left, right = min(left, 0.9 * low_high[0] if low_high[0] else left), max(right, 1.05 * low_high[1])
+        axes.axvspan(low_high[1], right, color=GREY, alpha=0.2, linewidth=0)
+        if low_high[0]:
+            axes.axvspan(left, low_high[0], color=GREY, alpha=0.2, linewidth=0)
+        axes.axvline(1.0, color=GREY, linewidth=0.8, linestyle=":")
+        axes.set_xlim(left, right)
+        axes.set_xlabel(f"{column.replace('_', ' ')}, times the data's", fontsize=8)
+        axes.set_ylabel("oracle" if i == 0 else "", fontsize=8)
+        plain_axes(axes)
+    axes.legend(fontsize=7, frameon=False, loc="lower right")
+    figure.tight_layout(pad=0.9)
+    save_png(path, figure)
 
 
 def fronts(path, clouds, names, groups=1):

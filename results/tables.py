@@ -273,6 +273,7 @@ def main(argv=None):
                         help="cost up to a look at val, such as val_reward=0.85")
     parser.add_argument("--costs", action="store_true", help="minutes and memory of runs of any data")
     parser.add_argument("--curves", metavar="PNG", help="also draw their learning curves")
+    parser.add_argument("--tradeoff", metavar="PNG", help="also draw their oracle over jerk, skate and speed")
     args = parser.parse_args(argv)
     name, _, level = (args.until or "").partition("=")
     if args.until and not re.fullmatch(r"-?\d*\.?\d+", level):
@@ -284,6 +285,11 @@ def main(argv=None):
           else costs(args.runs) if args.costs else summary(args.runs))
     if args.curves:
         pictures.seeds(args.curves, [render.read_csv(Path(run) / "logs.csv") for run in args.runs], CURVES)
+    if args.tradeoff:
+        found = looks(args.runs, "val_oracle", "val_speed", "val_jerk", "val_foot_skate")
+        tables = [result["target_val"] for result, _ in found]
+        names = [f"seed {result['args']['seed']}" for result, _ in found]
+        pictures.tradeoff(args.tradeoff, names, tables, [log for _, log in found])
 
 
 if __name__ == "__main__":

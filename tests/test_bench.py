@@ -5,7 +5,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ddpo_motion as ddpo
 import ppo_motion as ppo
-from common import InputError, diffusion, tokenizer
+from common import InputError, datasets, diffusion, tokenizer
 from results import bench, memory
 
 BATCH, TOKENS = 3, 6
@@ -44,7 +44,7 @@ def test_a_rollout_calls_the_denoiser_once_a_step(steps, order, guidance, times)
     with CountedCalls(policy.model) as calls:
         states, _ = roll_out(args, policy)
     assert calls == [BATCH] * steps * times
-    assert states.shape == (BATCH, steps + 1, TOKENS, 8)
+    assert states.shape == (BATCH, steps + 1, TOKENS + 2, 8)  # two more, as they overlap
 
 
 @pytest.mark.parametrize("trained", (1, 3))
@@ -156,3 +156,13 @@ def test_snr_law(tmp_path, capsys):
         assert law[name][5:].tolist() == pytest.approx(values, rel=0.03), name
     assert capsys.readouterr().out.count("within 0.") == 4
     assert (tmp_path / "snr.png").stat().st_size > 1000
+
+
+def test_lapped_tokens_do_not_hiccup(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data = datasets.load_dataset("humanml3d", cache_dir=tmp_path, clips=160)
+    capsys.readouterr()
+    found = bench.hiccups(data, clips=6, noises=(0.0, 0.3))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6 and lines[1] == "| tokens | noise 0: jerk, skate | noise 0.3: jerk, skate |"
+    assert found["PatchCodec", 64, 0.3][0] > 3 * found["LappedCodec", 64, 0.3][0]

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from common import InputError, compose as composing, datasets
-from common.compose import MetaMotion, Prompt, compose, decompose, novel_prompts, split
+from common.compose import Prompt, compose, decompose, novel_prompts, split
 from common.datasets import Clip
 from common.embedded import english
 from common.embedded.english import conjugate
 from common.embedded.oracle import caption_attributes
+from common.embedded.parts import LONG_LIST, MetaMotion
 from common.features import T2M
 from common.published import folder
 from common.runs import run_main
@@ -76,12 +77,30 @@ def many(pool):
     ("lie", "lies", "lying", "lay"), ("dance", "dances", "dancing", "danced"),
     ("swim", "swims", "swimming", "swam"), ("put", "puts", "putting", "put"),
     ("tiptoe", "tiptoes", "tiptoeing", "tiptoed"), ("sit", "sits", "sitting", "sat"),
-    ("swing", "swings", "swinging", "swung"), ("take", "takes", "taking", "took")])
+    ("swing", "swings", "swinging", "swung"), ("take", "takes", "taking", "took"),
+    ("fling", "flings", "flinging", "flung"), ("stride", "strides", "striding", "strode"),
+    ("wring", "wrings", "wringing", "wrung"), ("wear", "wears", "wearing", "wore"),
+    ("mimic", "mimics", "mimicking", "mimicked"), ("zigzag", "zigzags", "zigzagging", "zigzagged")])
 def test_verb_forms(verb, present, ing, past):
     assert [conjugate(verb, form) for form in ("present", "ing", "past")] == [present, ing, past]
     assert conjugate(verb, "base") == verb
     for form, word in (("present", present), ("ing", ing), ("past", past)):
         assert english.VERBS[word][0] == verb, (form, word)
+
+
+def test_any_form():
+    for verbs, expected in (
+            ("run", "ran run runned runner runners running runs"),
+            ("throw", "threw throw throwed thrower throwers throwing thrown throws"),
+            ("try", "tried trier triers tries try trying"),
+            ("bow clap", "bow bowed bower bowers bowing bows clap clapped clapper clappers clapping claps")):
+        pattern = english.any_form(verbs)
+        assert sorted(pattern[3:-1].split("|")) == expected.split()
+
+
+def test_captions_without_a_word_compose_to_nothing():
+    found, why = decompose([("...", {}), ("?!", {}), ("", {})])
+    assert found == [] and why["nothing left"] == 3
 
 
 # ---- from a caption to its parts ----
@@ -189,7 +208,7 @@ def test_possessives_follow_the_majority():
 
 
 def test_a_word_seen_once_in_a_long_list_is_a_misspelling():
-    items = [(f"a person walks {n} meters", {}) for n in range(composing.LONG_LIST - 2)]
+    items = [(f"a person walks {n} meters", {}) for n in range(LONG_LIST - 2)]
     items += [("a person walks slwoly to the left", {})]
     assert "spelling" not in decompose(items)[1]
     items += [("a person walks slwoly to the right", {})]           # its mirror image does not confirm it

@@ -1,6 +1,7 @@
 """Folders, text lines, damage, statistics, words, batches and the embedded data's cache."""
 
 import inspect
+import re
 from pathlib import Path
 
 import numpy as np
@@ -58,10 +59,12 @@ def test_unusable_lines_of_a_text_are_counted(tmp_path, capsys):
     root = make_folder(tmp_path / "kit")
     (root / "texts" / "00003.txt").write_bytes(
         b"\xef\xbb\xbf" + LINE.encode() +
-        b"\r\n\r\nbroken\r\ngr\xc3\xbc\xc3\x9fe#x/X#0#0\n\xff#x/X#0#0")
+        b"\r\n\r\nbroken\r\ngr\xc3\xbc\xc3\x9fe#x/X#0#0\n\xffx#x/X#0#0")
     data = D.load_folder(root)
-    assert data.splits["train"][3].captions == ["a person walks.", "gr\u00fc\u00dfe", "\ufffd"]
-    assert capsys.readouterr().out == "kit: not used: bad_text_line 1 (00003)\n"
+    assert data.splits["train"][3].captions == ["a person walks.", "gr\u00fc\u00dfe", "\ufffdx"]
+    assert capsys.readouterr().out == (
+        "kit: not used: bad_text_line 1 (00003): texts/00003.txt 'broken', wanted "
+        "caption#lemma/POS lemma/POS ...#0.0#0.0 with a word in the caption\n")
 
 
 # ---- folders -----------------------------------------------------------------------------------------------
@@ -112,7 +115,7 @@ def break_clip(root, name, reason):
 
 
 def test_eight_kinds_of_broken_files_are_counted(tmp_path, capsys, monkeypatch):
-    root = make_folder(tmp_path / "kit")
+    root = make_folder(tmp_path / "kit", ids=11)
     for i, reason in enumerate(BREAKAGES):
         break_clip(root, f"0{i:04d}", reason)
     with pytest.raises(InputError, match="more than 1 %.*missing_motion 1 \\(00000\\)"):
@@ -121,18 +124,123 @@ def test_eight_kinds_of_broken_files_are_counted(tmp_path, capsys, monkeypatch):
     data = D.load_folder(root)
     expected = {reason: f"1 (0{i:04d})" for i, reason in enumerate(BREAKAGES)}
     expected["bad_text_line"] = "2 (00006, 00007)"                      # the file without '#' is both
-    said = ", ".join(f"{reason} {names}" for reason, names in sorted(expected.items()))
-    assert capsys.readouterr().out == f"kit: not used: {said}\n"
-    assert [c.name for c in data.splits["train"]] == ["00007", "00008", "00009"]
+    said = "; ".join(f"{reason} {names}" for reason, names in sorted(expected.items()))
+    printed = re.sub(r"\): .*?(?=; |\n)", ")", capsys.readouterr().out)
+    assert printed == f"kit: not used: {said}\n"
+    assert [c.name for c in data.splits["train"]] == ["00007", "00008", "00009", "00010"]
 
 
-@pytest.mark.parametrize("content", [b"", b"\x93NUMPY\x01\x00", b"not an array"])
-def test_unreadable_motion_files_are_bad_shapes(tmp_path, content, monkeypatch, capsys):
+@pytest.mark.parametrize("content, found", [
+    (b"", "is no .npy file"), (b"\x93NUMPY\x01\x00", "is a damaged .npy file"),
+    (b"<!DOCTYPE html>", "is no .npy file"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a",
+     "is a Git LFS pointer: run git lfs pull in its repository")])
+def test_unreadable_motion_files_are_bad_shapes(tmp_path, content, found, monkeypatch, capsys):
     root = make_folder(tmp_path / "kit")
     (root / "new_joint_vecs" / "00003.npy").write_bytes(content)
     monkeypatch.setattr(folder, "MAX_LOSS", .1)
     D.load_folder(root)
-    assert capsys.readouterr().out == "kit: not used: bad_shape 1 (00003)\n"
+    path = "new_joint_vecs/00003.npy"
+    assert capsys.readouterr().out == f"kit: not used: bad_shape 1 (00003): {path} {found}\n"
+
+
+@pytest.mark.parametrize("array, found", [
+    (np.zeros((40, 22, 3), np.float32), "shape (40, 22, 3), wanted (24 frames or more, 251): these are "),
+    (np.zeros((1, 40, 251), np.float32), "(1, 40, 251), wanted (24 frames or more, 251): take its first "),
+    (np.zeros((40, 263), np.float32), "features of HumanML3D, Mean.npy and Std.npy are of KIT-ML"),
+    (np.zeros((251, 40), np.float32), "shape (251, 40), wanted (24 frames or more, 251): transpose it"),
+    (np.zeros((40, 251), np.int64), "numbers of type int64, wanted float32"),
+    (np.zeros(251, np.float32), "shape (251,), wanted (24 frames or more, 251)")])
+def test_a_bad_shape_says_found_and_wanted(tmp_path, array, found):
+    root = make_folder(tmp_path / "kit")
+    np.save(root / "new_joint_vecs" / "00003.npy", array)
+    for read in (D.load_folder, lambda path: check.main([str(path)])):
+        with pytest.raises(InputError, match=r"bad_shape 1 \(00003\): new_joint_vecs/00003.npy has .*"
+                           + re.escape(found)):
+            read(root)
+
+
+def large(motion):
+    """Finite in float64 alone."""
+    motion = motion.astype(np.float64)
+    motion[7, 9] = 1e39
+    return motion
+
+
+@pytest.mark.parametrize("width", [251, 263])
+@pytest.mark.parametrize("change, said", [
+    (np.zeros_like, "no_motion 1 (00003): new_joint_vecs/00003.npy is all zero;"),
+    (lambda motion: np.where(np.arange(40)[:, None] == 5, 0, motion).astype(np.float32),
+     "no_motion 1 (00003): new_joint_vecs/00003.npy is all zero in frame 5;"),
+    (lambda motion: motion[:1].repeat(40, 0), "new_joint_vecs/00003.npy holds one pose in all frames;"),
+    (lambda motion: np.where(np.arange(motion.shape[1]) < 100, 0, motion).astype(np.float32),
+     "no_body 1 (00003): new_joint_vecs/00003.npy: the bone to joint 1 has no length in frame 0;"),
+    (large, "non_finite 1 (00003): new_joint_vecs/00003.npy is not finite in float32 in frame 7;")])
+def test_a_clip_that_shows_nothing_is_damaged_in_both_layouts(tmp_path, width, change, said):
+    root = make_folder(tmp_path / "data", width=width)
+    path = root / "new_joint_vecs" / "00003.npy"
+    np.save(path, change(np.load(path)))
+    with pytest.raises(InputError, match=r"1 of 10 clips of train are damaged.*" + re.escape(said)):
+        D.load_folder(root)
+    with pytest.raises(InputError, match="damaged: train: .*" + re.escape(said[:-1])):
+        check.main([str(root)])
+
+
+@pytest.mark.parametrize("caption", ["...", "?!", "__", "\U0001f600", " \u2014 "])
+def test_a_caption_without_a_word_is_no_caption(tmp_path, capsys, caption):
+    line = f"{caption}#x/X#0.0#0.0"
+    assert folder.parse_text_line(line) is None
+    root = make_folder(tmp_path / "kit")
+    text = root / "texts" / "00003.txt"
+    text.write_text(f"{LINE}\n{line}\n", encoding="utf-8")
+    assert D.load_folder(root).splits["train"][3].captions == ["a person walks."]
+    assert "bad_text_line 1 (00003): texts/00003.txt " in capsys.readouterr().out
+    text.write_text(f"{line}\n", encoding="utf-8")
+    for read in (D.load_folder, lambda path: check.main([str(path)])):
+        with pytest.raises(InputError, match=r"no_caption 1 \(00003\): texts/00003.txt '.*, wanted caption#"):
+            read(root)
+
+
+def test_captions_without_the_sign_say_the_format(tmp_path):
+    root = make_folder(tmp_path / "kit")
+    for path in (root / "texts").iterdir():
+        path.write_text("a person walks\n")
+    with pytest.raises(InputError, match="10 of 10 clips .* no_caption 10 .*texts/00000.txt 'a person "
+                       "walks', wanted caption#lemma/POS lemma/POS ...#0.0#0.0"):
+        D.load_folder(root)
+
+
+def test_pointers_and_objects_in_place_of_statistics_and_lists(tmp_path):
+    root = make_folder(tmp_path / "kit")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n"
+    (root / "Std.npy").write_text(pointer)
+    with pytest.raises(InputError, match="Std.npy is a Git LFS pointer"):
+        D.load_folder(root)
+    for wrong, name in ((np.full(251, 1e39), "Std.npy"), (np.full(251, "x"), "Std.npy"),
+                        (np.full(251, -1.0), "Std.npy: holds a negative")):
+        np.save(root / "Std.npy", wrong)
+        with pytest.raises(InputError, match=name):
+            D.load_folder(root)
+    np.save(root / "Std.npy", np.ones(251))
+    (root / "val.txt").write_text(pointer)
+    with pytest.raises(InputError, match="val.txt is a Git LFS pointer"):
+        D.load_folder(root)
+    (root / "val.txt").write_text((root / "train.txt").read_text())
+    (root / "texts" / "00002.txt").write_text(pointer)
+    with pytest.raises(InputError, match="texts/00002.txt is a Git LFS pointer"):
+        D.load_folder(root)
+
+
+def test_statistics_of_the_train_split_alone_are_sound(tmp_path):
+    root = make_folder(tmp_path / "kit")
+    for path in (root / "new_joint_vecs").glob("[12]*.npy"):
+        np.save(path, np.load(path) + np.float32(5))
+    rows = np.concatenate([np.load(path) for path in sorted((root / "new_joint_vecs").glob("0*.npy"))])
+    np.save(root / "Mean.npy", rows.mean(0))
+    np.save(root / "Std.npy", rows.std(0))
+    assert check.check_folder(root) == []
+    np.save(root / "Mean.npy", rows.mean(0) + 1)
+    assert [line[:18] for line in check.check_folder(root)] == ["Mean.npy: feature "]
 
 
 def test_pickled_motion_is_refused_and_not_executed(tmp_path, monkeypatch, capsys):
@@ -145,14 +253,15 @@ def test_pickled_motion_is_refused_and_not_executed(tmp_path, monkeypatch, capsy
     np.save(root / "new_joint_vecs" / "00003.npy", np.array([Payload()], dtype=object), allow_pickle=True)
     monkeypatch.setattr(folder, "MAX_LOSS", .1)
     D.load_folder(root)
-    assert "bad_shape 1 (00003)" in capsys.readouterr().out and not marker.exists()
+    assert "00003.npy holds Python objects: store plain" in capsys.readouterr().out and not marker.exists()
 
 
 def test_one_percent_is_the_limit(tmp_path, capsys):
     root = make_folder(tmp_path / "kit", ids=100)
     break_clip(root, "00000", "non_finite")
     D.load_folder(root)
-    assert capsys.readouterr().out == "kit: not used: non_finite 1 (00000)\n"
+    assert capsys.readouterr().out == (
+        "kit: not used: non_finite 1 (00000): new_joint_vecs/00000.npy is not finite in frame 0\n")
     break_clip(root, "00001", "missing_text")
     with pytest.raises(InputError, match="2 of 100 clips of train"):
         D.load_folder(root)
@@ -168,6 +277,12 @@ def test_incomplete_folders_list_what_is_missing(tmp_path):
     (root / "val.txt").write_text("")
     with pytest.raises(InputError, match="val.txt leaves no clip"):
         D.load_folder(root)
+    for split, ids in (("val", 1), ("test", 1), ("train", 3)):
+        small = make_folder(tmp_path / f"small_{split}")
+        kept = (small / f"{split}.txt").read_text().splitlines()[:ids]
+        (small / f"{split}.txt").write_text("\n".join(kept))
+        with pytest.raises(InputError, match=rf"{split}.txt leaves {ids} clip\(s\) of at least {ids + 1} "):
+            D.load_folder(small)
     (root / "val.txt").write_text("../../secret\n")
     with pytest.raises(InputError, match="not an id"):
         D.load_folder(root)
@@ -210,6 +325,25 @@ def test_a_path_never_falls_back_and_a_name_does(tmp_path, capsys, monkeypatch):
     (tmp_path / "data" / "KIT-ML").mkdir(parents=True)  # there, but damaged: an error, not embedded data
     with pytest.raises(InputError, match="missing"):
         D.load_dataset("kit", cache_dir=tmp_path / "cache", clips=60)
+
+
+@pytest.mark.parametrize("name, meant", [("t2m", "humanml3d"), ("KIT", "kit"), ("HumanML3D", "humanml3d"),
+                                         ("aist", "")])
+def test_an_unknown_name_is_told_the_names_and_the_folder(elsewhere, name, meant):
+    for load in (D.load_dataset, lambda given, **o: D.load_pair("", given, clips=(60, 60), **o),
+                 lambda given, **o: D.load_pair("", given, clips=(60, 60), left_out="kick", **o)):
+        with pytest.raises(InputError, match=f"^(--dataset )?{name}: no data set of this name and no such "
+                           "folder; --dataset .*take kit, humanml3d or the path of a folder .* such as "
+                           "data/KIT-ML" + (rf"; did you mean {meant}\?$" if meant else "$")):
+            load(name, cache_dir="cache")
+
+
+def test_a_clip_that_cannot_be_converted_has_a_name():
+    broken = clip("00007", width=251)
+    broken.features[:, 4:64] = 0
+    whole = D.Dataset("folder kit", F.KIT, {"train": [broken], "val": [], "test": []}, "x")
+    with np.errstate(all="ignore"), pytest.raises(InputError, match="folder kit: clip 00007 has no body"):
+        D.converted(whole, "t2m")
 
 
 def test_embedded_data_cached_rebuilt_and_native(tmp_path, capsys, monkeypatch):
@@ -287,7 +421,9 @@ def test_vocabulary_numbers_words():
     assert ids.tolist() == [[2, 4, 1], [7, 0, 0]] and ids.dtype == torch.int64
     assert mask.tolist() == [[True, True, True], [True, False, False]]
     assert vocabulary.encode(["a a a a"], max_words=2)[0].tolist() == [[2, 2]]
-    assert vocabulary.encode([""])[0].tolist() == [[0]]
+    # no word at all reads as an unknown one: attention needs something to look at
+    ids, mask = vocabulary.encode(["", "...", "a person"])
+    assert ids.tolist() == [[1, 0], [1, 0], [2, 4]] and mask.tolist() == [[True, False]] * 2 + [[True, True]]
 
 
 def test_words_survive_anything():
@@ -369,7 +505,23 @@ def test_half_keeps_relatives_together():
     ("bowing", "bow", True), ("plays bowling", "bow", False), ("two bows", "bow", True),
     ("clapping", "clap", True), ("leaped", "jump", True), ("hops on one leg", "jump", True),
     ("holds both hands up", "raise", True), ("holds both arms out", "raise", False),
-    ("walks with high knees", "march", True), ("axb", "a.b", False), ("dances", "dance", True)])
+    ("walks with high knees", "march", True), ("axb", "a.b", False), ("dances", "dance", True),
+    # irregular forms, and past tenses wrongly made regular
+    ("he stood still", "stand", True), ("with bent knees", "bend", True), ("she knelt down", "kneel", True),
+    ("kneeled", "kneel", True), ("swung both arms", "swing", True), ("has thrown a ball", "throw", True),
+    ("throwed it", "throw", True), ("was shaken", "shake", True), ("leapt", "jump", True),
+    ("spun around", "turn", True), ("sat", "sit", True), ("swam", "swim", True), ("slept", "sleep", True),
+    ("mimicking", "mimic", True), ("holds", "hold", True), ("held it up", "raise", True),
+    ("lay", "lie", True),
+    ("travelling", "travel", True), ("traveled", "travel", True), ("rode a bike", "ride", True),
+    # whole words only
+    ("a range of motion", "run", False), ("hopes for luck", "jump", False), ("hoping", "hop", False),
+    ("bends the spine", "turn", False), ("walks on a line", "lie", False), ("a standard", "stand", False),
+    ("the bowl", "bow", False), ("holds the right upper leg", "raise", False),
+    # the action in any form, in upper case, misspelt, and of several words
+    ("kicks", "kicking", True), ("he kneels", "Knelt", True), ("spining", "spin", True),
+    ("picked the ball up", "pick up", True), ("picks a flower", "pick up", False),
+    ("does jumping jacks", "jumping jack", True), ("walks", " ", False), ("walks", "...", False)])
 def test_mentions(caption, action, found):
     assert english.mentions(caption, action) is found
 
@@ -397,6 +549,15 @@ def test_leave_out_takes_the_recording_and_keeps_the_captions_that_speak_of_it()
     assert len({toy.fingerprint, rest.fingerprint, left.fingerprint}) == 3
     with pytest.raises(InputError, match="leaving out 'dance': 0 train clips of toy mention it, 7 do not"):
         D.leave_out(toy, "dance")
+
+
+def test_leave_out_takes_irregular_forms_and_leaves_other_words():
+    toy = three_splits(("a", ["he stood up"]), ("b", ["is standing"]), ("c", ["a standard walk"]),
+                       ("d", ["an outstanding jump"]))
+    rest, left = D.leave_out(toy, "stand")
+    for k, split in enumerate(D.SPLITS):
+        assert [c.name for c in rest.splits[split]] == [f"{k}c", f"{k}d"]
+        assert [c.name for c in left.splits[split]] == [f"{k}a", f"{k}b"]
 
 
 @pytest.mark.parametrize("domain", ("kit", "humanml3d"))

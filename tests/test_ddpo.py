@@ -645,3 +645,13 @@ def test_codec_without_reduction_is_exact():
     model.codec.basis.copy_(torch.eye(len(model.codec.basis)))
     motion = torch.randn(2, 8, 263, generator=generator(0, 0, "motion"))
     torch.testing.assert_close(model.codec.decode(model.codec.encode(motion)), motion, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("space, n", (("joint", 6), ("latent", 3)))
+def test_the_network_is_differentiable_in_float64(space, n):
+    """The only precision in which finite differences say anything."""
+    model, captions = tiny_model(space).double(), CAPTIONS[:2]
+    x = torch.randn(2, n, model.dims, generator=generator(0, 0, "x"), dtype=torch.float64, requires_grad=True)
+    mask, timesteps = torch.ones(2, n, dtype=torch.bool), torch.tensor([10.0, 500.0])
+    text = [part.detach() for part in model.encode_text(captions)]
+    assert torch.autograd.gradcheck(lambda x: model(x, timesteps, mask, *text), (x,))

@@ -156,10 +156,71 @@ def test_wrong_input_is_one_clear_line():
         F.joints_to_features(np.where(good == good[5, 5, 0], np.nan, good), F.T2M)
     with pytest.raises(InputError, match="251"):
         F.features_to_joints(np.zeros((4, 263), np.float32), F.KIT)
-    straight_up = good.copy()
-    straight_up[:, 20] = straight_up[:, 18] + np.float32([0, .25, 0])  # exactly against the rest direction -y
-    with pytest.raises(InputError, match="rest direction"):
-        F.joints_to_features(straight_up, F.T2M, retarget=False)
+    with pytest.raises(InputError, match="NaN or not finite in float32"):
+        F.joints_to_features(np.where(good == good[5, 5, 0], 1e39, good.astype(np.float64)), F.T2M)
+    no_bone = good.copy()
+    no_bone[7:, 20] = no_bone[7:, 18]
+    with pytest.raises(InputError, match="not finite: the bone to joint 20 has no length in frame 7"):
+        F.joints_to_features(no_bone, F.T2M, retarget=False)
+
+
+# ---- opposite directions -----------------------------------------------------------------------------------
+
+def rotated(q, v):
+    return F._rotate(q, np.asarray(v, np.float32))
+
+
+@pytest.mark.parametrize("u", [(1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1),
+                               (.6, 0, .8), (.48, .6, .64), (.05, .998749, 0)])
+@pytest.mark.parametrize("gap", [0, 1e-12, 1e-8, 1e-7, 1e-6, 3e-5, 1e-4, 1e-3, .1])
+def test_opposite_vectors_are_half_a_turn_about_a_fixed_axis(u, gap):
+    """Any distance from exactly opposite: the rotation has unit length and does what it says."""
+    u = np.float32(u)
+    v = -u.astype(np.float64) + gap * np.cross(u, np.roll(u, 1) + .1)
+    v = (v / np.linalg.norm(v)).astype(np.float32)
+    q = F._between(u, v)
+    assert np.linalg.norm(q) == pytest.approx(1, abs=1e-5) and q[0] >= 0
+    assert np.abs(rotated(q, u) - v).max() < 3e-3
+    if gap == 0:
+        assert q[0] < 1e-7
+        if u[1] == 0:
+            assert np.allclose(q, [0, 0, 1, 0])                 # stays upright: a heading turns about Y
+    with np.errstate(invalid="ignore"):
+        assert np.isnan(F._between(u, 0 * v)).all()
+
+
+@pytest.mark.parametrize("skeleton", [F.T2M, F.KIT], ids=lambda s: s.name)
+def test_a_clip_may_start_in_any_direction(skeleton):
+    """Also exactly against the direction that all clips are turned to."""
+    joints = F.canonicalise(figure(skeleton, turn=.5, speed=.4), skeleton)
+    expected = F.joints_to_features(joints, skeleton, retarget=False)
+    scale = np.maximum(1, np.abs(expected).max(0))
+    for turned in (joints * np.float32([-1, 1, -1]), joints[..., [2, 1, 0]] * np.float32([1, 1, -1])):
+        features = F.joints_to_features(turned, skeleton, retarget=False)
+        assert (np.abs(features - expected) / scale).max() < 1e-3
+
+
+@mini
+@pytest.mark.parametrize("name", MINI)
+def test_captured_clips_turned_by_half_have_the_same_features(name):
+    for path in sorted((SHARED / "data" / name / "new_joints").glob("*.npy"))[::12]:
+        joints = np.load(path)
+        one, other = (F.joints_to_features(x, MINI[name], retarget=False, fix_heading_flip=True)
+                      for x in (joints, joints * np.float32([-1, 1, -1])))
+        assert (np.abs(one - other) / np.maximum(1, np.abs(one).max(0))).max() < 2e-3, path.name
+
+
+@pytest.mark.parametrize("skeleton", [F.T2M, F.KIT], ids=lambda s: s.name)
+def test_bones_against_their_rest_direction_have_rotations(skeleton):
+    for bone in range(1, skeleton.joints):
+        joints = figure(skeleton)
+        moved = joints[20:30, skeleton.parents[bone]] - skeleton.offsets[bone].astype(np.float32)
+        joints[20:30, bone] = moved
+        features = F.joints_to_features(joints, skeleton, retarget=False)
+        assert np.isfinite(features).all()
+        rotations = features[:, F.blocks(skeleton)["rotations"]].reshape(len(features), -1, 2, 3)
+        assert np.abs((rotations ** 2).sum(-1) - 1).max() < 1e-4
+        assert np.isfinite(F.joints_to_features(joints, skeleton)).all()
 
 
 # ---- other operations --------------------------------------------------------------------------------------

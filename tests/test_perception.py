@@ -13,6 +13,7 @@ import torch
 from common import (
     InputError, NonFiniteError, datasets, features, freeze, generator, length_mask, perception, published,
     tokenizer, training)
+from common.embedded import damages
 from common.published import motion_critic
 from pareto_motion import ranking_loss
 
@@ -182,7 +183,7 @@ def test_freeze_repeats_one_pose_and_touches_nothing_else(data):
         assert int(changed[-1]) == first + frames - 1
     joints = perception.metres(walk(data), KIT)
     for part, grade in ((joints[:4], 2), (joints, 3)):  # shorter than the freeze; the strongest has no end
-        still = perception.freeze_frames(part, grade, generator(0, 0, "test"), KIT)
+        still = damages.freeze_frames(part, grade, generator(0, 0, "test"), KIT)
         assert torch.equal(still, part[:1].expand_as(part))
 
 
@@ -211,7 +212,7 @@ def test_warp_plays_slower_with_one_jump_and_the_same_ends(data):
     t = 40
     joints = torch.arange(float(t))[:, None, None].expand(t, 21, 3)  # the pose is the time
     for grade, share in ((1, 0.15), (2, 0.3), (3, 0.5)):
-        steps = perception.warp(joints, grade, generator(0, 1, "test"), KIT)[:, 0, 0]
+        steps = damages.warp(joints, grade, generator(0, 1, "test"), KIT)[:, 0, 0]
         assert steps[0] == 0 and steps[-1].item() == pytest.approx(t - 1, abs=1e-4)
         steps = steps.diff()
         assert steps.max().item() == pytest.approx(1 - share + share * (t - 1), abs=1e-3)
@@ -222,7 +223,7 @@ def test_rush_is_faster_there_and_back():
     t = 41
     joints = torch.arange(float(t))[:, None, None].expand(t, 21, 3)  # the pose is the time
     for grade, factor in ((1, 1.3), (2, 1.6), (3, 2.2)):
-        times = perception.rush(joints, grade, generator(0, 1, "test"), KIT)[:, 0, 0]
+        times = damages.rush(joints, grade, generator(0, 1, "test"), KIT)[:, 0, 0]
         turn = math.ceil((t - 1) / factor)
         torch.testing.assert_close(times[:turn], factor * torch.arange(float(turn)))
         assert times[turn:turn + 3].diff().lt(0).all() and times.min() >= 0 and times.max() <= t - 1
@@ -240,7 +241,7 @@ def test_some_codes_are_drawn_anew(data, vq, monkeypatch):
     monkeypatch.setattr(vq, "decode", spy)
     own, _ = vq.tokenise(motion[None], torch.tensor([36]))
     for grade in (1, 2, 3):
-        perception.swap_codes(motion, grade, generator(0, 0, "test"), KIT, vq)
+        damages.swap_codes(motion, grade, generator(0, 0, "test"), KIT, vq)
     weak, middle, strong = (codes != own for codes in seen)  # 18 codes; a draw may hit the old one
     assert 1 <= weak.sum() <= 2 and 3 <= middle.sum() <= 4 and 6 <= strong.sum() <= 9
     assert (weak <= middle).all() and (middle <= strong).all()

@@ -115,15 +115,16 @@ def test_lengths_padding_and_heights(data):
 
 
 def test_broken_motions_do_not_stop_a_run_but_nan_does(data):
-    """A body in one point, and a bone against its rest direction, have no rotations."""
+    """A body in one point has no rotations; a bone exactly against its rest direction has some."""
     skeleton = data.skeleton
     joints = to_joints(from_features(clips(data, 1)[0][:8], "joints", skeleton), "joints", skeleton)
     bone = next(b for b, axis in enumerate(skeleton.rest) if axis[1] == 1)  # straight up at rest
     against = joints.clone()
     against[:, bone] = against[:, skeleton.parents[bone]] - torch.tensor([0.0, 100.0, 0.0])
     for broken in (torch.zeros(8, skeleton.joints, 3), against):
-        with pytest.raises(InputError, match="not finite"):
-            features.joints_to_features(broken.numpy(), skeleton, retarget=False)
+        if broken is not against:
+            with pytest.raises(InputError, match="not finite"):
+                features.joints_to_features(broken.numpy(), skeleton, retarget=False)
         lengths = torch.tensor([8])
         back = to_features(broken.flatten(1)[None], lengths, "joints", skeleton)
         assert torch.isfinite(back).all()

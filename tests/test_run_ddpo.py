@@ -107,7 +107,7 @@ def test_a_small_run_warns_of_nothing(finished):
     (["--load", "ADAPTER"], ["--load", "--prompt", "--eval-only"]),
     (["--load", "absent.pt", "--eval-only"], ["absent.pt", "no such file"]),
     (["--dataset", "absent", "--source", "humanml3d"], ["absent", "no such folder"]),
-    (["--dataset", "absent"], ["--dataset absent", "a source beside it"]),
+    (["--dataset", "absent"], ["--dataset absent", "no such folder"]),
     (["--source", "absent"], ["absent", "no such folder"]),
     (["--data-root", "absent"], ["absent", "--data-root"]),
     (["--resume"], ["nothing to resume", "--resume"]),

@@ -215,7 +215,7 @@ def test_the_column_reward_is_what_is_optimised(finished):
     (["--window", 5], ["--window", "4 denoising steps"]), (["--prompts", 0], ["--prompts"]),
     (["--steps", 0], ["--steps"]), (["--lr", "nan"], ["--lr"]), (["--anchor", -1], ["--anchor"]),
     (["--weights", "semantic=0"], ["--weights"]), (["--prompt", "a man walks"], ["--load"]),
-    (["--dataset", "absent"], ["--dataset absent", "a source beside it"])],
+    (["--dataset", "absent"], ["--dataset absent", "no such folder"])],
     ids=lambda value: "_".join(map(str, value)))
 def test_wrong_flags(finished, tmp_path, flags, words):
     line = finished.refused("--out-dir", tmp_path / "run", *flags)

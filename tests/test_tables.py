@@ -248,3 +248,21 @@ def test_costs_that_a_log_does_not_have(tmp_path):
                 guidance_scale=1.0)
     known = tables.with_costs({"iteration": log["iteration"]}, ran("python ddpo_motion.py", **args))
     assert known["calls"].tolist() == [72.0, 144.0] and known["updates"].tolist() == [2.0, 4.0]
+
+
+def test_the_trade_off_is_drawn(tmp_path):
+    """The looks of two runs over what is plausible, from their log and table."""
+    for seed in (0, 1):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        physics = {name: [1.0, 0.0] for name in ("speed", "jerk", "foot_skate")}
+        runs.save_json(folder / "results.json", {
+            "command": "python stepwise_motion.py", "data": {"source": "a", "target": "b"},
+            "args": {"seed": seed, "base_seed": seed, "prompts": 2, "window": 0}, "seconds": {"update": 1.0},
+            "peak_memory_mb": 1.0, "seed": seed,
+            "target_val": {"gt": physics, "base": physics | {"oracle": [0.5, 0.0]}, "gain": {}}})
+        (folder / "logs.csv").write_text(
+            "# stamp\niteration,calls,updates,val_judge,val_oracle,val_speed,val_jerk,val_foot_skate\n"
+            "0,1,1,,,,,\n1,2,2,0.6,0.7,1.1,1.2,1.9\n")
+    tables.main([str(tmp_path / "0"), str(tmp_path / "1"), "--tradeoff", str(tmp_path / "picture.png")])
+    assert (tmp_path / "picture.png").stat().st_size > 5000

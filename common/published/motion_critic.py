@@ -289,7 +289,10 @@ def load_published(path, heads=8):
 
 
 def check_published(path):
-    """The network of a published checkpoint; InputError if it does not fit what `into_critic` makes."""
+    """The network of a published checkpoint, if a path is given; InputError if it does not fit what
+    `into_critic` makes."""
+    if not path:
+        return None
     net = load_published(path)
     if net.dstran.pos_embed.shape[1] != 25 or net.dstran.temp_embed.shape[1] < WINDOW:
         raise InputError(f"{path}: not for 25 joints and windows of {WINDOW} frames")
