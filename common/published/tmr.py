@@ -129,24 +129,24 @@ def told_sizes(config, name):
 
 
 def network_sizes(state, path, heads):
-    """The arguments of TMREncoder or TMRDecoder that fit the weights; the first is features in or out."""
+    """The arguments of TMREncoder or TMRDecoder, in their order, that fit the weights; `features` are those
+    that go in or come out."""
     latent = size(state, path, "layers.0.norm1.weight")
     if latent % heads:
         raise InputError(f"{path}: a width of {latent} does not split into {heads} heads; take config.json "
                          "from the same folder")
     features = ("final_layer.weight", 0) if "final_layer.weight" in state else ("projection.weight", 1)
     layers = {match[1] for key in state if (match := re.match(r"layers\.(\d+)\.", key))}
-    return dict(features=size(state, path, *features), latent=latent, heads=heads, layers=len(layers),
-                ff=size(state, path, "layers.0.linear1.weight"))
+    return dict(features=size(state, path, *features), latent=latent,
+                ff=size(state, path, "layers.0.linear1.weight"), layers=len(layers), heads=heads)
 
 
 def load_part(path, kind, heads):
     """A network from one .pt file, strict -> the network, its sizes."""
     state = from_official_tmr(read_state(path, path.stem, bare=True))
     sizes = network_sizes(state, path, heads)
-    features, *others = sizes.values()
     with torch.random.fork_rng(devices=[]):  # constructors draw from the global stream
-        network = kind(features, **{key: value for key, value in sizes.items() if key != "features"})
+        network = kind(*sizes.values())
     load_strict(network, state, path)
     return network, sizes
 
