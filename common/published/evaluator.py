@@ -139,8 +139,8 @@ CLASSES = ("VERB", "NOUN", "DET", "ADP", "NUM", "AUX", "PRON", "ADJ", "ADV", "Lo
            "Act_VIP", "Desc_VIP", "OTHER")
 
 # Words whose class is their own, whatever their part of speech. Not the released lists, which are longer:
-# these are the words that reference values confirm (and "feet", by their description). A file vip.txt in the folder of the word vectors takes
-# their place: a line a class, "Loc_VIP left right ...".
+# these are the words that reference values confirm (and "feet", by their description). A file vip.txt in the
+# folder of the word vectors takes their place: a line a class, "Loc_VIP left right ...".
 VIP = {"Loc_VIP": "left right clockwise forward up straight", "Body_VIP": "arm foot feet knee",
        "Obj_VIP": "stair ball chair", "Act_VIP": "walk dance jump kneel", "Desc_VIP": "slowly happily sadly"}
 
