@@ -11,7 +11,7 @@ from common import InputError
 from common.datasets import Statistics
 from common.published import evaluator, tmr
 from tests import parity
-from tests.published_helpers import message, normal, randomise, refusals
+from tests.folder_helpers import message, normal, randomise, refusals
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from common import InputError, lora
 from common.published import stablemofusion as smf, tmr
-from tests.published_helpers import message, normal, packed, randomise, refusals
+from tests.folder_helpers import message, normal, packed, randomise, refusals
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from common import freeze, length_mask, lora
 from common.published import tmr
-from tests.published_helpers import message, normal, packed, randomise, refusals
+from tests.folder_helpers import message, normal, packed, randomise, refusals
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
