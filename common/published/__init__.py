@@ -30,7 +30,11 @@ def load_plain(path):
 def read_state(path, name, bare=False):
     """The state dict under `name` of a checkpoint file: "net" for the tokenizer, "trans" for the GPT,
     "model_state_dict" for MotionCritic. bare: the file may also be the state dict itself."""
-    stored = load_plain(path)
+    return state_of(load_plain(path), path, name, bare)
+
+
+def state_of(stored, path, name, bare=False):
+    """As `read_state`, of a file whose content is already `stored`."""
     if bare and isinstance(stored, dict) and name not in stored:
         stored = {name: stored}
     if not isinstance(stored, dict) or not isinstance(stored.get(name), dict):

@@ -18,6 +18,8 @@ CHECKS = {  # start of a file's name -> the module with its check
     "metrics_": "metrics",
     "guo_eval_": "evaluator",
     "tmr_enc_": "tmr",
+    "mdm_": "mdm",
+    "mld_": "mld",
     "t2mgpt_": "ppo",
     "ppo_math_": "ppo",
     "ppo_extra_": "ppo",
