@@ -61,7 +61,7 @@ def renamed(state, path, names):
     for key, value in state.items():
         for old, new in (*RENAMED, *names):
             key = key.replace(old, new)
-        packed = ".in_proj_" in key
+        packed = ".in_proj_" in key and value.ndim
         parts = ({key.replace("in_proj_", f"{name}."): part for name, part in zip("qkv", value.chunk(3))}
                  if packed else {key: value})
         out, count = out | parts, count + len(parts)

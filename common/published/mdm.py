@@ -29,6 +29,7 @@ from common.runs import stand_in
 FRAMES = 196                             # of every sample in its evaluation
 FEATURES = {"humanml": 263, "kit": 251}  # `dataset` of args.json -> d
 TEXT = {("trans_enc", "clip"): 512, ("trans_dec", "bert"): 768}  # `arch`, `text_encoder_type` -> i
+MOST_STEPS = 5000                        # as many timesteps as its table has positions
 # What older files leave out means this.
 DEFAULTS = {"text_encoder_type": "clip", "mask_frames": False, "use_ema": False, "diffusion_steps": 1000}
 # The same, and no other value is read here.
@@ -87,7 +88,8 @@ class MDM(nn.Module):
 
     def grid(self, count=None, ddim=False):
         """The samplers.Grid of `count` of its timesteps, by default all, down to no noise; see `spread`."""
-        kept = torch.tensor(spread(len(self.alphas_cumprod), count or len(self.alphas_cumprod), ddim)).flip(0)
+        total = len(self.alphas_cumprod)
+        kept = torch.tensor(spread(total, total if count is None else count, ddim)).flip(0)
         ratio = (1 / self.alphas_cumprod[kept] - 1).sqrt()  # sigma / alpha
         return samplers.Grid.from_ratio(kept, F.pad(ratio, (0, 1)))
 
@@ -133,7 +135,7 @@ def read_args(path):
     except FileNotFoundError:
         raise InputError(f"{beside}: no such file; put the args.json of its archive beside "
                          f"{Path(path).name}, it says which network the weights are of") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         said = stand_in(beside) or f"cannot be read as JSON ({type(error).__name__}); unpack it again"
         raise InputError(f"{beside}: {said}") from None
     if not isinstance(stored, dict) or not {"arch", "dataset", "layers", "latent_dim"} <= stored.keys():
@@ -146,18 +148,17 @@ def read_args(path):
         if settings[key] != value:
             raise InputError(f"{beside}: {key} is {settings[key]!r}, only {value!r} is read here; use one of "
                              "MDM's text-to-motion checkpoints")
-    kind = settings["arch"], settings["text_encoder_type"]
-    if kind not in TEXT or settings["dataset"] not in FEATURES or settings["diffusion_steps"] < 2:
-        raise InputError(f"{beside}: arch {kind[0]!r} with text {kind[1]!r} on {settings['dataset']!r}, "
-                         f"{settings['diffusion_steps']} steps; read here are trans_enc with clip and "
-                         "trans_dec with bert, on humanml or kit")
+    arch, encoder, dataset = (str(settings[key]) for key in ("arch", "text_encoder_type", "dataset"))
+    steps = settings["diffusion_steps"]
+    if (arch, encoder) not in TEXT or dataset not in FEATURES or not 2 <= steps <= MOST_STEPS:
+        raise InputError(f"{beside}: arch {arch!r} with text {encoder!r} on {dataset!r}, {steps} steps; read "
+                         "here are trans_enc with clip and trans_dec with bert, on humanml or kit")
     return settings
 
 
-def read_weights(path, use_ema):
-    """The state dict of an MDM file: `model_avg` where args.json asks for it and it is there, else `model`,
-    else the file itself; without the two tables of positions, whose length differs between files."""
-    stored = load_plain(path)
+def pick_weights(stored, path, use_ema):
+    """The state dict in what an MDM file holds: `model_avg` where args.json asks for it and it is there, else
+    `model`, else the file itself; without the two tables of positions, whose length differs between files."""
     averaged = use_ema and isinstance(stored, dict) and "model_avg" in stored
     state = state_of(stored, path, "model_avg" if averaged else "model", bare=True)
     if "input_process.poseEmbedding.weight" not in state:
@@ -189,8 +190,8 @@ def load_mdm(path, statistics, texts=None, device="cpu"):
 
     statistics: of the data folder (its Mean.npy and Std.npy), role "generator". texts: see layers.read_text.
     """
-    settings = read_args(path)
-    state = read_weights(path, settings["use_ema"])
+    stored, settings = load_plain(path), read_args(path)
+    state = pick_weights(stored, path, settings["use_ema"])
     arguments = sizes(state, path, settings)
     with torch.random.fork_rng(devices=[]):  # constructors draw from the global stream
         model = MDM(**arguments, texts=texts)

@@ -3,6 +3,7 @@
 A reference file holds the VAE or the denoiser; the other half of the checkpoint, which `load_mld` wants, has
 the sizes of the first and zeros for weights.
 """
+import json
 import math
 import re
 import tempfile
@@ -15,6 +16,7 @@ from einops import rearrange
 from common import datasets, length_mask, samplers
 from common.published import layers, load_strict, mld
 from tests.parity.rows import Used, error, state
+from tests.published_helpers import mld_state
 
 VALUES, OUT, GUIDED, TRACE = 2e-5, 5e-5, 3e-4, 3e-5  # the last one relative to the largest number
 
@@ -24,7 +26,6 @@ def check(path):
     with np.load(path) as z, torch.no_grad():
         z = Used(z)
         rows = (check_vae if path.name.startswith("mld_vae_") else check_denoiser)(z)
-        z["meta_json"]  # commit and sizes: the sizes are those of the weights
         return rows + [("<fields left out>", float(len(z.left())), 0.0)]
 
 
@@ -35,36 +36,20 @@ def listed(z, field):
             for key, shape in shapes.items()}
 
 
-def other_half(weights, width):
-    """Zeros in place of the half of a checkpoint that `weights` lack, five layers of a width."""
-    arguments = dict(feature_dim=263, text_dim=768, width=width, ff=2 * width, depth=5, vae_ff=2 * width,
-                     vae_depth=5, longest=500, positions=500)
-    zeros = mld.MLD(**arguments).state_dict()
-    names = {new: old for old, new in layers.RENAMED}
-    out = {}
-    for key, value in zeros.items():
-        if key in ("codec.mean", "codec.std", "null_text") or re.search(r"_attn\.[kv]\.", key):
-            continue
-        key = re.sub(r"^(?!codec\.)", "denoiser.", key).replace("codec.", "vae.")
-        key = key.replace("denoiser.layers.", "denoiser.encoder.").replace("time.0.", "time_embedding.linear_1.")
-        key = key.replace("time.2.", "time_embedding.linear_2.")
-        for new, old in names.items():
-            key = key.replace(new, old)
-        if "_attn.q." in key:
-            key, value = key.replace("_attn.q.", "_attn.in_proj_"), torch.cat([value] * 3)
-        out[key] = torch.zeros_like(value)
-    return {key: value for key, value in out.items() if key.split(".")[0] != next(iter(weights)).split(".")[0]}
-
-
 def read(z, mean, std, empty):
     """The network of the file's half, read by `load_mld` from a lightning file."""
-    weights = state(z, "sd/")
-    width = len(weights["vae.final_layer.weight"].T if "vae.final_layer.weight" in weights
-                else weights["denoiser.emb_proj.1.weight"])
+    meta, weights = json.loads(bytes(z["meta_json"])), state(z, "sd/")
+    assert meta["num_heads"] == layers.HEADS and meta["latent_dim"][0] == 1
+    width, ff, depth = meta["latent_dim"][1], meta["ff_size"], meta["num_layers"]
+    zeros = mld.MLD(263, 768, width, ff, depth, vae_ff=ff, vae_depth=depth, longest=500, positions=500)
+    half = next(iter(weights)).split(".")[0]
+    rest = {key: 0 * value for key, value in mld_state(zeros).items() if not key.startswith(half)}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "mld_humanml3d.ckpt"
-        torch.save({"state_dict": weights | other_half(weights, width), "epoch": 1, "callbacks": {}}, file)
-        return mld.load_mld(file, datasets.Statistics(mean, std, "generator"), lambda captions: empty)
+        torch.save({"state_dict": weights | rest, "epoch": 1, "callbacks": {}}, file)
+        model = mld.load_mld(file, datasets.Statistics(mean, std, "generator"), lambda captions: empty)
+    assert model.guidance_scale == meta.get("guidance_scale", 7.5)
+    return model
 
 
 def tensor(z, key):
@@ -89,7 +74,7 @@ def check_vae(z):
             ("mu by encode", error(swapped(vae.encode(raw, lengths)), z["mu"]), VALUES)]
     decoded = vae.reconstruct(swapped(tensor(z, "z")), length_mask(lengths, int(lengths.max())))
     # A motion leaves the codec raw: the official renorm4t2m is that and the evaluator's normalisation.
-    mean, std = z["evaluator_mean"], z["evaluator_std"]
+    mean, std = tensor(z, "evaluator_mean"), tensor(z, "evaluator_std")
     again = (vae.decode(swapped(tensor(z, "z")), lengths).double() - mean) / std
     largest = float(np.abs(z["renormalised"]).max())
     rows += [("decoded", error(decoded, z["decoded"]), VALUES),
