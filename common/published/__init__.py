@@ -1,5 +1,6 @@
-"""Published weights of T2M-GPT (github.com/Mael-zys/T2M-GPT) and MotionCritic
-(github.com/ou524u/MotionCritic): read without executing anything, loaded strictly.
+"""Published weights, read without executing anything and loaded strictly: of T2M-GPT
+(github.com/Mael-zys/T2M-GPT), MotionCritic (github.com/ou524u/MotionCritic), MDM
+(github.com/GuyTevet/motion-diffusion-model) and MLD (github.com/ChenFengYe/motion-latent-diffusion).
 """
 import re
 
