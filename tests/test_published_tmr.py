@@ -184,6 +184,8 @@ def change(path, edit):
     (lambda s: s.update({"tokens": torch.ones(3, 16)}), "tokens is (3, 16), wanted (2, 16)"),
     (lambda s: s.update({"seqTransEncoder.layers.1.self_attn.in_proj_weight": torch.ones(47, 16)}),
      "self_attn.v.weight is (15, 16), wanted (16, 16)"),
+    (lambda s: s.update({"seqTransEncoder.layers.1.self_attn.in_proj_bias": torch.ones(())}),
+     "self_attn.in_proj_bias is (), wanted nothing"),
     (lambda s: s.update({"tokens": "text"}), "'tokens' is no weight")])
 def test_loading_is_strict(folder, edit, said):
     change(folder / "last_weights" / "text_encoder.pt", edit)

@@ -1,5 +1,6 @@
-"""Published weights of T2M-GPT (github.com/Mael-zys/T2M-GPT) and MotionCritic
-(github.com/ou524u/MotionCritic): read without executing anything, loaded strictly.
+"""Published weights, read without executing anything and loaded strictly: of T2M-GPT
+(github.com/Mael-zys/T2M-GPT), MotionCritic (github.com/ou524u/MotionCritic), MDM
+(github.com/GuyTevet/motion-diffusion-model) and MLD (github.com/ChenFengYe/motion-latent-diffusion).
 """
 import re
 
@@ -30,7 +31,11 @@ def load_plain(path):
 def read_state(path, name, bare=False):
     """The state dict under `name` of a checkpoint file: "net" for the tokenizer, "trans" for the GPT,
     "model_state_dict" for MotionCritic. bare: the file may also be the state dict itself."""
-    stored = load_plain(path)
+    return state_of(load_plain(path), path, name, bare)
+
+
+def state_of(stored, path, name, bare=False):
+    """As `read_state`, of a file whose content is already `stored`."""
     if bare and isinstance(stored, dict) and name not in stored:
         stored = {name: stored}
     if not isinstance(stored, dict) or not isinstance(stored.get(name), dict):

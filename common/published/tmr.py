@@ -101,7 +101,7 @@ def unpack_attention(state):
     k and v, which LoRA can reach by name. Other entries are kept."""
     out = {}
     for key, value in state.items():
-        if "in_proj_" in key:
+        if "in_proj_" in key and value.ndim:
             for name, part in zip("qkv", value.chunk(3)):
                 out[key.replace("in_proj_", f"{name}.")] = part
         else:

@@ -23,6 +23,8 @@ CHECKS = {  # start of a file's name -> the module with its check
     "tmr_enc_": "tmr",
     "tmr_full_": "tmr",
     "smf_unet_": "stablemofusion",
+    "mdm_": "mdm",
+    "mld_": "mld",
     "t2mgpt_": "ppo",
     "ppo_math_": "ppo",
     "ppo_extra_": "ppo",

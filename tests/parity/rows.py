@@ -68,3 +68,21 @@ def shapes_error(full_size_keys, modules):
     ours = {f"{name}/{key} {tuple(value.shape)}"
             for name, part in modules.items() for key, value in part.items()}
     return float(len(ours ^ set(full_size_keys.tolist())))
+
+
+class Used:
+    """A reference file that knows which of its arrays were read."""
+
+    def __init__(self, z):
+        self.z, self.files, self.seen = z, z.files, set()
+
+    def __contains__(self, key):
+        return key in self.files
+
+    def __getitem__(self, key):
+        self.seen.add(key)
+        return self.z[key]
+
+    def left(self):
+        """The arrays that nobody has read."""
+        return set(self.files) - self.seen
