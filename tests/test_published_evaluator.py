@@ -87,15 +87,13 @@ VOCABULARY = ["sos", "eos", "unk", "a", "man", "walk", "left", *" ".join(evaluat
 VOCABULARY = [word for word in dict.fromkeys(VOCABULARY) if word != "feet"]
 
 
-def write_glove(folder, dtype=np.float64, classes=True):
+def write_glove(folder, dtype=np.float64):
     """Word vectors as they are released; rows are in another order than the list."""
     folder.mkdir(parents=True)
-    rows = {word: (5 * k + 3) % len(VOCABULARY) for k, word in enumerate(VOCABULARY)}
+    rows = {word: len(VOCABULARY) - 1 - k for k, word in enumerate(VOCABULARY)}
     np.save(folder / "our_vab_data.npy", normal(len(VOCABULARY), 300).numpy().astype(dtype))
     for name, content in (("words", VOCABULARY), ("idx", rows)):
         (folder / f"our_vab_{name}.pkl").write_bytes(pickle.dumps(content, protocol=3))
-    if classes:
-        (folder / "vip.txt").write_text("".join(f"{name} {words}\n" for name, words in evaluator.VIP.items()))
     return rows
 
 
@@ -171,21 +169,11 @@ def test_the_words_that_every_caption_needs_have_to_be_there(tmp_path):
     assert "lacks 'unk'" in message(evaluator.read_glove, tmp_path / "glove")
 
 
-def test_classes_of_words_come_from_the_file_and_its_absence_is_said(tmp_path, capsys):
-    write_glove(tmp_path / "without", classes=False)
-    assert evaluator.read_glove(tmp_path / "without").classes["foot"] == "Body_VIP"
-    assert "vip.txt not found: only 20 words" in capsys.readouterr().out
-    write_glove(tmp_path / "glove")
-    path = tmp_path / "glove" / "vip.txt"
-    whole = path.read_text()
-    path.write_text(whole + "\nLoc_VIP man\n")
-    glove = evaluator.read_glove(tmp_path / "glove")
-    assert glove.token("man/NOUN")[1] == evaluator.CLASSES.index("Loc_VIP") and not capsys.readouterr().out
-    for content, said in ((whole + "NOUN man\n", "'NOUN' is no class"),
-                          (whole.replace(" foot", ""), "'foot'"),
-                          (whole + "Loc_VIP", "in each line"), ("", "has to be in")):
-        path.write_text(content)
-        assert said in message(evaluator.read_glove, tmp_path / "glove")
+def test_the_five_lists_of_special_words():
+    """Their sizes, and that no word is in two of them."""
+    sizes = {name: len(words.split()) for name, words in evaluator.VIP.items()}
+    assert sizes == {"Loc_VIP": 12, "Body_VIP": 13, "Obj_VIP": 10, "Act_VIP": 34, "Desc_VIP": 12}
+    assert len(evaluator.OWN_CLASS) == sum(sizes.values()) and {*sizes} < {*evaluator.CLASSES}
 
 
 # ---- the folder --------------------------------------------------------------------------------------------

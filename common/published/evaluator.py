@@ -7,7 +7,6 @@ Its folder:
     meta/mean.npy  std.npy         the evaluator's own statistics, from Comp_v6_KLD01 (t2m) or Comp_v6_KLD005
                                    (kit) there: not the data folder's Mean.npy and Std.npy
     glove/our_vab_data.npy  our_vab_words.pkl  our_vab_idx.pkl
-    glove/vip.txt                  not released: the words with a class of their own, see VIP
 
 Letters: b batch, t frames, n tokens or words, d features, c embedding.
 """
@@ -138,18 +137,22 @@ def official_tokens(tokens, max_tokens=20):
 CLASSES = ("VERB", "NOUN", "DET", "ADP", "NUM", "AUX", "PRON", "ADJ", "ADV", "Loc_VIP", "Body_VIP", "Obj_VIP",
            "Act_VIP", "Desc_VIP", "OTHER")
 
-# Words whose class is their own, whatever their part of speech. Not the released lists, which are longer:
-# these are the words that reference values confirm (and "feet", by their description). A file vip.txt in the
-# folder of the word vectors takes their place: a line a class, "Loc_VIP left right ...".
-VIP = {"Loc_VIP": "left right clockwise forward up straight", "Body_VIP": "arm foot feet knee",
-       "Obj_VIP": "stair ball chair", "Act_VIP": "walk dance jump kneel", "Desc_VIP": "slowly happily sadly"}
+# Words whose class is their own, whatever their part of speech: the released evaluator's five lists.
+VIP = {"Loc_VIP": "left right clockwise counterclockwise anticlockwise forward back backward up down straight "
+                  "curve",
+       "Body_VIP": "arm chin foot feet face hand mouth leg waist eye knee shoulder thigh",
+       "Obj_VIP": "stair dumbbell chair window floor car ball handrail baseball basketball",
+       "Act_VIP": "walk run swing pick bring kick put squat throw hop dance jump turn stumble stop sit lift "
+                  "lower raise wash stand kneel stroll rub bend balance flap jog shuffle lean rotate spin "
+                  "spread climb",
+       "Desc_VIP": "slowly carefully fast careful slow quickly happy angry sad happily angrily sadly"}
+OWN_CLASS = {word: name for name, words in VIP.items() for word in words.split()}
 
 
 class Glove(NamedTuple):
     """Word vectors with the rules of the released evaluator for a token "word/POS"."""
     rows: dict              # word -> row of vectors
     vectors: torch.Tensor   # n 300, float32
-    classes: dict           # word -> its own class
 
     def token(self, token):
         """(row of the vectors, number of the class) of one token; case matters, as there."""
@@ -158,7 +161,7 @@ class Glove(NamedTuple):
             raise InputError(f"{token!r}: is no token word/POS; correct the text file it comes from")
         if word not in self.rows:  # also where the word has a class of its own
             return self.rows["unk"], CLASSES.index("OTHER")
-        tag = self.classes.get(word, tag)
+        tag = OWN_CLASS.get(word, tag)
         return self.rows[word], CLASSES.index(tag if tag in CLASSES else "OTHER")
 
     def encode(self, captions):
@@ -191,34 +194,6 @@ def read_pickle(path, kind, what):
     return found
 
 
-def own_classes(lines):
-    """Pairs (class, its words) -> {word: class}."""
-    return {word: name for name, words in lines for word in words.split()}
-
-
-def read_classes(path):
-    """{word: its own class} of a vip.txt; where there is none, of VIP, which is said aloud."""
-    known = own_classes(VIP.items())
-    if not path.is_file():
-        print(f"*** {path} not found: only {len(known)} words have a class of their own, those that "
-              "reference values confirm. The released lists are longer: text embeddings are not quite those "
-              "of the benchmark ***")
-        return known
-    try:
-        text = path.read_text(encoding="utf-8")
-        lines = [line.split(None, 1) for line in text.splitlines() if line.strip()]
-        found = own_classes(lines)
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path}: wanted a class and its words in each line, as in: Body_VIP arm "
-                         "foot") from error
-    if strange := [name for name, _ in lines if name not in VIP]:
-        raise InputError(f"{path}: {strange[0][:40]!r} is no class; known are {', '.join(VIP)}")
-    if wrong := [word for word in known if found.get(word) != known[word]]:
-        raise InputError(f"{path}: {wrong[0]!r} has to be in {known[wrong[0]]}, reference values say; "
-                         "correct that line")
-    return found
-
-
 def read_glove(folder):
     """The Glove in a folder of word vectors; InputError that names the file and the fix."""
     folder = require_files(folder, ("our_vab_data.npy", "our_vab_words.pkl", "our_vab_idx.pkl"),
@@ -233,7 +208,7 @@ def read_glove(folder):
                          "together; copy all three from one place")
     if missing := [word for word in ("sos", "eos", "unk") if word not in rows]:
         raise InputError(f"{folder / 'our_vab_words.pkl'}: lacks {missing[0]!r}; copy the released file")
-    return Glove(rows, torch.from_numpy(vectors).float(), read_classes(folder / "vip.txt"))
+    return Glove(rows, torch.from_numpy(vectors).float())
 
 
 def load_evaluator_folder(folder):

@@ -1,8 +1,6 @@
 """Compare the benchmark's evaluator with the public official code (see tests/parity): its networks, its
 words, and whole evaluations as MDM and MLD run them, from a data folder to the numbers of a table.
 """
-import contextlib
-import io
 import json
 import shutil
 import tempfile
@@ -71,8 +69,7 @@ def check_guo(z):
 
 def check_glove(path):
     """The folder of word vectors, against the same content without pickles."""
-    with contextlib.redirect_stdout(io.StringIO()):  # it has no vip.txt
-        glove = evaluator.read_glove(path)
+    glove = evaluator.read_glove(path)
     listed = [line.split() for line in (path / "words.txt").read_text().splitlines()]
     with np.load(path / "glove.npz") as z:
         return [("words.txt", differing(list(glove.rows.items()), [(word, int(row)) for word, row in listed]),
@@ -176,8 +173,6 @@ class World:
             write_evaluator(root / "evaluator", z)
             glove = path.parent / json.loads(bytes(z["meta_json"]))["glove"]
             shutil.copytree(glove, root / "evaluator" / "glove")
-            classes = "\n".join(f"{name} {words}" for name, words in evaluator.VIP.items())
-            (root / "evaluator" / "glove" / "vip.txt").write_text(classes)
             self.samples, self.mean, self.std = official_samples(root / "data")
             self.judge, self.glove = evaluator.load_evaluator_folder(root / "evaluator")
 
