@@ -138,8 +138,8 @@ CLASSES = ("VERB", "NOUN", "DET", "ADP", "NUM", "AUX", "PRON", "ADJ", "ADV", "Lo
            "Act_VIP", "Desc_VIP", "OTHER")
 
 # Words whose class is their own, whatever their part of speech: the released evaluator's five lists.
-VIP = {"Loc_VIP": "left right clockwise counterclockwise anticlockwise forward back backward up down straight "
-                  "curve",
+VIP = {"Loc_VIP": "left right clockwise counterclockwise anticlockwise forward back backward up down "
+                  "straight curve",
        "Body_VIP": "arm chin foot feet face hand mouth leg waist eye knee shoulder thigh",
        "Obj_VIP": "stair dumbbell chair window floor car ball handrail baseball basketball",
        "Act_VIP": "walk run swing pick bring kick put squat throw hop dance jump turn stumble stop sit lift "
