@@ -32,7 +32,7 @@ def test_fronts_by_hand(capsys, scorers, clips, tmp_path):
     assert found["tuned"]["of the means"][0] == pytest.approx(0.75 * 1.5 + (1.5 - 0.75) * 1.0)
     out = capsys.readouterr().out
     assert "hypervolume of 16 motions of each of 2 prompts" in out
-    assert "| tuned | 1.875 +-1.225 | 1.875 +-0.000 | +0.750 +-0.490 |" in out
+    assert "| tuned | 1.875 +-7.941 |" in out and "| +0.750 +-3.177 |" in out
     assert (tmp_path / "fronts.png").exists()
 
 
