@@ -180,9 +180,22 @@ MUTANTS += [
         "reward of another token", 'dim1=1, dim2=3), "p n c -> p c n")',
         'dim1=1, dim2=3), "p n c -> p c n").flip(1)',
         "test_own_reward_is_that_of_the_token"), (
+        "baseline across prompts", "(r * counted).sum(2, keepdim=True) / count", "(r * counted).sum() / 24",
+        "test_standardise_by_hand"), (
+        "rewards of other captions", 'batch["lengths"], batch["captions"], batch["clips"])\n    for name',
+        'batch["lengths"], batch["captions"][::-1], batch["clips"])\n    for name',
+        "test_rewards_stay_with_their_samples"), (
         "weight of one", "return keep, keep / keep.sum(dims, keepdim=True)", "return keep, keep / 1.0",
         "test_weights_are_one_over_the_size_of_the_set")),
     *of(("stepwise",), (
+        "timestep off by one", "float(policy.steps.timesteps[i])", "float(policy.steps.timesteps[i - 1])",
+        "test_the_network_is_told_the_time_of_its_step"), (
+        "base is trained", "args.lora_alpha, g)\n",
+        "args.lora_alpha, g)\n        model.requires_grad_(True)\n",
+        {"test_the_base_stays_and_its_weights_can_be_stored": {"rank": 8}}), (
+        "rewards of other captions", 'batch["asked"], **batch["more"]',
+        'batch["asked"][::-1], **batch["more"]',
+        "test_rewards_stay_with_their_samples"), (
         "the state is not stopped", "x = x_next.detach() if route.stop_state else x_next", "x = x_next",
         "test_a_step_of_easytune_is_refl_of_that_step"), (
         "the input is not stopped", "read = x.detach() if route.stop_input else x", "read = x",

@@ -126,6 +126,17 @@ def test_weights_are_one_over_the_size_of_the_set():
     assert 1 < keep.sum() < 12 and torch.allclose(weight[0], keep[0] / keep.sum())
 
 
+def test_rewards_stay_with_their_samples():
+    """Row k is asked for with motion, length, caption and clip of row k."""
+    batch = dict(motion=torch.arange(3.0)[:, None, None], lengths=torch.tensor([4, 8, 12]),
+                 captions=["a", "b", "c"], clips=[7, 8, 9])
+
+    def rewards(motion, lengths, captions, clips):
+        return torch.stack([motion[:, 0, 0], 10.0 * lengths + torch.tensor([ord(c) for c in captions]),
+                            torch.tensor(clips).float()], 1)
+    assert pareto.score(rewards, batch, 0).tolist() == [[0, 137, 7], [1, 178, 8], [2, 219, 9]]
+
+
 def test_standardise_by_hand():
     """Within a set, over the motions that are counted; a constant set stays zero."""
     r = torch.tensor([[[1.0, 3.0, 50.0], [2.0, 2.0, 2.0]]])

@@ -392,6 +392,32 @@ def test_the_anchor_counts_real_tokens_only():
     assert torch.allclose(sw.anchor_loss(e, e_ref, mask), torch.stack(expected))
 
 
+def test_the_network_is_told_the_time_of_its_step():
+    args, policy = denoiser("--steps", 5)
+    x, mask = sw.start_noise(policy, torch.tensor([48, 20, 32]), 0, 0, "test", range(3))
+    told = []
+
+    def forward(x, timesteps, *rest):
+        told.append(timesteps.tolist())
+        return x
+    with mock.patch.object(policy.model, "forward", forward):
+        network = sw.make_network(args, policy, CAPTIONS, mask)
+        for i in range(5):
+            network(x, i)
+    assert told == [[float(t)] * 3 for t in policy.steps.timesteps]
+
+
+def test_rewards_stay_with_their_samples():
+    """Row k is asked for with motion, length and caption of row k."""
+    policy = SimpleNamespace(model=SimpleNamespace(codec=SimpleNamespace(decode=lambda z: 2 * z)))
+    batch = dict(lengths=torch.tensor([4, 8, 12]), asked=["a", "b", "c"], more={})
+
+    def reward(motion, lengths, captions):
+        return motion[:, 0, 0] + 100 * lengths + 1e4 * torch.tensor([ord(c) for c in captions])
+    found = sw.score(policy, reward, batch, torch.tensor([1.0, 2.0, 3.0])[:, None, None])
+    assert found.tolist() == [970402.0, 980804.0, 991206.0]
+
+
 def updates(ask, count, *flags, lr):
     """Updates of a disturbed policy -> what each logs."""
     args, policy = denoiser("--steps", 3, "--window", 3, "--prompts", 3, *flags)
