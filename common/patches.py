@@ -82,17 +82,17 @@ class PatchCodec(nn.Module):
     def components(self, motions, count):
         """Normalised motions (t d) -> center, basis and variances of their segments' `count` principal
         components, in float64, and the variance of all."""
-        return principal(torch.cat([self.segments(motion[None])[0] for motion in motions]).double(), count)
+        segments = torch.cat([self.segments(motion[None])[0] for motion in motions])
+        return self.principal(segments.double(), count)
 
-
-def principal(rows, count):
-    """rows (r n) -> their mean (n), the first `count` principal directions (n c), their variances (c), and
-    the sum of all variances."""
-    center = rows.mean(0)
-    rows = rows - center
-    covariance = rows.T @ rows / len(rows)
-    variances, directions = torch.linalg.eigh(covariance)  # ascending
-    return center, directions.flip(1)[:, :count], variances.flip(0)[:count], variances.sum()
+    @staticmethod
+    def principal(rows, count):
+        """rows (r n), which are changed -> their mean (n), the first `count` principal directions (n c),
+        their variances (c), and the sum of all variances."""
+        center = rows.mean(0)
+        covariance = rows.sub_(center).T @ rows / len(rows)  # in place: rows may be half a gigabyte
+        variances, directions = torch.linalg.eigh(covariance)  # ascending
+        return center, directions.flip(1)[:, :count], variances.flip(0)[:count], variances.sum()
 
 
 class LappedCodec(PatchCodec):
@@ -136,7 +136,7 @@ class LappedCodec(PatchCodec):
         """As in PatchCodec, within the space of the components of single frames."""
         # The covariance of whole segments (3156 numbers of three patches) would take a minute.
         few = min(len(self.mean), max(FRAME_COMPONENTS, count // (self.width * self.patch)))
-        of_frames = principal(torch.cat(motions).double(), few)[1]                               # d k
+        of_frames = self.principal(torch.cat(motions).double(), few)[1]                               # d k
         n = sum(len(motion) // self.patch + self.width - 1 for motion in motions)
         center = sum(self.segments(motion[None])[0].double().sum(0) for motion in motions) / n   # f*d
         reduced, total = [], 0.0
@@ -145,6 +145,6 @@ class LappedCodec(PatchCodec):
             total += float(segments.square().sum()) / n
             segments = rearrange(segments, "n (f d) -> n f d", d=len(self.mean)) @ of_frames
             reduced.append(rearrange(segments, "n f k -> n (f k)"))
-        _, directions, kept, _ = principal(torch.cat(reduced), count)
+        _, directions, kept, _ = self.principal(torch.cat(reduced), count)
         directions = rearrange(directions, "(f k) c -> f k c", k=few)
         return center, rearrange(of_frames @ directions, "f d c -> (f d) c"), kept, total

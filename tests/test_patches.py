@@ -6,7 +6,7 @@ import torch
 from common import datasets, features, generator
 from common.datasets import Clip, Statistics
 from common.features import T2M
-from common.patches import LappedCodec, PatchCodec, principal
+from common.patches import LappedCodec, PatchCodec
 
 
 def normal(*shape, name="draw"):
@@ -68,7 +68,7 @@ def test_components_are_those_of_whole_segments():
     share = codec.fit(clips, statistics)
     rows = torch.cat([codec.segments((torch.from_numpy(clip.features)[None] - codec.mean) / codec.std)[0]
                       for clip in clips]).double()
-    center, basis, variances, total = principal(rows, 10)
+    center, basis, variances, total = codec.principal(rows, 10)
     assert share == pytest.approx(float(variances.sum() / total), abs=1e-6)
     assert torch.allclose(codec.center.double(), center, atol=1e-5)
     overlap = (codec.basis.double().T @ basis).square().sum(0)
