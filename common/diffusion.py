@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from common import datasets, features, generator, padded, samplers
-from common.patches import LappedCodec, PatchCodec
+from common.patches import LappedCodec, PatchCodec, make_patches
 from common.training import cached, initialise, source_of, supervised
 from common.vae import MotionVAE, fit_vae
 
@@ -58,10 +58,7 @@ SPACES = {"joint": ("sample", "linear"), "latent": ("epsilon", "scaled_linear")}
 def make_codec(size, frame_width):
     """Motion <-> tokens, with the interface of patches.PatchCodec: frames, lapped patches, or a VAE."""
     if not size.latents:
-        if size.patch == 1:
-            return PatchCodec(1, frame_width, size.patch_dims or frame_width)
-        every = LappedCodec.width * size.patch * frame_width
-        return LappedCodec(size.patch, frame_width, size.patch_dims or every)
+        return make_patches(size.patch, frame_width, size.patch_dims)
     return MotionVAE(frame_width, patch=size.patch, patch_dims=size.patch_dims, width=size.width,
                      heads=size.heads, tokens=size.latents, dims=size.latent_dims).requires_grad_(False)
 
@@ -143,7 +140,8 @@ def fit_base(make_model, parts, source, size, prediction, schedule, *, clips=Non
         return {"model": model.state_dict(), **notes}
 
     parts += (MotionVAE, fit_vae) if size.latents else ()
-    code = source_of(PatchCodec, LappedCodec, corrupt, train_base, supervised, datasets.Vocabulary, *parts)
+    code = source_of(PatchCodec, LappedCodec, make_patches, corrupt, train_base, supervised,
+                     datasets.Vocabulary, *parts)
     shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
     key = [saw, shapes, code, [] if weights is None else weights.tolist(), list(size), training,
            [TEXT_DROP, datasets.WORD_DROP, datasets.WORD_SWAP]]

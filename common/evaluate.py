@@ -279,11 +279,14 @@ def compare(title, clips, scorers, samplers, *, repeats, purpose="", gain=("tune
             rows[name] |= variety(clips, scorers, sampler)
     rows["gain"] = paired_gain(*(rows[name] for name in gain))
     for row in rows.values():
-        row.pop("_prompts", None), row.pop("_asked", None)
+        for private in ("_prompts", "_asked"):
+            row.pop(private, None)
     heading = f"{title.replace('_', ' ')}: {len(clips)} clips, {repeats} repeats"
     print_table(f"{heading} (gain: paired, its interval is over prompts)", rows)
-    for name in gain[::-1] if real or "gt" in rows else ():
-        rows[name]["gate"] = gate(rows[name], physics(real or clips, scorers.skeleton))
+    data = {name: rows["gt"][name][0] for name in GATE} if "gt" in rows else None
+    data = physics(real, scorers.skeleton) if real else data
+    for name in gain[::-1] if data else ():
+        rows[name]["gate"] = gate(rows[name], data)
         verdict = "; ".join(rows[name]["gate"])
         print(f"  {name}: " + (f"WARNING, implausible: {verdict}" if verdict else "as plausible as the data"))
     if "gt" in rows and len(clips) < 2 * scorers.judge.config["width"]:

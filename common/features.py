@@ -282,6 +282,12 @@ def rotation_speed(heading, fix_heading_flip=False):
     return np.arcsin(_multiply(heading[1:], heading[:-1] * _CONJUGATE)[:, 2])  # Quirk 3: half the turn
 
 
+def flat_bone(joints, skeleton):
+    """Which bone of joints (t j 3) has no length, the first one in words; "" if all have one."""
+    flat = np.argwhere((joints[:, 1:] == joints[:, list(skeleton.parents[1:])]).all(-1))
+    return f"the bone to joint {flat[0, 1] + 1} has no length in frame {flat[0, 0]}" if len(flat) else ""
+
+
 def joints_to_features(joints, skeleton, *, retarget=True, fix_heading_flip=False):
     """Motion features of a clip, as `process_file` of the HumanML3D repository computes them.
 
@@ -314,9 +320,8 @@ def joints_to_features(joints, skeleton, *, retarget=True, fix_heading_flip=Fals
             foot_contacts(joints, skeleton)], -1).astype(np.float32)
     if not np.isfinite(features).all():
         frame, column = np.argwhere(~np.isfinite(features))[0]
-        short = np.argwhere((given[:, 1:] == given[:, list(skeleton.parents[1:])]).all(-1))
-        why = (f"the bone to joint {short[0, 1] + 1} has no length in frame {short[0, 0]}" if len(short) else
-               "hips and shoulders say no direction, or the numbers are too large")
+        why = flat_bone(given, skeleton)
+        why = why or "hips and shoulders say no direction, or the numbers are too large"
         raise InputError(f"feature {column} of frame {frame} is not finite: {why}; repair or drop the clip")
     return features
 

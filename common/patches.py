@@ -148,3 +148,9 @@ class LappedCodec(PatchCodec):
         _, directions, kept, _ = self.principal(torch.cat(reduced), count)
         directions = rearrange(directions, "(f k) c -> f k c", k=few)
         return center, rearrange(of_frames @ directions, "f d c -> (f d) c"), kept, total
+
+
+def make_patches(patch, feature_dim, dims):
+    """The codec of a generator: single frames or lapped patches. dims: components kept, 0 for all."""
+    kind = LappedCodec if patch > 1 else PatchCodec
+    return kind(patch, feature_dim, dims or kind.width * patch * feature_dim)

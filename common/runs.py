@@ -242,12 +242,11 @@ def prepare(cls, sizes, argv, description, method, product, check):
     the file.
     """
     watch, args = Stopwatch(), parse_args(cls, sizes, argv, description)
+    args.prompt = [decoded(caption, "--prompt") for caption in args.prompt]
     modes = bool(args.prompt) or args.eval_only
     fix = f"name the {product.partition('-')[2]}.pt of a finished run" if modes else "add one of them"
     refuse((modes != bool(args.load), f"--load: goes with --prompt or --eval-only; {fix}"),
-           (any(not words(decoded(caption, "--prompt")) for caption in args.prompt),
-            "--prompt: the caption is empty, or holds no word"))
-    args.prompt = [decoded(caption, "--prompt") for caption in args.prompt]
+           (not all(map(words, args.prompt)), "--prompt: the caption is empty, or holds no word"))
     stored = load_checkpoint(args.load, kind=product) if args.load else None
     if stored:
         args = adopt_args(args, cls(**sizes.get(args.size, {}), size=args.size), stored["args"], args.load)

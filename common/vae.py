@@ -16,7 +16,7 @@ from torch import nn
 
 from common import (
     Attention, InputError, TransformerLayer, datasets, generator, padded, sinusoid)
-from common.patches import LappedCodec, PatchCodec
+from common.patches import LappedCodec, PatchCodec, make_patches
 from common.training import cached, initialise, source_of, supervised
 
 
@@ -56,17 +56,15 @@ class MotionVAE(nn.Module):
     def __init__(self, feature_dim, *, patch=4, patch_dims=64, width=64, heads=4, layers=3, tokens=8,
                  dims=32):
         super().__init__()
-        kind = LappedCodec if patch > 1 else PatchCodec
-        patch_dims, ff = patch_dims or kind.width * patch * feature_dim, 2 * width
         self.patch, self.tokens, self.dims = patch, tokens, dims
-        self.patches = kind(patch, feature_dim, patch_dims)
+        self.patches, ff = make_patches(patch, feature_dim, patch_dims), 2 * width
         self.queries = nn.Parameter(torch.zeros(2 * tokens, width))  # of means and log variances [MLD]
-        self.project_in = nn.Linear(patch_dims, width)
+        self.project_in = nn.Linear(self.patches.dims, width)
         self.encoder = Skips([TransformerLayer(width, heads, ff) for _ in range(layers)], width)
         self.latent = nn.Linear(width, dims)
         self.memory = nn.Linear(dims, width)
         self.decoder = Skips([TransformerLayer(width, heads, ff, cross=True) for _ in range(layers)], width)
-        self.project_out = nn.Linear(width, patch_dims)
+        self.project_out = nn.Linear(width, self.patches.dims)
         self.register_buffer("mean", torch.zeros(tokens, dims))
         self.register_buffer("std", torch.ones(tokens, dims))
 
@@ -145,8 +143,8 @@ def fit_vae(vae, clips, weights, *, shaped_by, seed, device, cache_dir, use_cach
         notes = train_vae(vae.to(device), clips, device, **training)
         return {"vae": vae.state_dict(), "variance_kept": kept, **notes}
 
-    code = source_of(Skips, MotionVAE, PatchCodec, LappedCodec, TransformerLayer, Attention, train_vae,
-                     supervised)
+    code = source_of(Skips, MotionVAE, PatchCodec, LappedCodec, make_patches, TransformerLayer, Attention,
+                     train_vae, supervised)
     shape = {name: list(value.shape) for name, value in vae.state_dict().items()}
     key = [shaped_by, shape, vae.patch, weights.tolist(), training, code]
     stored = cached(cache_dir, key, build, "vae", use_cache)

@@ -28,6 +28,7 @@ what can be asserted is counted in tests/test_bench.py.
 import argparse
 import math
 import time
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ import torch
 import ddpo_motion as ddpo
 import pareto_motion as pareto
 import ppo_motion as ppo
-from common import (InputError, datasets, diffusion, features, generator, lora, normal, pick, runs,
+from common import (InputError, datasets, diffusion, evaluate, features, generator, lora, normal, pick, runs,
                     samplers, tokenizer, training)
 from common.patches import LappedCodec, PatchCodec
 from results import pictures
@@ -231,9 +232,9 @@ def hiccups(data, clips=60, noises=(0.0, 0.1, 0.2, 0.3)):
     weights = features.block_weights(skeleton, features.PATCH_WEIGHTS)
 
     def physics(motions):
-        rows = [features.physical_metrics(features.features_to_joints(motion, skeleton).numpy(), skeleton)
-                for motion in motions]
-        return tuple(float(np.mean([row[name] for row in rows])) for name in ("jerk", "foot_skate"))
+        made = [replace(clip, features=motion.numpy()) for clip, motion in zip(test, motions)]
+        means = evaluate.physics(made, skeleton)
+        return means["jerk"], means["foot_skate"]
     real, found = [torch.from_numpy(clip.features) for clip in test], {}
     print("the data: jerk {:.1f}, skate {:.3f}".format(*physics(real)))
     print("| tokens | " + " | ".join(f"noise {s:g}: jerk, skate" for s in noises) + " |")

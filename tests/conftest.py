@@ -54,7 +54,7 @@ def pytest_runtestloop(session):
     with one core, have one."""
     config = session.config
     apart = [item for item in session.items if item.path.name.startswith(WHOLE_RUNS)]
-    others = [item for item in session.items if item not in set(apart)]
+    others = [item for item in session.items if not item.path.name.startswith(WHOLE_RUNS)]
     if (min(len(apart), len(others)) < 300 or (os.cpu_count() or 1) < 2 or config.option.collectonly
             or config.option.usepdb or config.option.maxfail or session.testsfailed):
         return None  # the usual loop

@@ -18,19 +18,6 @@ def randomise(module, k=0):
     return module.eval().requires_grad_(False)
 
 
-def packed(state):
-    """Our weights with every q, k and v as the one in_proj that nn.MultiheadAttention has."""
-    out = {}
-    for key, value in state.items():
-        start, _, end = key.rpartition(".")
-        if start.endswith("_attn.q") or start.endswith("multihead_attn.q"):
-            parts = [state[f"{start[:-1]}{name}.{end}"] for name in "qkv"]
-            out[f"{start[:-1]}in_proj_{end}"] = torch.cat(parts)
-        elif not start.endswith(("_attn.k", "_attn.v")):
-            out[key] = value
-    return out
-
-
 def refusals(load, path, other):
     """The messages of `load()` where the file at `path` is another model's (`other`), half a download, a git
     LFS pointer, a web page, or not there. All name the file; the file is put back."""

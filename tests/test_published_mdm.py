@@ -13,7 +13,7 @@ from torch import nn
 from common import InputError, generator, length_mask, lora, samplers
 from common.published import layers, mdm
 from tests import parity
-from tests.published_helpers import mdm_state, random_, save_mdm, statistics
+from tests.published_helpers import check_read, mdm_state, random_, save_mdm, statistics
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 ARGS = {"dataset": "kit", "arch": "trans_enc", "latent_dim": 16, "layers": 2}
@@ -140,14 +140,8 @@ def test_a_network_comes_back(kind, wrap, tmp_path):
                "module": {"model": {f"module.{key}": value for key, value in state.items()}}}[wrap]
     path = save_mdm(tmp_path / "model000000001.pt", weights, settings | {"keyframe_cond_prob": 0.1})
     loaded = mdm.load_mdm(path, statistics(251), model.texts)
-    assert loaded.sizes == model.sizes and not loaded.training
-    assert not any(weight.requires_grad for weight in loaded.parameters())
     layers.take_statistics(model.codec, statistics(251), path)
-    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
-    assert torch.equal(model(**call(model)), loaded(**call(loaded)))
-    again = mdm.MDM(**loaded.sizes)       # as policy.pt keeps it
-    again.load_state_dict(loaded.state_dict())
-    assert torch.equal(again(**call(model)), loaded(**call(model)))
+    check_read(model, loaded, call)
 
 
 def test_reading_draws_nothing(tmp_path):

@@ -6,7 +6,8 @@ from torch import nn
 
 from common import InputError, lora
 from common.published import stablemofusion as smf, tmr
-from tests.folder_helpers import message, normal, packed, randomise, refusals
+from tests.folder_helpers import message, normal, randomise, refusals
+from tests.parity.rows import packed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

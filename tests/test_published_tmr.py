@@ -8,7 +8,8 @@ from torch import nn
 
 from common import freeze, length_mask, lora
 from common.published import tmr
-from tests.folder_helpers import message, normal, packed, randomise, refusals
+from tests.folder_helpers import message, normal, randomise, refusals
+from tests.parity.rows import packed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -6,7 +6,6 @@ import re
 from collections import Counter, defaultdict
 from typing import NamedTuple
 
-from common import datasets
 from common.embedded import english, wording
 from common.embedded.oracle import caption_attributes, one_counterclockwise
 
@@ -64,7 +63,7 @@ def _phrase(words, verbs, bare, his):
 
 def usual_words(captions):
     """("a human", "his"): the subject and the possessive that most captions use."""
-    captions = [" ".join(datasets.words(caption)) for caption in captions]
+    captions = [" ".join(english.words(caption)) for caption in captions]
     subjects = Counter(m[0] for m in map(english.SUBJECT.match, captions) if m and " " in m[0])
     his = Counter(word for caption in captions for word in caption.split() if word in ("his", "their"))
     return (max(sorted(subjects), key=subjects.get, default="a person"),

@@ -68,3 +68,15 @@ def load_strict(module, state, path, free=()):
         raise InputError(f"{path}: {'; '.join(wrong[:5])}{more}")
     module.load_state_dict({key: value for key, value in module.state_dict().items() if key in free} | state)
 
+
+def unpack_attention(state):
+    """Weights of nn.MultiheadAttention -> one in_proj becomes the plain linears q, k and v, which LoRA can
+    reach by name. Other entries are kept."""
+    out = {}
+    for key, value in state.items():
+        if "in_proj_" in key and value.ndim:
+            for name, part in zip("qkv", value.chunk(3)):
+                out[key.replace("in_proj_", f"{name}.")] = part
+        else:
+            out[key] = value
+    return out

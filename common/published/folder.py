@@ -19,7 +19,7 @@ import numpy as np
 
 from common import InputError
 from common.embedded import english, oracle
-from common.features import SKELETONS, blocks
+from common.features import SKELETONS, blocks, flat_bone
 
 SPLITS = ("train", "val", "test")
 # Clips of a split: both halves of train have to tell two motions apart, and distances need two motions.
@@ -117,10 +117,8 @@ def _motion_reason(path, skeleton):
     joints = np.zeros((len(single), skeleton.joints, 3), np.float32)    # seen from the body, t j 3
     joints[:, 0, 1:2] = single[:, blocks(skeleton)["root_height"]]
     joints[:, 1:] = single[:, blocks(skeleton)["positions"]].reshape(len(single), -1, 3)
-    short = np.argwhere((joints[:, 1:] == joints[:, list(skeleton.parents[1:])]).all(-1))
-    if len(short):
-        frame, bone = short[0]
-        return None, "no_body", f"{path}: the bone to joint {bone + 1} has no length in frame {frame}"
+    if flat := flat_bone(joints, skeleton):
+        return None, "no_body", f"{path}: {flat}"
     return single, "", ""
 
 

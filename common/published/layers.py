@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import nn
 
 from common import InputError, length_mask
+from common.published import unpack_attention
 
 HEADS = 4  # of MDM and MLD; a constant of their code that no weight tells
 # Names in a file of torch's transformer layers, and the names here.
@@ -61,9 +62,7 @@ def renamed(state, path, names):
     for key, value in state.items():
         for old, new in (*RENAMED, *names):
             key = key.replace(old, new)
-        packed = ".in_proj_" in key and value.ndim
-        parts = ({key.replace("in_proj_", f"{name}."): part for name, part in zip("qkv", value.chunk(3))}
-                 if packed else {key: value})
+        parts = unpack_attention({key: value})
         out, count = out | parts, count + len(parts)
     if len(out) < count:
         raise InputError(f"{path}: two of its weights have one place; is it a checkpoint of another kind?")

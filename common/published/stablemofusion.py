@@ -22,9 +22,8 @@ from torch import nn
 
 from common import InputError, TransformerLayer, freeze, sinusoid
 from common.datasets import Statistics
-from common.published import load_strict, read_state, size
+from common.published import load_strict, read_state, size, unpack_attention
 from common.published.files import read_meta, require_files
-from common.published.tmr import unpack_attention
 from common.runs import stand_in
 
 TEXT_HEADS, HEADS, GROUPS = 4, 8, 8  # constants there: no weight and no line of opt.txt tells them

@@ -39,10 +39,9 @@ def check_weights(args):
     if args.vq_checkpoint:
         with torch.random.fork_rng(devices=[]):
             vq, _ = load_tokenizer(args.vq_checkpoint, args.vq_statistics, None, "cpu")
-    if args.text_features:
-        file_features(args.text_features)
+    text_dim = file_features(args.text_features)[1] if args.text_features else None
     if args.gpt_checkpoint:
-        text_dim = file_features(args.text_features)[1] if args.text_features else import_clip() and 512
+        text_dim = text_dim or (import_clip() and 512)
         gpt_state(args.gpt_checkpoint, text_dim, vq, heads=1)  # the heads asked for are not known yet
 
 

@@ -19,7 +19,7 @@ from einops import repeat
 from torch import nn
 
 from common import InputError, TransformerLayer, freeze, length_mask, masked, sinusoid
-from common.published import load_plain, load_strict, read_state, size
+from common.published import load_plain, load_strict, read_state, size, unpack_attention
 from common.published.files import require_files
 from common.runs import stand_in
 
@@ -94,19 +94,6 @@ class TMR(nn.Module):
     def similarity(self, text, motion):
         """Latents (b c) and (m c) -> cosines (b m) in [-1, 1]; TMR's score is half of that plus a half."""
         return F.normalize(text, dim=-1) @ F.normalize(motion, dim=-1).T
-
-
-def unpack_attention(state):
-    """Weights of nn.MultiheadAttention -> those of common.Attention: one in_proj becomes the plain linears q,
-    k and v, which LoRA can reach by name. Other entries are kept."""
-    out = {}
-    for key, value in state.items():
-        if "in_proj_" in key and value.ndim:
-            for name, part in zip("qkv", value.chunk(3)):
-                out[key.replace("in_proj_", f"{name}.")] = part
-        else:
-            out[key] = value
-    return out
 
 
 def from_official_tmr(state):

@@ -1,5 +1,6 @@
 """Rows of errors that every check gives: (field, max_error, tolerance)."""
 import math
+import re
 
 import numpy as np
 import torch
@@ -61,6 +62,17 @@ def error(ours, theirs, relative=False):
 def state(z, prefix):
     """The tensors of a file under a prefix, which is removed: a state dict."""
     return {key.removeprefix(prefix): torch.from_numpy(z[key]) for key in z.files if key.startswith(prefix)}
+
+
+def packed(state):
+    """Our weights with every q, k and v (in this order) as the one in_proj that nn.MultiheadAttention has."""
+    out = {}
+    for key, value in state.items():
+        if found := re.fullmatch(r"(.*_attn\.)[qkv]\.(weight|bias)", key):
+            key = f"{found[1]}in_proj_{found[2]}"
+            value = torch.cat([out[key], value]) if key in out else value
+        out[key] = value
+    return out
 
 
 def shapes_error(full_size_keys, modules):

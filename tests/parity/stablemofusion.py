@@ -1,16 +1,14 @@
 """Compare StableMoFusion's network and its two samplers with the public official code (see tests/parity)."""
 import json
-import re
 
 import numpy as np
 import torch
 
 import ddpo_motion
 from common import freeze, samplers
-from common.published import load_strict, stablemofusion
-from common.published.tmr import unpack_attention
+from common.published import load_strict, stablemofusion, unpack_attention
 from tests import reference
-from tests.parity.rows import error, shapes_error, state
+from tests.parity.rows import error, packed, shapes_error, state
 
 GUIDANCE = 2.5
 
@@ -29,7 +27,7 @@ def check(path):
         network.double()
         rows += [*check_sde(network, z), *check_ddim(network, z, alphas_cumprod)]
         with torch.device("meta"):  # 299 million numbers that nobody needs
-            full = official_names(stablemofusion.StableMoFusion())
+            full = packed(stablemofusion.StableMoFusion().state_dict())
         listed = np.array([f"/{entry}" for entry in z["full_size_keys"].tolist()])
         return [*rows, ("full_size_keys", shapes_error(listed, {"": full}), 0.0)]
 
@@ -94,15 +92,3 @@ def check_ddim(network, z, alphas_cumprod):
         x, _ = reference.ddim_step(grid, i, x, respond(x, timestep), eta=0.0)
         states.append(x)
     yield "ddim/x", error(torch.stack(states), z["ddim/x"]), 5e-3
-
-
-def official_names(network):
-    """State of our network under the names and shapes of the published code."""
-    out = {}
-    for key, value in network.state_dict().items():
-        split = re.fullmatch(r"(.*self_attn\.)([qkv])\.(weight|bias)", key)
-        if split is None:
-            out[key] = value
-        elif split[2] == "q":       # q, k and v are one matrix there
-            out[f"{split[1]}in_proj_{split[3]}"] = torch.cat([value] * 3)
-    return out

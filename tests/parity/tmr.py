@@ -11,7 +11,7 @@ from common import freeze, length_mask, vae
 from common.published import tmr
 from common.retrieval import info_nce
 from tests import reference
-from tests.parity.rows import error, shapes_error, state
+from tests.parity.rows import error, packed, shapes_error, state
 
 
 def check(path):
@@ -50,15 +50,8 @@ def write_folder(folder, z, sizes):
 
 def official_names(network, prefix):
     """State of one of our TMR networks under the names and shapes of the published code."""
-    out = {}
-    for key, value in network.state_dict().items():
-        key = f"{prefix}.{key}" if key.startswith("layers") else key
-        split = re.fullmatch(r"(.*attn\.)([qkv])\.(weight|bias)", key)
-        if split is None:
-            out[key] = value
-        elif split[2] == "q":       # q, k and v are one matrix there
-            out[f"{split[1]}in_proj_{split[3]}"] = torch.cat([value] * 3)
-    return out
+    return packed({f"{prefix}.{key}" if key.startswith("layers") else key: value
+                   for key, value in network.state_dict().items()})
 
 
 def check_tmr(z):
